@@ -1,0 +1,1 @@
+"""dsv2: pretraining of DeepSeek-V2-style models (Multi-head Latent Attention + DeepSeekMoE)."""

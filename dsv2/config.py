@@ -1,0 +1,172 @@
+"""Typed configuration: what every field means, and what is refused before anything starts.
+
+Hydra composes `conf/` into a `DictConfig` typed by these dataclasses; `load_config` turns it into a
+`Config` once, in train.py, and `validate` refuses impossible combinations. This module imports
+neither torch nor deepspeed, so `train.py --help` answers at once.
+"""
+
+import dataclasses
+import difflib
+import enum
+from dataclasses import dataclass, field
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dsv2.errors import UserError
+
+
+class Precision(enum.Enum):
+    fp32 = "fp32"
+    bf16 = "bf16"  # bf16 parameters and activations, fp32 master weights and gradient accumulation
+
+
+class DataSource(enum.Enum):
+    stdlib = "stdlib"  # the running Python's standard library sources, prepared on first use
+    local = "local"  # a folder written by `python -m data.prepare`
+    hf_stream = "hf_stream"  # a Hugging Face hub dataset, streamed and tokenised on the fly
+
+
+class WandbMode(enum.Enum):
+    auto = "auto"  # online if logged in, else offline; never a prompt
+    offline = "offline"
+    disabled = "disabled"  # metrics.jsonl only
+
+
+class Device(enum.Enum):
+    auto = "auto"  # CUDA if there is a GPU
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+@dataclass
+class BalanceConfig:
+    """Load balance (arXiv 2405.04434, sections 2.2.3 and 2.2.4)."""
+
+    alpha_expert: float = 0.003  # alpha_1 of eq. 23
+    alpha_device: float = 0.05  # alpha_2 of eq. 26
+    alpha_comm: float = 0.02  # alpha_3 of eq. 29
+    token_dropping: bool = False  # device-level dropping, training only
+    capacity_factor: float = 1.0  # a device's budget over its average load
+    exempt_fraction: float = 0.1  # share of sequences whose tokens are never dropped
+
+
+@dataclass
+class ModelConfig:
+    """Sizes under their names in the published configuration."""
+
+    vocab_size: int = 4096
+    hidden_size: int = 192
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 4
+    q_lora_rank: int | None = None  # None: queries come straight from the hidden state
+    kv_lora_rank: int = 64
+    qk_nope_head_dim: int = 32
+    qk_rope_head_dim: int = 16
+    v_head_dim: int = 32
+    intermediate_size: int = 512  # width of the dense FFN
+    moe_intermediate_size: int = 96  # width of one expert
+    n_routed_experts: int = 16
+    n_shared_experts: int = 1
+    num_experts_per_tok: int = 4  # K
+    n_group: int = 4  # D: expert groups ("devices" in the paper), independent of the layout
+    topk_group: int = 2  # M: groups that one token may reach
+    first_k_dense_replace: int = 1  # this many first layers have a dense FFN
+    routed_scaling_factor: float = 1.0
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    max_position_embeddings: int = 4096
+    initializer_range: float = 0.006  # standard deviation of every weight matrix at the start
+    balance: BalanceConfig = field(default_factory=BalanceConfig)
+
+
+@dataclass
+class DataConfig:
+    source: DataSource = DataSource.stdlib
+    sequence_length: int = 256  # tokens a sequence
+    seed: int = 0  # order of the training sequences
+    path: str = "prepared/stdlib"  # the prepared folder (stdlib, local)
+    # stdlib only
+    vocab_size: int = 4096  # pieces of the tokenizer trained on it
+    # hf_stream only
+    dataset: str | None = None  # name on the hub, or a builder such as "json" with data_files
+    subset: str | None = None
+    data_files: list[str] | None = None
+    split: str = "train"
+    val_split: str = "validation"
+    text_column: str = "text"
+    tokenizer: str | None = None  # a sentencepiece .model or a tokenizer.json
+    lanes: int = 8  # independent sub-streams; at most the number of the dataset's files
+    shuffle_window: int = 64  # sequences shuffled together within a lane
+
+
+@dataclass
+class OptimConfig:
+    lr: float = 4.2e-4  # peak
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1  # on matrices; norms are not decayed
+    grad_clip: float = 1.0  # largest global gradient norm
+    total_tokens: int = 1_000_000  # tokens of the whole run
+    warmup_steps: int = 20  # optimizer steps of linear warm-up
+    decay_factor: float = 0.316  # the rate is multiplied by this ...
+    decay_at: list[float] = field(default_factory=lambda: [0.6, 0.9])  # ... at these shares of the tokens
+    batch_size: int = 16  # sequences an optimizer step, over all ranks
+    batch_size_start: int | None = None  # the ramp's first batch; None: no ramp
+    batch_ramp_tokens: int = 0  # tokens over which the batch grows
+    batch_ramp_increment: int = 1  # the batch grows by multiples of this many sequences
+
+
+@dataclass
+class ParallelConfig:
+    expert_parallel_size: int = 1  # ranks that share one copy of the routed experts
+    zero_stage: int = 1  # DeepSpeed ZeRO: 0, 1, 2 or 3
+    micro_batch_size: int = 4  # sequences a rank runs forward at once
+    precision: Precision = Precision.fp32
+    activation_checkpointing: bool = False  # recompute each layer in backward
+    device: Device = Device.auto
+
+
+@dataclass
+class LoggingConfig:
+    wandb: WandbMode = WandbMode.auto
+    project: str = "dsv2"
+    entity: str | None = None
+    every: int = 10  # steps a window of routing statistics
+
+
+@dataclass
+class EvalConfig:
+    every: int = 200  # optimizer steps; evaluation also runs at the end
+    sequences: int = 64  # the first ones of the validation split
+    sample_prompt: str = ""  # text the final sample continues
+    sample_tokens: int = 64  # its length; 0: no sample
+
+
+@dataclass
+class CheckpointConfig:
+    every: int = 200  # optimizer steps; 0: only at the end and on a signal
+    keep: int = 2  # newest complete checkpoints kept
+
+
+@dataclass
+class Config:
+    name: str = "run"  # the run's files go to runs_dir/name
+    runs_dir: str = "runs"
+    seed: int = 0  # initial weights and exempt sequences
+    resume: str = "auto"  # auto: newest complete checkpoint of this run; never; or a checkpoint's path
+    stop_step: int | None = None  # save and stop after this step; the schedule stays that of the whole run
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+
+def register_schema() -> None:
+    """Make the dataclasses known to Hydra as the node `schema`, which conf/config.yaml starts from."""
+    ConfigStore.instance().store(name="schema", node=Config)
