@@ -1,18 +1,12 @@
 """Typed configuration: what every field means, and what is refused before anything starts.
 
-Hydra composes `conf/` into a `DictConfig` typed by these dataclasses; `load_config` turns it into a
-`Config` once, in train.py, and `validate` refuses impossible combinations. This module imports
-neither torch nor deepspeed, so `train.py --help` answers at once.
+Hydra composes `conf/` into these dataclasses once (dsv2/compose.py); `validate` then refuses
+impossible combinations. This module imports neither torch nor hydra, so that the model can use its
+part of it and `train.py --help` answers at once.
 """
 
-import dataclasses
-import difflib
 import enum
 from dataclasses import dataclass, field
-
-from hydra.core.config_store import ConfigStore
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from dsv2.errors import UserError
 
@@ -50,6 +44,7 @@ class BalanceConfig:
     token_dropping: bool = False  # device-level dropping, training only
     capacity_factor: float = 1.0  # a device's budget over its average load
     exempt_fraction: float = 0.1  # share of sequences whose tokens are never dropped
+    exempt_seed: int = 0  # which sequences these are
 
 
 @dataclass
@@ -86,7 +81,7 @@ class DataConfig:
     source: DataSource = DataSource.stdlib
     sequence_length: int = 256  # tokens a sequence
     seed: int = 0  # order of the training sequences
-    path: str = "prepared/stdlib"  # the prepared folder (stdlib, local)
+    path: str = "???"  # the prepared folder (stdlib, local); ??? is Hydra's word for "must be given"
     # stdlib only
     vocab_size: int = 4096  # pieces of the tokenizer trained on it
     # hf_stream only
@@ -155,7 +150,7 @@ class CheckpointConfig:
 class Config:
     name: str = "run"  # the run's files go to runs_dir/name
     runs_dir: str = "runs"
-    seed: int = 0  # initial weights and exempt sequences
+    seed: int = 0  # initial weights
     resume: str = "auto"  # auto: newest complete checkpoint of this run; never; or a checkpoint's path
     stop_step: int | None = None  # save and stop after this step; the schedule stays that of the whole run
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -167,6 +162,172 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
 
-def register_schema() -> None:
-    """Make the dataclasses known to Hydra as the node `schema`, which conf/config.yaml starts from."""
-    ConfigStore.instance().store(name="schema", node=Config)
+def _refuse(field_name: str, value: object, right: str) -> None:
+    raise UserError(f"{field_name}={value}: {right}")
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(d) for d in range(1, number + 1) if number % d == 0)
+
+
+def _require_positive(section: str, values: object, names: list[str], least: float = 1) -> None:
+    for name in names:
+        if (value := getattr(values, name)) < least:
+            _refuse(f"{section}.{name}", value, f"must be at least {least}")
+
+
+def _require_fraction(section: str, values: object, names: list[str]) -> None:
+    for name in names:
+        if not 0 <= (value := getattr(values, name)) <= 1:
+            _refuse(f"{section}.{name}", value, "must lie between 0 and 1")
+
+
+def validate(config: Config, world_size: int) -> None:
+    """Refuse what cannot run, before any process group or model is made.
+
+    Args:
+        config: the whole configuration.
+        world_size: number of processes of the job.
+
+    Raises:
+        UserError: names the field, its value and what would be right.
+    """
+    _validate_model(config.model)
+    _validate_moe(config.model)
+    _validate_optim(config.optim)
+    _validate_parallel(config, world_size)
+    _require_positive("data", config.data, ["sequence_length", "lanes", "shuffle_window", "vocab_size"])
+    if config.data.sequence_length > config.model.max_position_embeddings:
+        _refuse(
+            "data.sequence_length",
+            config.data.sequence_length,
+            f"must be at most model.max_position_embeddings={config.model.max_position_embeddings}",
+        )
+    _require_positive("logging", config.logging, ["every"])
+    _require_positive("eval", config.eval, ["every", "sequences"])
+    _require_positive("eval", config.eval, ["sample_tokens"], least=0)
+    _require_positive("checkpoint", config.checkpoint, ["every"], least=0)
+    _require_positive("checkpoint", config.checkpoint, ["keep"])
+    if not config.name or "/" in config.name or config.name.startswith("."):
+        _refuse("name", repr(config.name), "must be a plain folder name, such as my-run")
+    if config.stop_step is not None and config.stop_step < 1:
+        _refuse("stop_step", config.stop_step, "must be at least 1, or null")
+
+
+def _validate_model(model: ModelConfig) -> None:
+    sizes = [
+        "vocab_size",
+        "hidden_size",
+        "num_attention_heads",
+        "kv_lora_rank",
+        "qk_nope_head_dim",
+        "qk_rope_head_dim",
+        "v_head_dim",
+        "intermediate_size",
+        "moe_intermediate_size",
+        "num_experts_per_tok",
+        "max_position_embeddings",
+    ]
+    _require_positive("model", model, sizes)
+    _require_positive("model", model, ["n_shared_experts"], least=0)
+    if model.q_lora_rank is not None and model.q_lora_rank < 1:
+        _refuse("model.q_lora_rank", model.q_lora_rank, "must be at least 1, or null for no query compression")
+    if model.qk_rope_head_dim % 2:
+        _refuse("model.qk_rope_head_dim", model.qk_rope_head_dim, "must be even: RoPE turns pairs")
+    for name in ("rms_norm_eps", "rope_theta", "initializer_range", "routed_scaling_factor"):
+        if getattr(model, name) <= 0:
+            _refuse(f"model.{name}", getattr(model, name), "must be above 0")
+    if not 0 <= model.first_k_dense_replace < model.num_hidden_layers:
+        _refuse(
+            "model.first_k_dense_replace",
+            model.first_k_dense_replace,
+            f"must leave at least one MoE layer of model.num_hidden_layers={model.num_hidden_layers}",
+        )
+
+
+def _validate_moe(model: ModelConfig) -> None:
+    experts, groups, limit = model.n_routed_experts, model.n_group, model.topk_group
+    _require_positive("model", model, ["n_routed_experts", "n_group", "topk_group"])
+    if experts % groups:
+        _refuse(
+            "model.n_group",
+            groups,
+            f"must divide model.n_routed_experts={experts}: one of {_divisors(experts)}",
+        )
+    if limit > groups:
+        _refuse("model.topk_group", limit, f"must be at most model.n_group={groups}")
+    if model.num_experts_per_tok > limit * experts // groups:
+        _refuse(
+            "model.num_experts_per_tok",
+            model.num_experts_per_tok,
+            f"must be at most {limit * experts // groups}, the experts that model.topk_group={limit} of "
+            f"model.n_group={groups} groups hold",
+        )
+    balance = model.balance
+    _require_positive("model.balance", balance, ["alpha_expert", "alpha_device", "alpha_comm"], least=0)
+    _require_fraction("model.balance", balance, ["exempt_fraction"])
+    if balance.capacity_factor <= 0:
+        _refuse("model.balance.capacity_factor", balance.capacity_factor, "must be above 0")
+
+
+def _validate_optim(optim: OptimConfig) -> None:
+    _require_positive("optim", optim, ["total_tokens", "batch_size", "batch_ramp_increment"])
+    _require_positive("optim", optim, ["warmup_steps", "weight_decay", "batch_ramp_tokens"], least=0)
+    _require_fraction("optim", optim, ["beta1", "beta2", "decay_factor"])
+    for name in ("lr", "eps", "grad_clip"):
+        if getattr(optim, name) <= 0:
+            _refuse(f"optim.{name}", getattr(optim, name), "must be above 0")
+    if optim.decay_at != sorted(optim.decay_at) or not all(0 < f < 1 for f in optim.decay_at):
+        _refuse("optim.decay_at", optim.decay_at, "must be rising shares of the tokens, such as [0.6, 0.9]")
+    start = optim.batch_size_start
+    if start is not None and not 1 <= start <= optim.batch_size:
+        _refuse("optim.batch_size_start", start, f"must lie between 1 and optim.batch_size={optim.batch_size}")
+    if start is not None and optim.batch_ramp_tokens == 0:
+        _refuse("optim.batch_ramp_tokens", 0, "must be above 0 when optim.batch_size_start is given")
+
+
+def _validate_parallel(config: Config, world_size: int) -> None:
+    parallel, model, optim = config.parallel, config.model, config.optim
+    ep, stage = parallel.expert_parallel_size, parallel.zero_stage
+    _require_positive("parallel", parallel, ["expert_parallel_size", "micro_batch_size"])
+    if world_size % ep:
+        _refuse(
+            "parallel.expert_parallel_size",
+            ep,
+            f"must divide the number of processes, {world_size}: one of {_divisors(world_size)}",
+        )
+    if model.n_routed_experts % ep:
+        _refuse(
+            "parallel.expert_parallel_size",
+            ep,
+            f"must divide model.n_routed_experts={model.n_routed_experts}: "
+            f"one of {_divisors(model.n_routed_experts)}",
+        )
+    if ep % model.n_group and model.n_group % ep:
+        _refuse(
+            "parallel.expert_parallel_size",
+            ep,
+            f"must divide model.n_group={model.n_group} or be a multiple of it, so that a group lives on "
+            "whole ranks",
+        )
+    if stage not in (0, 1, 2, 3):
+        _refuse("parallel.zero_stage", stage, "must be 0, 1, 2 or 3")
+    if stage == 0 and parallel.precision is Precision.bf16:
+        _refuse(
+            "parallel.zero_stage",
+            stage,
+            "bf16 needs stage 1, 2 or 3, which keep fp32 master weights; or use parallel.precision=fp32",
+        )
+    share = parallel.micro_batch_size * world_size
+    sizes = {"optim.batch_size": optim.batch_size}
+    if optim.batch_size_start is not None:
+        sizes["optim.batch_size_start"] = optim.batch_size_start
+        sizes["optim.batch_ramp_increment"] = optim.batch_ramp_increment
+    for name, size in sizes.items():
+        if size % share:
+            _refuse(
+                name,
+                size,
+                f"must be a multiple of {share} = parallel.micro_batch_size={parallel.micro_batch_size} x "
+                f"{world_size} processes",
+            )

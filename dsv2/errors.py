@@ -1,4 +1,4 @@
-"""The one exception for mistakes that a user can mend."""
+"""The exceptions that end a run with one message in place of a traceback."""
 
 
 class UserError(ValueError):
@@ -7,3 +7,11 @@ class UserError(ValueError):
     The text names the field (or file), its value and what would be right. Entry points print it
     once, from rank 0, without a traceback, and exit with code 2.
     """
+
+
+class Diverged(Exception):
+    """The loss or the gradient is no longer a number; the text names the step. Exit code 3."""
+
+
+class CheckpointError(Exception):
+    """A checkpoint could not be written; earlier ones are untouched. Exit code 1 if it was the last."""

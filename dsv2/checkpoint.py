@@ -1,0 +1,318 @@
+"""Checkpoints: one format for every layout, complete or absent.
+
+A checkpoint is a folder `step-00000120` with torch.distributed.checkpoint files and `state.json`. For
+every parameter it holds the fp32 weights and Adam's two moments as flat tensors of the WHOLE
+parameter; each rank writes and reads the contiguous ranges it owns (`Fragment`), so world size,
+expert-parallel size and ZeRO stage may change between save and load.
+
+It is written to `step-00000120.partial` and renamed at the end, after `state.json`, which records
+every file's size: a checkpoint that was cut short is never taken for a whole one.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+
+from dsv2.errors import CheckpointError, UserError
+from dsv2.parallel.deepspeed_moe import Fragment, base_optimizer, fragments, refresh_model_weights
+from dsv2.parallel.mesh import Mesh
+
+FORMAT = "dsv2-checkpoint-1"
+STATE_FILE = "state.json"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass
+class RunState:
+    """Everything but tensors that a run needs to go on."""
+
+    step: int = 0  # optimizer steps done
+    tokens: int = 0  # tokens seen
+    data: dict[str, Any] | None = None  # the stream's state
+    wandb_id: str | None = None
+
+
+class _Range:
+    """A rank's range of a flat tensor, as torch.distributed.checkpoint's planners want it."""
+
+    def __init__(self, local: Tensor, offset: int, total: int):
+        self.local, self.offset, self.total = local, torch.Size([offset]), torch.Size([total])
+
+    def size(self) -> torch.Size:
+        return self.total
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        return [ChunkStorageMetadata(self.offset, self.local.size())]
+
+    def __create_write_items__(self, name: str, _: object) -> list[WriteItem]:
+        data = TensorWriteData(
+            chunk=self.__create_chunk_list__()[0],
+            properties=TensorProperties.create_from_tensor(self.local),
+            size=self.total,
+        )
+        return [WriteItem(MetadataIndex(name, self.offset), WriteItemType.SHARD, tensor_data=data)]
+
+
+class _SavePlanner(DefaultSavePlanner):
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        return self.state_dict[index.fqn].local
+
+
+class _LoadPlanner(DefaultLoadPlanner):
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        return self.state_dict[index.fqn].local
+
+
+def _moment(optimizer: torch.optim.Optimizer, fragment: Fragment, key: str) -> Tensor:
+    state = optimizer.state[fragment.owner]
+    if key not in state:  # before the first step Adam has no moments yet
+        state[key] = torch.zeros_like(fragment.owner.detach())
+    return state[key]
+
+
+def _ranges(engine: deepspeed.DeepSpeedEngine) -> dict[str, _Range]:
+    """What this rank owns, as views: writing to them loads a checkpoint."""
+    optimizer = base_optimizer(engine)
+    ranges = {}
+    for fragment in fragments(engine):
+        tensors = {"fp32": fragment.owner} | {key: _moment(optimizer, fragment, key) for key in MOMENTS}
+        for key, tensor in tensors.items():
+            name = f"{key}/{fragment.name}"
+            ranges[name] = _Range(fragment.view(tensor), fragment.offset, fragment.total)
+    return ranges
+
+
+def save(
+    engine: deepspeed.DeepSpeedEngine,
+    state: RunState,
+    config: dict[str, Any],
+    folder: Path,
+    keep: int,
+    mesh: Mesh,
+) -> Path:
+    """Write `folder/step-N` and delete all but the newest `keep` complete checkpoints. Collective.
+
+    Raises:
+        CheckpointError: on every rank, if any rank could not write; nothing of the attempt is left.
+    """
+    target = folder / f"step-{state.step:08d}"
+    partial = target.with_suffix(".partial")
+    rng = _gather_objects(torch.get_rng_state(), mesh)
+
+    def prepare() -> None:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+
+    def complete() -> None:
+        torch.save(rng, partial / "rng.pt")
+        _write_state(partial, state, config, engine)
+        shutil.rmtree(target, ignore_errors=True)  # an older try at the same step
+        os.rename(partial, target)
+        _sync_folder(folder)
+
+    try:
+        _on_main(prepare, mesh)
+        _write_ranges(engine, partial, mesh)
+        _on_main(complete, mesh)
+    except CheckpointError as error:
+        if mesh.is_main:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointError(f"checkpoint {target} could not be written: {error}") from None
+    if mesh.is_main:
+        for old in complete_checkpoints(folder)[keep:]:
+            shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def _write_ranges(engine: deepspeed.DeepSpeedEngine, partial: Path, mesh: Mesh) -> None:
+    try:
+        dcp.save(
+            _ranges(engine),
+            storage_writer=dcp.FileSystemWriter(partial),
+            planner=_SavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+            process_group=mesh.cpu_group,
+        )
+    except dcp.api.CheckpointException as error:  # raised on every rank
+        raise CheckpointError(_root_cause(error)) from error
+
+
+def _on_main(action: Callable[[], None], mesh: Mesh) -> None:
+    """Run it on rank 0 and let every rank know whether it worked."""
+    problem = None
+    if mesh.is_main:
+        try:
+            action()
+        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+            problem = str(error)
+    if problem := _gather_objects(problem, mesh)[0]:
+        raise CheckpointError(problem)
+
+
+def _root_cause(error: dcp.api.CheckpointException) -> str:
+    """The first rank's own words, out of DCP's collection of every rank's exceptions."""
+    failures = list(error.failures.values())
+    return str(failures[0][0]) if failures else str(error)
+
+
+def _write_state(partial: Path, state: RunState, config: dict[str, Any], engine: deepspeed.DeepSpeedEngine) -> None:
+    sizes = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
+    steps = [float(s["step"]) for s in base_optimizer(engine).state.values() if "step" in s]
+    content = {
+        "format": FORMAT,
+        "run": asdict(state),
+        "adam_step": max(steps, default=0.0),
+        "config": config,
+        "files": sizes,
+    }
+    with open(partial / STATE_FILE, "w") as file:
+        json.dump(content, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the rename itself survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def check(path: Path) -> dict[str, Any]:
+    """The content of a whole checkpoint's state.json.
+
+    Raises:
+        UserError: `path` is missing, foreign, torn or truncated; the text says which file and how.
+    """
+    if not path.is_dir():
+        raise UserError(f"checkpoint {path}: there is no such folder")
+    try:
+        content = json.loads((path / STATE_FILE).read_text())
+    except FileNotFoundError:
+        raise UserError(
+            f"checkpoint {path}: no {STATE_FILE} in it; it is not a dsv2 checkpoint, or its writing was cut short"
+        ) from None
+    except (ValueError, OSError) as error:
+        raise UserError(f"checkpoint {path}: {STATE_FILE} cannot be read ({error})") from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise UserError(f"checkpoint {path}: {STATE_FILE} is not of the format {FORMAT}")
+    for name, size in content["files"].items():
+        file = path / name
+        found = file.stat().st_size if file.exists() else None
+        if found != size:
+            how = "is missing" if found is None else f"has {found} bytes of {size}"
+            raise UserError(f"checkpoint {path}: {name} {how}; use an older checkpoint")
+    return content
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """Whole checkpoints in the folder, newest first."""
+    found = []
+    for path in sorted(folder.glob("step-*"), reverse=True):
+        try:
+            if path.suffix != ".partial":
+                check(path)
+                found.append(path)
+        except UserError:
+            continue
+    return found
+
+
+def find(resume: str, folder: Path, config: dict[str, Any]) -> tuple[Path | None, list[str]]:
+    """The checkpoint that `resume` means, or None for a fresh start; and warnings about damaged ones.
+
+    Args:
+        resume: `auto` (the newest whole one in `folder`), `never`, or a checkpoint's path.
+        folder: the run's own checkpoints.
+        config: the configuration that is to go on from it.
+
+    Raises:
+        UserError: the given path is no whole checkpoint; `never` with checkpoints there to lose;
+            `auto` when checkpoints are there and none is whole; a model of other sizes.
+    """
+    if resume not in ("auto", "never"):
+        path = Path(resume)
+        _check_same_model(path, check(path)["config"]["model"], config["model"])
+        return path, []
+    present = [p for p in sorted(folder.glob("step-*"), reverse=True) if p.suffix != ".partial"]
+    if resume == "never":
+        if present:
+            raise UserError(
+                f"resume=never: {folder} already holds {present[0].name}; use resume=auto to continue that run, "
+                "or another name=NAME to start afresh beside it"
+            )
+        return None, []
+    warnings = []
+    for path in present:
+        try:
+            content = check(path)
+        except UserError as error:
+            warnings.append(str(error))
+            continue
+        _check_same_model(path, content["config"]["model"], config["model"])
+        return path, warnings
+    if present:
+        raise UserError(
+            f"resume=auto: no checkpoint in {folder} is whole ({warnings[0]}); move the folder away to start afresh"
+        )
+    return None, warnings
+
+
+def load(engine: deepspeed.DeepSpeedEngine, path: Path, mesh: Mesh) -> RunState:
+    """Load weights, optimizer and random state into a freshly built engine of any layout. Collective.
+
+    Raises:
+        UserError: damaged.
+    """
+    content = check(path)
+    try:
+        dcp.load(
+            _ranges(engine),
+            storage_reader=dcp.FileSystemReader(path),
+            planner=_LoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+            process_group=mesh.cpu_group,
+        )
+    except dcp.api.CheckpointException as error:
+        raise UserError(f"checkpoint {path}: cannot be read ({_root_cause(error)}); use an older one") from error
+    for state in base_optimizer(engine).state.values():
+        # One tensor each: ranks' optimizers count up in place.
+        state["step"] = torch.tensor(content["adam_step"])
+    refresh_model_weights(engine)
+    rng = torch.load(path / "rng.pt", weights_only=True)
+    if len(rng) == mesh.world_size:
+        torch.set_rng_state(rng[mesh.rank])
+    run = RunState(**content["run"])
+    engine.global_steps = run.step
+    return run
+
+
+def _check_same_model(path: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
+    for key, value in wanted.items():
+        if key not in ("balance", "max_position_embeddings") and saved.get(key) != value:
+            raise UserError(
+                f"model.{key}={value}: the checkpoint {path} was saved with model.{key}={saved.get(key)}; "
+                "use that, or start another run with name=NAME"
+            )
+
+
+def _gather_objects(value: Any, mesh: Mesh) -> list[Any]:
+    """Every rank's value, in rank order, on every rank."""
+    if mesh.cpu_group is None:
+        return [value]
+    values: list[Any] = [None] * mesh.world_size
+    dist.all_gather_object(values, value, group=mesh.cpu_group)
+    return values

@@ -1,0 +1,121 @@
+"""From Hydra's composed configuration to `Config`, and from its errors to one clear message."""
+
+import dataclasses
+import difflib
+import os
+import re
+import typing
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from hydra.errors import MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+
+from dsv2.config import Config
+from dsv2.errors import UserError
+
+
+def launched_ranks() -> tuple[int, int]:
+    """(rank, number of processes) that torchrun gave this process; (0, 1) without torchrun."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def register_schema() -> None:
+    """Make the dataclasses known to Hydra as the node `schema`, which conf/config.yaml starts from."""
+    ConfigStore.instance().store(name="schema", node=Config)
+
+
+def to_config(composed: DictConfig) -> Config:
+    """The typed configuration.
+
+    Raises:
+        UserError: a key that no field has (Hydra itself lets `+key=value` through), or a field
+            without a value.
+    """
+    for key in _keys(composed):
+        if key not in field_types():
+            raise UserError(unknown_key(key, f"+{key}={OmegaConf.select(composed, key)}"))
+    if missing := sorted(OmegaConf.missing_keys(composed)):
+        raise UserError(f"{missing[0]}: must be given, as {missing[0]}=VALUE")
+    config = OmegaConf.to_object(composed)
+    assert isinstance(config, Config)
+    return config
+
+
+def to_plain(config: Config) -> dict[str, Any]:
+    """The configuration as plain dicts, lists, numbers and strings."""
+    plain = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
+    assert isinstance(plain, dict)
+    return plain  # type: ignore[return-value]
+
+
+def to_yaml(config: Config) -> str:
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def field_types() -> dict[str, Any]:
+    """Every field's dotted name and its type; sections are included."""
+
+    def walk(cls: type, prefix: str) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name, hint in typing.get_type_hints(cls).items():
+            found[prefix + name] = hint
+            if dataclasses.is_dataclass(hint):
+                found |= walk(typing.cast(type, hint), f"{prefix}{name}.")
+        return found
+
+    return walk(Config, "")
+
+
+def _keys(node: DictConfig, prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    for name in node:
+        keys.append(f"{prefix}{name}")
+        child = node._get_node(name)
+        if isinstance(child, DictConfig) and not child._is_none():
+            keys += _keys(child, f"{prefix}{name}.")
+    return keys
+
+
+def unknown_key(key: str, given: str | None = None) -> str:
+    """The message for a key that no field has, with the nearest field that exists.
+
+    Args:
+        key: dotted name.
+        given: the override as it was written, where it is known.
+    """
+    names = list(field_types())
+    near = difflib.get_close_matches(key, names, n=1, cutoff=0.7)
+    if not near:  # the right name in the wrong section, such as lr for optim.lr
+        leaf = difflib.get_close_matches(key.split(".")[-1], [n.split(".")[-1] for n in names], n=1)
+        near = [n for n in names if leaf and n.split(".")[-1] == leaf[0]]
+    hint = f"did you mean {near[0]}?" if near else "see train.py --cfg job for the fields there are"
+    return f"{given or key}: there is no such field; {hint}"
+
+
+def explain(error: Exception, overrides: list[str]) -> UserError:
+    """One message, naming the field, for what Hydra and OmegaConf raise while composing.
+
+    Args:
+        error: the exception.
+        overrides: the command line's arguments, to quote the one at fault.
+    """
+    if isinstance(error, MissingConfigException) and error.options is not None:
+        group, _, option = (error.missing_cfg_file or "").rpartition("/")
+        near = difflib.get_close_matches(option, error.options, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        return UserError(f"{group}={option}: there is no such option; {hint}one of {', '.join(error.options)}")
+    text = f"{error}\n{error.__cause__ or ''}"
+    found = re.search(r"Could not override '([^'@]+)", text) or re.search(r"full_key: (\S+)", text)
+    if found is None:
+        return UserError(" ".join(str(error).split("\nSee https")[0].split()))
+    key = found.group(1)
+    given = next((o for o in overrides if o.lstrip("+~").startswith(f"{key}=")), None)
+    if key not in field_types():
+        return UserError(unknown_key(key, given))
+    reason = str(error.__cause__ or error).splitlines()[0].split("composing config: ")[-1]
+    return UserError(f"{given or key}: {reason} (expected {_type_name(field_types()[key])})")
+
+
+def _type_name(hint: Any) -> str:
+    return str(hint) if typing.get_args(hint) else hint.__name__

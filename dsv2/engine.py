@@ -1,0 +1,168 @@
+"""The DeepSpeed engine behind three verbs: train a step, evaluate a batch, compute logits.
+
+The loss is a mean over the micro-batch's tokens and sequences, all micro-batches are of one size, and
+DeepSpeed averages gradients over ranks; dividing by the number of micro-batches therefore gives the
+gradient of the mean over the global batch, whatever the layout.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from data.stream import Batch, Stream
+from dsv2.config import ModelConfig, OptimConfig, ParallelConfig, Precision
+from dsv2.model.init import init_weights
+from dsv2.model.transformer import DeepseekV2, ModelOutput
+from dsv2.moe.balance import BalanceLosses
+from dsv2.moe.stats import RoutingStats
+from dsv2.parallel.deepspeed_moe import adopt, is_expert, parameter_groups
+from dsv2.parallel.mesh import Mesh
+
+
+class StepResult(NamedTuple):
+    """Means over the global batch, the same on every rank; the statistics are this rank's sums."""
+
+    loss: float  # lm_loss + weighted balance losses
+    lm_loss: float  # nats a token
+    balance: BalanceLosses  # raw, [L] each
+    grad_norm: float  # before clipping
+    stats: RoutingStats
+
+
+def deepspeed_config(optim: OptimConfig, parallel: ParallelConfig, world_size: int) -> dict[str, Any]:
+    """DeepSpeed's configuration, made from ours; there is no second one to write by hand."""
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": parallel.micro_batch_size,
+        # The engine below scales the loss and marks the last micro-batch itself, as the batch may grow.
+        "gradient_accumulation_steps": 1,
+        "train_batch_size": parallel.micro_batch_size * world_size,
+        # ZeRO-0's own clipping gets the norm of experts wrong; `_clip_replicated` stands in.
+        "gradient_clipping": optim.grad_clip if parallel.zero_stage else 0.0,
+        "zero_optimization": {
+            "stage": parallel.zero_stage,
+            "contiguous_gradients": True,
+            "reduce_scatter": True,
+        },
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+    }
+    if parallel.precision is Precision.bf16:
+        config["bf16"] = {"enabled": True}
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+    return config
+
+
+def build_model(config: ModelConfig, seed: int, recompute: bool, mesh: Mesh) -> DeepseekV2:
+    """This rank's share of the model on its device, with its initial weights."""
+    with mesh.device:
+        model = DeepseekV2(config, mesh.ep_group, recompute)
+    init_weights(model, config.initializer_range, seed)
+    return model
+
+
+def share_of_step(stream: Stream, batch_size: int, micro_batch_size: int, mesh: Mesh) -> list[Batch]:
+    """This rank's micro-batches of the next `batch_size` global sequences.
+
+    Consecutive sequences go to consecutive ranks, so that the sequences which one EP group sees
+    together depend on their number alone, not on how ranks and micro-batches make it up.
+    """
+    together = micro_batch_size * mesh.world_size
+    return [
+        stream.take(together, mesh.rank * micro_batch_size, micro_batch_size)
+        for _ in range(batch_size // together)
+    ]
+
+
+class Engine:
+    """A model under DeepSpeed, with its optimizer."""
+
+    def __init__(self, model: DeepseekV2, optim: OptimConfig, parallel: ParallelConfig, mesh: Mesh):
+        adopt(model, mesh)
+        self.mesh, self.grad_clip = mesh, optim.grad_clip
+        optimizer = torch.optim.AdamW(
+            parameter_groups(model, mesh, optim.weight_decay),
+            lr=optim.lr,
+            betas=(optim.beta1, optim.beta2),
+            eps=optim.eps,
+        )
+        self.deepspeed, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=deepspeed_config(optim, parallel, mesh.world_size)
+        )
+
+    @property
+    def model(self) -> nn.Module:
+        return self.deepspeed.module
+
+    def train_step(self, micro_batches: Sequence[Batch], lr: float) -> StepResult:
+        """One optimizer step over this rank's micro-batches."""
+        count = len(micro_batches)
+        for group in self.deepspeed.optimizer.param_groups:
+            group["lr"] = lr
+        self.deepspeed.train()
+        sums: Tensor | None = None
+        stats: RoutingStats | None = None
+        for index, batch in enumerate(micro_batches):
+            last = index == count - 1
+            output: ModelOutput = self.deepspeed(*self._inputs(batch))
+            self.deepspeed.set_gradient_accumulation_boundary(last)
+            self.deepspeed.backward(output.loss / count, scale_wrt_gas=False)
+            if last and self.deepspeed.zero_optimization_stage() == 0:
+                grad_norm = self._clip_replicated()
+            self.deepspeed.step()
+            losses = torch.cat((torch.stack((output.loss.detach(), output.lm_loss)), *output.balance))
+            sums = losses if sums is None else sums + losses
+            stats = output.stats if stats is None else stats.plus(output.stats)
+        assert sums is not None and stats is not None, "a step has at least one micro-batch"
+        if self.deepspeed.zero_optimization_stage() > 0:
+            grad_norm = float(self.deepspeed.get_global_grad_norm())
+        means = self.mean_over_ranks(sums / count).tolist()
+        layers = len(means[2:]) // 3
+        balance = BalanceLosses(*torch.tensor(means[2:]).split(layers))
+        return StepResult(means[0], means[1], balance, grad_norm, stats)
+
+    @torch.no_grad()
+    def lm_losses(self, batch: Batch) -> Tensor:
+        """Cross-entropy of every label, fp32 [B, S], in nats; without dropping."""
+        self.deepspeed.eval()
+        ids, labels, sequence_ids = self._inputs(batch)
+        logits = self.deepspeed(ids, None, sequence_ids)
+        losses = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+        return losses.view_as(labels)
+
+    @torch.no_grad()
+    def logits(self, input_ids_BS: Tensor) -> Tensor:
+        """fp32 [B, S, vocab]; every rank must call it, with inputs of one shape."""
+        self.deepspeed.eval()
+        ids = input_ids_BS.to(self.mesh.device)
+        return self.deepspeed(ids, None, torch.zeros(len(ids), dtype=torch.long, device=ids.device))
+
+    def mean_over_ranks(self, tensor: Tensor) -> Tensor:
+        """The mean of every rank's tensor, in fp64 so that equal losses stay equal."""
+        return self.sum_over_ranks(tensor) / self.mesh.world_size
+
+    def sum_over_ranks(self, tensor: Tensor) -> Tensor:
+        total = tensor.double()
+        dist.all_reduce(total)
+        return total
+
+    def _inputs(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        device = self.mesh.device
+        return batch.input_ids.to(device), batch.labels.to(device), batch.sequence_ids.to(device)
+
+    def _clip_replicated(self) -> float:
+        """Clip reduced gradients that every rank holds whole (ZeRO-0): norm over all experts."""
+        dense, experts = [], []
+        for parameter in self.model.parameters():
+            if parameter.grad is not None:
+                (experts if is_expert(parameter) else dense).append(parameter.grad)
+        zero = torch.zeros((), device=self.mesh.device)
+        squares = [torch.stack([g.norm() ** 2 for g in grads]).sum() if grads else zero for grads in (dense, experts)]
+        if self.mesh.ep_group is not None:
+            dist.all_reduce(squares[1], group=self.mesh.ep_group)
+        norm = (squares[0] + squares[1]).sqrt()
+        torch._foreach_mul_(dense + experts, (self.grad_clip / (norm + 1e-6)).clamp(max=1.0))
+        return float(norm)

@@ -1,0 +1,31 @@
+"""Initial weights: N(0, initializer_range) for every matrix, 1 for every norm (appendix B.1).
+
+Every parameter, and every single expert, is drawn from a generator of its own, seeded by its name. So
+the start is the same on every layout, and a rank makes only the experts it holds.
+"""
+
+import zlib
+
+import torch
+from torch import nn
+
+from dsv2.moe.experts import RoutedExperts
+
+
+def _normal_(tensor: torch.Tensor, std: float, seed: int, name: str) -> None:
+    generator = torch.Generator(tensor.device).manual_seed(seed * 2**32 + zlib.crc32(name.encode()))
+    tensor.copy_(torch.randn(tensor.shape, generator=generator, device=tensor.device) * std)
+
+
+@torch.no_grad()
+def init_weights(model: nn.Module, std: float, seed: int) -> None:
+    """Fill all parameters in place; drawn in fp32 on the parameter's device."""
+    for module_name, module in model.named_modules():
+        for name, parameter in module.named_parameters(prefix=module_name, recurse=False):
+            if isinstance(module, nn.RMSNorm):
+                parameter.fill_(1.0)
+            elif isinstance(module, RoutedExperts):
+                for local, weight in enumerate(parameter):
+                    _normal_(weight, std, seed, f"{name}.{module.first_expert + local}")
+            else:
+                _normal_(parameter, std, seed, name)

@@ -1,0 +1,124 @@
+"""The DeepSeek-V2 decoder (arXiv 2405.04434, section 2).
+
+Shapes: B sequences, S tokens a sequence, D hidden_size, L MoE layers, P rotary pairs. Module names
+are those of the published weights (`model.layers.3.self_attn.kv_b_proj.weight`).
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dsv2.config import ModelConfig
+from dsv2.model.mla import MultiHeadLatentAttention
+from dsv2.model.rope import rope_tables
+from dsv2.moe.balance import BalanceLosses
+from dsv2.moe.experts import SwiGLU
+from dsv2.moe.layer import MoELayer
+from dsv2.moe.stats import RoutingStats
+
+
+class DecoderLayer(nn.Module):
+    """Attention, then the dense FFN or the mixture of experts, each behind a norm and a residual."""
+
+    def __init__(self, config: ModelConfig, dense: bool, ep_group: dist.ProcessGroup | None):
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = MultiHeadLatentAttention(config)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = (
+            SwiGLU(config.hidden_size, config.intermediate_size) if dense else MoELayer(config, ep_group)
+        )
+
+    def forward(
+        self, x_BSD: Tensor, cos_SP: Tensor, sin_SP: Tensor, sequence_ids_B: Tensor
+    ) -> tuple[Tensor, BalanceLosses | None, RoutingStats | None]:
+        x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), cos_SP, sin_SP)
+        normed_BSD = self.post_attention_layernorm(x_BSD)
+        if isinstance(self.mlp, MoELayer):
+            out = self.mlp(normed_BSD, sequence_ids_B)
+            return x_BSD + out.y_BSD, out.losses, out.stats
+        return x_BSD + self.mlp(normed_BSD), None, None
+
+
+class Decoder(nn.Module):
+    """Embedding, layers and the last norm; `model.*` of the published weights."""
+
+    def __init__(self, config: ModelConfig, ep_group: dist.ProcessGroup | None):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, index < config.first_k_dense_replace, ep_group)
+            for index in range(config.num_hidden_layers)
+        )
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+
+class ModelOutput(NamedTuple):
+    loss: Tensor  # [] lm_loss + the balance losses by their alphas: what backward starts from
+    lm_loss: Tensor  # [] mean cross-entropy a token, nats
+    balance: BalanceLosses  # raw, [L] each
+    stats: RoutingStats  # stacked over the L layers
+
+
+class DeepseekV2(nn.Module):
+    """Decoder with an untied output head and the training loss.
+
+    Args:
+        config: sizes and balance recipe.
+        ep_group: ranks that share one copy of the routed experts; None is one rank.
+        recompute: recompute each layer's activations in backward instead of keeping them.
+    """
+
+    def __init__(
+        self, config: ModelConfig, ep_group: dist.ProcessGroup | None = None, recompute: bool = False
+    ):
+        super().__init__()
+        self.config, self.recompute = config, recompute
+        self.model = Decoder(config, ep_group)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def hidden_states(
+        self, input_ids_BS: Tensor, sequence_ids_B: Tensor
+    ) -> tuple[Tensor, list[BalanceLosses], list[RoutingStats]]:
+        """[B, S, D] after the last norm, with every MoE layer's losses and statistics."""
+        x_BSD = self.model.embed_tokens(input_ids_BS)
+        cos_SP, sin_SP = rope_tables(
+            input_ids_BS.shape[1], self.config.qk_rope_head_dim, self.config.rope_theta, x_BSD.device
+        )
+        losses, stats = [], []
+        for layer in self.model.layers:
+            if self.recompute and self.training:
+                x_BSD, loss, stat = checkpoint(
+                    layer, x_BSD, cos_SP, sin_SP, sequence_ids_B, use_reentrant=False
+                )
+            else:
+                x_BSD, loss, stat = layer(x_BSD, cos_SP, sin_SP, sequence_ids_B)
+            if loss is not None:
+                losses.append(loss)
+                stats.append(stat)
+        return self.model.norm(x_BSD), losses, stats
+
+    def forward(
+        self, input_ids_BS: Tensor, labels_BS: Tensor | None, sequence_ids_B: Tensor
+    ) -> ModelOutput | Tensor:
+        """The training loss of B sequences, or, without labels, the fp32 logits [B, S, vocab]."""
+        hidden_BSD, losses, stats = self.hidden_states(input_ids_BS, sequence_ids_B)
+        logits = self.lm_head(hidden_BSD).float()
+        if labels_BS is None:
+            return logits
+        lm_loss = F.cross_entropy(logits.flatten(0, 1), labels_BS.flatten())
+        balance = BalanceLosses(*(torch.stack(parts) for parts in zip(*losses, strict=True)))
+        recipe = self.config.balance
+        loss = (
+            lm_loss
+            + recipe.alpha_expert * balance.expert.sum()
+            + recipe.alpha_device * balance.device.sum()
+            + recipe.alpha_comm * balance.comm.sum()
+        )
+        return ModelOutput(
+            loss, lm_loss.detach(), BalanceLosses(*(x.detach() for x in balance)), RoutingStats.stack(stats)
+        )

@@ -1,0 +1,40 @@
+"""Feed-forward networks: the dense one, the shared one, and the stack of routed experts.
+
+Shapes: D hidden_size, F width, E experts held by this rank, R rows.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dsv2.kernels.experts import grouped_swiglu
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate x) * up x); the dense FFN and, as one wide network, the shared experts."""
+
+    def __init__(self, hidden_size: int, width: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, width, bias=False)
+        self.up_proj = nn.Linear(hidden_size, width, bias=False)
+        self.down_proj = nn.Linear(width, hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class RoutedExperts(nn.Module):
+    """This rank's block of the routed experts, stacked along dim 0.
+
+    Expert parallelism cuts dim 0 only, so a rank's share is one contiguous range of the whole
+    parameter. `first_expert` is the whole layer's index of the first expert here.
+    """
+
+    def __init__(self, hidden_size: int, width: int, n_experts: int, first_expert: int, n_local: int):
+        super().__init__()
+        self.n_experts, self.first_expert, self.n_local = n_experts, first_expert, n_local
+        self.w13 = nn.Parameter(torch.empty(n_local, 2 * width, hidden_size))  # gate above up
+        self.w2 = nn.Parameter(torch.empty(n_local, hidden_size, width))
+
+    def forward(self, x_RD: Tensor, rows_of_expert: list[int]) -> Tensor:
+        return grouped_swiglu(x_RD, rows_of_expert, self.w13, self.w2)

@@ -1,0 +1,77 @@
+"""The DeepSeekMoE layer (arXiv 2405.04434, section 2.2, eq. 20).
+
+Shapes: B sequences, S tokens a sequence, T = B * S, D hidden_size, K experts a token.
+"""
+
+from typing import NamedTuple
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dsv2.config import ModelConfig
+from dsv2.moe.balance import BalanceLosses, balance_losses
+from dsv2.moe.dispatch import combine, dispatch
+from dsv2.moe.drop import keep_within_budget
+from dsv2.moe.experts import RoutedExperts, SwiGLU
+from dsv2.moe.router import route
+from dsv2.moe.stats import RoutingStats, routing_stats
+
+
+class MoEOutput(NamedTuple):
+    """Losses and statistics are return values: a recomputed layer cannot count them twice."""
+
+    y_BSD: Tensor
+    losses: BalanceLosses
+    stats: RoutingStats
+
+
+class MoELayer(nn.Module):
+    """Shared experts on every token plus K routed experts, chosen within M groups.
+
+    `ep_group` holds the ranks that share one copy of the routed experts; None is one rank.
+    """
+
+    def __init__(self, config: ModelConfig, ep_group: dist.ProcessGroup | None):
+        super().__init__()
+        self.config, self.ep_group = config, ep_group
+        ep_size, ep_rank = (1, 0) if ep_group is None else (ep_group.size(), ep_group.rank())
+        n_experts, width = config.n_routed_experts, config.moe_intermediate_size
+        assert n_experts % ep_size == 0, "validate() checks this"
+        n_local = n_experts // ep_size
+        self.gate = nn.Linear(config.hidden_size, n_experts, bias=False)  # rows are the centroids e_i
+        self.experts = RoutedExperts(config.hidden_size, width, n_experts, ep_rank * n_local, n_local)
+        # A shared FFN of n times the width is n shared experts, added up.
+        self.shared_experts = (
+            SwiGLU(config.hidden_size, config.n_shared_experts * width) if config.n_shared_experts else None
+        )
+
+    def forward(self, x_BSD: Tensor, sequence_ids_B: Tensor) -> MoEOutput:
+        """Eq. 20 without the residual. Tokens are dropped in training only (section 2.2.4)."""
+        config, balance = self.config, self.config.balance
+        x_TD = x_BSD.flatten(0, 1)
+        routing = route(
+            x_TD, self.gate.weight, config.num_experts_per_tok, config.n_group, config.topk_group
+        )
+        keep_TK = None
+        if self.training and balance.token_dropping:
+            keep_TK = keep_within_budget(
+                routing.weights_TK,
+                routing.expert_ids_TK // (config.n_routed_experts // config.n_group),
+                sequence_ids_B,
+                config.n_group,
+                balance.capacity_factor,
+                balance.exempt_fraction,
+                balance.exempt_seed,
+                self.ep_group,
+            )
+        rows_RD, plan = dispatch(x_TD, routing.expert_ids_TK, keep_TK, config.n_routed_experts, self.ep_group)
+        y_RD = self.experts(rows_RD, plan.rows_of_expert)
+        y_TD = combine(y_RD, routing.weights_TK * config.routed_scaling_factor, plan)
+        y_BSD = y_TD.view_as(x_BSD)
+        if self.shared_experts is not None:
+            y_BSD = y_BSD + self.shared_experts(x_BSD)
+        return MoEOutput(
+            y_BSD,
+            balance_losses(routing, len(sequence_ids_B), config.n_group, config.topk_group),
+            routing_stats(routing, keep_TK, config.n_group),
+        )

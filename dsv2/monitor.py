@@ -1,0 +1,212 @@
+"""What a run tells: console lines, metrics, status.json. Rank 0 speaks; sums are over all ranks."""
+
+import json
+import math
+import resource
+import time
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+from data.stream import unigram_nats_of
+from dsv2 import console
+from dsv2.checkpoint import RunState
+from dsv2.compose import to_plain, to_yaml
+from dsv2.config import Config
+from dsv2.engine import Engine, StepResult
+from dsv2.errors import Diverged
+from dsv2.evaluate import Evaluation, Evaluator
+from dsv2.metrics import balance_metrics, routing_metrics
+from dsv2.model.flops import count_parameters, flops_per_token, peak_flops
+from dsv2.moe.stats import RoutingStats
+from dsv2.optim import StepPlan, count_steps
+from dsv2.parallel.mesh import Mesh
+from dsv2.tracker import open_tracker
+
+
+class Monitor:
+    """Follows the loop: `data_ready` and `step` once a step, `evaluation` and `note` as they come.
+
+    As a context it opens the run's tracker and closes it, whatever ends the run.
+    """
+
+    def __init__(self, config: Config, mesh: Mesh, run_dir: Path, state: RunState, warnings: list[str]):
+        self.config, self.mesh, self.run_dir, self.state = config, mesh, run_dir, state
+        self.total_steps = count_steps(config.optim, config.data.sequence_length)
+        self._flops = flops_per_token(config.model, config.data.sequence_length)
+        on_gpu = mesh.device.type == "cuda"
+        self._peak = peak_flops(torch.cuda.get_device_name(mesh.device)) if on_gpu else None
+        self._window: RoutingStats | None = None
+        self._first_step = state.step
+        for warning in warnings:
+            self.note(f"warning: {warning}")
+
+    def __enter__(self) -> "Monitor":
+        config = self.config
+        resumed = self._first_step or None
+        if self.mesh.is_main:
+            save_config(self.run_dir, to_yaml(config), resumed=resumed is not None)
+        self.tracker = open_tracker(
+            config.logging, self.run_dir, config.name, to_plain(config), self.state.wandb_id, self.mesh.is_main
+        )
+        counts = count_parameters(config.model)
+        for line in console.start_lines(
+            name=config.name,
+            parameters=counts.total,
+            active_parameters=counts.active,
+            total_steps=self.total_steps,
+            total_tokens=config.optim.total_tokens,
+            layout=layout_text(config, self.mesh),
+            run_dir=self.run_dir,
+            resumed_step=resumed,
+            dashboard=self.tracker.dashboard_hint,
+        ):
+            self.note(line)
+        self.status("running")
+        self._loop_start = self._last_mark = self._data_mark = time.perf_counter()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            finished = self.state.step == self.total_steps
+            self.status("finished" if finished else "stopped")
+            how = "finished" if finished else "stopped and saved (the same command goes on from here)"
+            self.note(f"{how}: step {self.state.step}/{self.total_steps}")
+            self.note(f"  files   {self.run_dir}")
+            self.note(f"  watch   {self.tracker.dashboard_hint}")
+        else:
+            self.status("failed")
+        self.tracker.close(exit_code=0 if error is None else 1)
+
+    @property
+    def wandb_id(self) -> str | None:
+        """The W&B run's id on rank 0, to be kept in checkpoints."""
+        return self.tracker.wandb_id
+
+    def note(self, text: str) -> None:
+        """A line for the person who watches."""
+        if self.mesh.is_main:
+            print(text, flush=True)
+
+    def status(self, state: str) -> None:
+        """RUN_DIR/status.json: `running`, `stopped`, `finished` or `failed`, for scripts that requeue."""
+        if self.mesh.is_main:
+            content = {"state": state, "step": self.state.step, "total_steps": self.total_steps}
+            partial = self.run_dir / "status.json.partial"
+            partial.write_text(json.dumps(content) + "\n")
+            partial.replace(self.run_dir / "status.json")
+
+    def resume_clock(self) -> None:
+        """Do not count what lies between two steps (evaluation, saving) as the next step's time."""
+        self._last_mark = time.perf_counter()
+
+    def data_ready(self) -> None:
+        self._data_mark = time.perf_counter()
+
+    def step(self, plan: StepPlan, result: StepResult, engine: Engine) -> None:
+        """Log a finished step. Collective at the end of a window of `logging.every` steps.
+
+        Raises:
+            Diverged: the loss or the gradient norm is not a finite number.
+        """
+        now = time.perf_counter()
+        step, seconds = plan.step + 1, now - self._last_mark
+        if not math.isfinite(result.loss) or not math.isfinite(result.grad_norm) or result.grad_norm < 0:
+            raise Diverged(
+                f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}; stopped, nothing saved. "
+                f"The last good checkpoint is in {self.run_dir / 'checkpoints'}; try a lower optim.lr"
+            )
+        self._window = result.stats if self._window is None else self._window.plus(result.stats)
+        metrics = self._step_metrics(plan, result, seconds)
+        if step % self.config.logging.every == 0 or step == self.total_steps:
+            total = RoutingStats(*(engine.sum_over_ranks(x) for x in self._window))
+            metrics |= routing_metrics(total, self.config.model)
+            self._window = None
+        self.tracker.log(metrics, step=step)
+        done = step - self._first_step
+        self.note(
+            console.step_line(
+                step=step,
+                total_steps=self.total_steps,
+                loss=result.loss,
+                grad_norm=result.grad_norm,
+                lr=plan.lr,
+                tok_s=metrics["perf/tok_s"],
+                mem_gib=metrics["perf/mem_gib"],
+                eta_s=(now - self._loop_start) / done * (self.total_steps - step),
+                mfu=metrics.get("perf/mfu"),
+            )
+        )
+        self._last_mark = time.perf_counter()
+
+    def _step_metrics(self, plan: StepPlan, result: StepResult, seconds: float) -> dict[str, float]:
+        tokens = plan.batch_size * self.config.data.sequence_length
+        tok_s = tokens / seconds
+        flops_gpu = tok_s / self.mesh.world_size * self._flops
+        metrics = {
+            "train/loss": result.loss,
+            "train/loss_lm": result.lm_loss,
+            "train/grad_norm": result.grad_norm,
+            "train/lr": plan.lr,
+            "train/batch_seqs": float(plan.batch_size),
+            "train/tokens": float(plan.tokens + tokens),
+            **balance_metrics(result.balance),
+            "perf/tok_s": tok_s,
+            "perf/tok_s_gpu": tok_s / self.mesh.world_size,
+            "perf/tflops": flops_gpu / 1e12,
+            "perf/step_s": seconds,
+            "perf/data_s": self._data_mark - self._last_mark,
+            "perf/mem_gib": self._peak_memory_gib(),
+        }
+        if self._peak is not None:
+            metrics["perf/mfu"] = flops_gpu / self._peak
+        return metrics
+
+    def _peak_memory_gib(self) -> float:
+        if self.mesh.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.mesh.device) / 2**30
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
+
+    def evaluation(self, step: int, evaluation: Evaluation) -> None:
+        self.tracker.log({"val/loss": evaluation.loss, "val/bpb": evaluation.bpb}, step=step)
+        self.note(
+            console.eval_line(
+                step=step,
+                total_steps=self.total_steps,
+                loss=evaluation.loss,
+                bits_per_byte=evaluation.bpb,
+            )
+        )
+
+    def finish(self, evaluator: Evaluator) -> None:
+        """The last evaluation, against a model that knows only how often each token occurs, and a sample."""
+        result = evaluator.evaluate()
+        self.evaluation(self.total_steps, result)
+        if (unigram := unigram_nats_of(self.config.data)) is not None:
+            self.note(f"validation loss {result.loss:.3f} nats a token; unigram entropy {unigram:.3f}")
+        if self.config.eval.sample_tokens:
+            self.note("sample:")
+            for line in evaluator.sample().splitlines():
+                self.note(f"  | {line}")
+
+
+def layout_text(config: Config, mesh: Mesh) -> str:
+    """Such as "2 x cpu, expert parallel 2, ZeRO-1, fp32"."""
+    parallel = config.parallel
+    return (
+        f"{mesh.world_size} x {mesh.device.type}, expert parallel {parallel.expert_parallel_size}, "
+        f"ZeRO-{parallel.zero_stage}, {parallel.precision.value}"
+    )
+
+
+def save_config(run_dir: Path, yaml: str, resumed: bool) -> None:
+    """The resolved configuration beside the run's files; a resumed run's earlier one is kept."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    target = run_dir / "config.yaml"
+    if resumed and target.exists() and target.read_text() != yaml:
+        count = len(list(run_dir.glob("config.*.yaml")))
+        target.rename(run_dir / f"config.{count}.yaml")
+    target.write_text(yaml)

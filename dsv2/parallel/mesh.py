@@ -1,0 +1,54 @@
+"""The ranks of the job and their groups.
+
+W ranks are data-parallel for everything but the routed experts. Each block of `ep_size` consecutive
+ranks (an EP group) shares one copy of the routed experts; ranks at the same place of their EP groups
+(an expert-data group) hold the same experts.
+"""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from dsv2.config import Device, ParallelConfig
+
+
+@dataclass(frozen=True)
+class Mesh:
+    rank: int
+    world_size: int
+    device: torch.device
+    ep_size: int
+    ep_rank: int
+    ep_group: dist.ProcessGroup | None  # None when ep_size is 1: the experts are all here
+    cpu_group: dist.ProcessGroup | None  # gloo, for what lives on the host; None with one rank
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def pick_device(config: ParallelConfig) -> torch.device:
+    """This process's device: one GPU a process, by torchrun's local rank."""
+    wants_gpu = config.device is Device.cuda or (config.device is Device.auto and torch.cuda.is_available())
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if wants_gpu else torch.device("cpu")
+
+
+def init_process_group(device: torch.device, rank: int, world_size: int) -> None:
+    """NCCL on GPUs, gloo on CPU. A single process needs neither torchrun nor a socket."""
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world_size == 1 and "MASTER_ADDR" not in os.environ:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    else:
+        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+    assert (dist.get_rank(), dist.get_world_size()) == (rank, world_size)
+
+
+def end_process_group() -> None:
+    """Leave together: a rank that exits while another still talks to it makes that one abort."""
+    dist.barrier()
+    dist.destroy_process_group()

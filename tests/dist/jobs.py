@@ -1,0 +1,190 @@
+"""What the pool's processes run, and the one-process reference they are compared with."""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from data.stream import Batch
+from dsv2.config import BalanceConfig, ModelConfig, OptimConfig, ParallelConfig, Precision
+
+SEQUENCE = 12  # tokens
+BATCH = 8  # sequences a step
+
+
+def model_config(**changes: Any) -> ModelConfig:
+    """Everything on, and small: query compression, 4 groups of 2 experts, 3 losses of notable weight."""
+    sizes = ModelConfig(
+        vocab_size=61,
+        hidden_size=24,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        q_lora_rank=12,
+        kv_lora_rank=8,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=4,
+        v_head_dim=6,
+        intermediate_size=32,
+        moe_intermediate_size=10,
+        n_routed_experts=8,
+        n_shared_experts=1,
+        num_experts_per_tok=3,
+        n_group=4,
+        topk_group=2,
+        routed_scaling_factor=2.0,
+        initializer_range=0.2,
+        balance=BalanceConfig(alpha_expert=0.1, alpha_device=0.2, alpha_comm=0.3, exempt_fraction=0.25),
+    )
+    balance = {k: v for k, v in changes.items() if hasattr(sizes.balance, k)}
+    sizes.balance = replace(sizes.balance, **balance)
+    return replace(sizes, **{k: v for k, v in changes.items() if k not in balance})
+
+
+OPTIM = OptimConfig(lr=3e-3, grad_clip=0.5, batch_size=BATCH)
+
+
+def global_batch(step: int) -> Batch:
+    """The same BATCH sequences for every layout."""
+    generator = np.random.default_rng(step)
+    tokens = torch.from_numpy(generator.integers(0, 61, (BATCH, SEQUENCE + 1)))
+    return Batch(tokens[:, :-1], tokens[:, 1:], torch.arange(step * BATCH, (step + 1) * BATCH))
+
+
+def cut(batch: Batch, start: int, count: int) -> Batch:
+    part = slice(start, start + count)
+    return Batch(batch.input_ids[part], batch.labels[part], batch.sequence_ids[part])
+
+
+@dataclass
+class Trace:
+    """What a training run did; whole parameters, flattened."""
+
+    losses: list[float] = field(default_factory=list)
+    lm_losses: list[float] = field(default_factory=list)
+    grad_norms: list[float] = field(default_factory=list)
+    balance: list[np.ndarray] = field(default_factory=list)  # [3, L] a step
+    first_moment: dict[str, np.ndarray] = field(default_factory=dict)  # after one step: 0.1 x clipped gradient
+    weights: dict[str, np.ndarray] = field(default_factory=dict)
+    dropped: list[float] = field(default_factory=list)  # pairs a step
+
+
+def reference(steps: int, micro_batches: int = 1, **changes: Any) -> Trace:
+    """The same run in this process with plain torch: no DeepSpeed, no process group."""
+    from dsv2.model.init import init_weights
+    from dsv2.model.transformer import DeepseekV2
+
+    config = model_config(**changes)
+    model = DeepseekV2(config)
+    init_weights(model, config.initializer_range, seed=0)
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": OPTIM.weight_decay},
+        {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=OPTIM.lr, betas=(OPTIM.beta1, OPTIM.beta2), eps=OPTIM.eps)
+    trace = Trace()
+    for step in range(steps):
+        optimizer.zero_grad()
+        size = BATCH // micro_batches
+        outputs = [model(*vars(cut(global_batch(step), i * size, size)).values()) for i in range(micro_batches)]
+        torch.stack([out.loss for out in outputs]).mean().backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIM.grad_clip)
+        optimizer.step()
+        trace.losses.append(float(np.mean([out.loss.item() for out in outputs])))
+        trace.lm_losses.append(float(np.mean([out.lm_loss.item() for out in outputs])))
+        trace.balance.append(np.mean([torch.stack(list(out.balance)).numpy() for out in outputs], axis=0))
+        trace.grad_norms.append(float(norm))
+        trace.dropped.append(sum(out.stats.dropped_E.sum().item() for out in outputs))
+        if step == 0:
+            trace.first_moment = {
+                n: optimizer.state[p]["exp_avg"].flatten().numpy().copy() for n, p in model.named_parameters()
+            }
+    trace.weights = {n: p.detach().flatten().numpy().copy() for n, p in model.named_parameters()}
+    return trace
+
+
+def make_engine(
+    rank: int,
+    world_size: int,
+    ep: int,
+    stage: int,
+    micro_batch: int,
+    recompute: bool = False,
+    bf16: bool = False,
+    **changes: Any,
+) -> Any:
+    from dsv2.engine import Engine, build_model
+    from dsv2.parallel.deepspeed_moe import start_mesh
+
+    mesh = start_mesh(torch.device("cpu"), rank, world_size, ep)
+    parallel = ParallelConfig(
+        expert_parallel_size=ep,
+        zero_stage=stage,
+        micro_batch_size=micro_batch,
+        activation_checkpointing=recompute,
+        precision=Precision.bf16 if bf16 else Precision.fp32,
+    )
+    return Engine(build_model(model_config(**changes), 0, recompute, mesh), OPTIM, parallel, mesh)
+
+
+def owned(engine: Any, key: str) -> list[tuple[str, int, int, np.ndarray]]:
+    """(name, offset, total, values) of this rank's fragments of fp32 weights or a moment."""
+    from dsv2.parallel.deepspeed_moe import base_optimizer, fragments
+
+    state = base_optimizer(engine.deepspeed).state
+    return [
+        (f.name, f.offset, f.total, f.view(f.owner if key == "fp32" else state[f.owner][key]).float().numpy().copy())
+        for f in fragments(engine.deepspeed)
+    ]
+
+
+def steps_of(engine: Any, first: int, steps: int, micro_batch: int) -> Trace:
+    """Train and record; gathers nothing but the statistics' sums."""
+    mesh = engine.mesh
+    together = micro_batch * mesh.world_size
+    trace = Trace()
+    for step in range(first, first + steps):
+        share = [
+            cut(global_batch(step), start + mesh.rank * micro_batch, micro_batch)
+            for start in range(0, BATCH, together)
+        ]
+        result = engine.train_step(share, OPTIM.lr)
+        trace.losses.append(result.loss)
+        trace.lm_losses.append(result.lm_loss)
+        trace.balance.append(torch.stack(list(result.balance)).numpy())
+        trace.grad_norms.append(result.grad_norm)
+        trace.dropped.append(float(engine.sum_over_ranks(result.stats.dropped_E).sum()))
+    return trace
+
+
+def train(rank: int, world_size: int, steps: int, **layout: Any) -> tuple[Trace, list, list]:
+    """The run on one layout: its trace, this rank's first moments after one step, and final weights."""
+    engine = make_engine(rank, world_size, **layout)
+    first = steps_of(engine, 0, 1, layout["micro_batch"])
+    moments = owned(engine, "exp_avg")
+    rest = steps_of(engine, 1, steps - 1, layout["micro_batch"])
+    for name in ("losses", "lm_losses", "balance", "grad_norms", "dropped"):
+        getattr(first, name).extend(getattr(rest, name))
+    return first, moments, owned(engine, "fp32")
+
+
+def whole(parts_of_ranks: list[list[tuple[str, int, int, np.ndarray]]]) -> dict[str, np.ndarray]:
+    """Put the ranks' ranges together; every element must be there, and owners must agree."""
+    full: dict[str, np.ndarray] = {}
+    for name, offset, total, values in (part for parts in parts_of_ranks for part in parts):
+        target = full.setdefault(name, np.full(total, np.nan, dtype=np.float32))
+        here = target[offset : offset + len(values)]
+        assert np.isnan(here).all() or np.array_equal(here, values), f"{name}: owners disagree"
+        here[:] = values
+    for name, values in full.items():
+        assert not np.isnan(values).any(), f"{name}: not every element has an owner"
+    return full
+
+
+def assemble(results: list[tuple[Trace, list, list]]) -> Trace:
+    """One trace from all ranks' results."""
+    trace = results[0][0]
+    assert all(other.losses == trace.losses for other, _, _ in results), "ranks report different losses"
+    trace.first_moment = whole([moments for _, moments, _ in results])
+    trace.weights = whole([weights for _, _, weights in results])
+    return trace

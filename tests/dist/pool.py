@@ -1,0 +1,94 @@
+"""A few gloo processes that stay up and run one job after another.
+
+Importing torch and DeepSpeed takes each process 5 s, so that many layouts share the processes.
+"""
+
+import importlib
+import multiprocessing
+import os
+import tempfile
+import traceback
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+START_TIMEOUT_S = 120
+JOB_TIMEOUT_S = 120
+
+
+def _serve(rank: int, world_size: int, rendezvous: str, pipe: Connection) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    os.environ["LOCAL_RANK"] = str(rank)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{rendezvous}",
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=JOB_TIMEOUT_S),
+    )
+    pipe.send(("ready", None))
+    while (job := pipe.recv()) is not None:
+        module, function, arguments = job
+        try:
+            result = getattr(importlib.import_module(module), function)(rank, world_size, **arguments)
+            pipe.send(("done", result))
+        except BaseException:
+            pipe.send(("failed", traceback.format_exc()))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+class Pool:
+    """`world_size` processes with one process group."""
+
+    def __init__(self, world_size: int):
+        self.world_size = world_size
+        self._folder = tempfile.TemporaryDirectory()
+        context = multiprocessing.get_context("spawn")
+        pairs = [context.Pipe() for _ in range(world_size)]
+        self._pipes = [here for here, _ in pairs]
+        rendezvous = str(Path(self._folder.name) / "rendezvous")
+        self._processes = [
+            context.Process(target=_serve, args=(rank, world_size, rendezvous, there), daemon=True)
+            for rank, (_, there) in enumerate(pairs)
+        ]
+        for process in self._processes:
+            process.start()
+        self._collect(START_TIMEOUT_S)
+
+    def run(self, job: str, **arguments: Any) -> list[Any]:
+        """Run `function(rank, world_size, **arguments)` on every rank; `job` is "module:function"."""
+        module, function = job.split(":")
+        for pipe in self._pipes:
+            pipe.send((module, function, arguments))
+        return self._collect(JOB_TIMEOUT_S)
+
+    def _collect(self, timeout: float) -> list[Any]:
+        results, failures = [], []
+        for rank, pipe in enumerate(self._pipes):
+            if not pipe.poll(timeout):
+                self.kill()
+                raise TimeoutError(f"rank {rank} of {self.world_size} gave no answer in {timeout} s: {failures}")
+            kind, value = pipe.recv()
+            (failures if kind == "failed" else results).append(value)
+        if failures:
+            raise AssertionError("\n".join(failures))
+        return results
+
+    def close(self) -> None:
+        for pipe in self._pipes:
+            pipe.send(None)
+        for process in self._processes:
+            process.join(30)
+        self.kill()
+
+    def kill(self) -> None:
+        for process in self._processes:
+            if process.is_alive():
+                process.kill()
+                process.join()
+        self._folder.cleanup()
