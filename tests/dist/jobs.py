@@ -188,3 +188,31 @@ def assemble(results: list[tuple[Trace, list, list]]) -> Trace:
     trace.first_moment = whole([moments for _, moments, _ in results])
     trace.weights = whole([weights for _, _, weights in results])
     return trace
+
+
+def train_and_save(rank: int, world_size: int, folder: str, save_at: int, steps: int, **layout: Any) -> tuple:
+    """Train `steps` steps and save after `save_at` of them: (trace, final weights' parts)."""
+    from pathlib import Path
+
+    from dsv2 import checkpoint
+
+    engine = make_engine(rank, world_size, **layout)
+    trace = steps_of(engine, 0, save_at, layout["micro_batch"])
+    state = checkpoint.RunState(step=save_at, tokens=save_at * BATCH * SEQUENCE, data={"consumed": 1}, wandb_id="w")
+    settings = {"model": {"vocab_size": 61}}
+    checkpoint.save(engine.deepspeed, state, settings, Path(folder), 3, engine.mesh)
+    trace.losses += steps_of(engine, save_at, steps - save_at, layout["micro_batch"]).losses
+    return trace, owned(engine, "fp32")
+
+
+def load_and_train(rank: int, world_size: int, path: str, steps: int, **layout: Any) -> tuple:
+    """Load into a fresh engine whose weights differ and train on: (state, trace, final weights' parts)."""
+    from pathlib import Path
+
+    from dsv2 import checkpoint
+
+    engine = make_engine(rank, world_size, **layout)
+    steps_of(engine, 100, 1, layout["micro_batch"])  # so that a tensor the load forgets shows
+    state = checkpoint.load(engine.deepspeed, Path(path), engine.mesh)
+    trace = steps_of(engine, state.step, steps - state.step, layout["micro_batch"])
+    return state, trace, owned(engine, "fp32")

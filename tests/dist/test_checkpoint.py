@@ -1,0 +1,69 @@
+"""A checkpoint of one layout continues on another as if nothing had happened."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.dist import jobs
+
+SAVE_AT, STEPS = 2, 5
+
+
+def _save(pools: Any, folder: Path, world_size: int, **layout: Any) -> tuple[list[float], dict[str, np.ndarray]]:
+    results = pools[world_size].run(
+        "tests.dist.jobs:train_and_save", folder=str(folder), save_at=SAVE_AT, steps=STEPS, **layout
+    )
+    return results[0][0].losses, jobs.whole([parts for _, parts in results])
+
+
+def _load(pools: Any, folder: Path, world_size: int, **layout: Any) -> tuple[list[float], dict[str, np.ndarray]]:
+    path = folder / f"step-{SAVE_AT:08d}"
+    results = pools[world_size].run("tests.dist.jobs:load_and_train", path=str(path), steps=STEPS, **layout)
+    state = results[0][0]
+    assert (state.step, state.tokens) == (SAVE_AT, SAVE_AT * jobs.BATCH * jobs.SEQUENCE)
+    assert (state.data, state.wandb_id) == ({"consumed": 1}, "w")
+    return results[0][1].losses, jobs.whole([parts for _, _, parts in results])
+
+
+def _layout(world_size: int, ep: int, stage: int, bf16: bool = False) -> dict[str, Any]:
+    layout = {"world_size": world_size, "ep": ep, "stage": stage, "micro_batch": 4 // world_size}
+    return layout | ({"bf16": True} if bf16 else {})
+
+
+@pytest.mark.parametrize(
+    ("saved_on", "loaded_on"),
+    [
+        ((2, 2, 1), (1, 1, 1)),
+        ((2, 2, 1), (4, 4, 3)),
+        ((2, 1, 2), (4, 2, 1)),
+        ((4, 4, 3), (2, 2, 2)),
+        ((4, 2, 3), (4, 1, 3)),
+        ((4, 2, 2), (2, 1, 0)),
+        ((2, 2, 0), (4, 4, 2)),
+        ((1, 1, 3), (2, 2, 3)),
+        ((1, 1, 2), (4, 2, 0)),
+    ],
+)
+def test_continues_on_another_layout(pools, tmp_path, saved_on, loaded_on):
+    losses, weights = _save(pools, tmp_path, **_layout(*saved_on))
+    resumed_losses, resumed_weights = _load(pools, tmp_path, **_layout(*loaded_on))
+    np.testing.assert_allclose(resumed_losses, losses[SAVE_AT:], rtol=1e-6)
+    assert resumed_weights.keys() == weights.keys()
+    for name, want in weights.items():
+        assert np.linalg.norm(resumed_weights[name] - want) / np.linalg.norm(want) < 2e-5, name
+
+
+@pytest.mark.parametrize(
+    ("world_size", "ep", "stage", "bf16"),
+    [(1, 1, 1, False), (2, 2, 0, False), (2, 2, 1, False), (2, 1, 2, False), (2, 2, 3, False)]
+    + [(2, 2, 1, True), (2, 2, 2, True), (2, 2, 3, True)],
+)
+def test_same_layout_is_exact_to_the_bit(pools, tmp_path, world_size, ep, stage, bf16):
+    layout = _layout(world_size, ep, stage, bf16)
+    losses, weights = _save(pools, tmp_path, **layout)
+    resumed_losses, resumed_weights = _load(pools, tmp_path, **layout)
+    assert resumed_losses == losses[SAVE_AT:]
+    for name, want in weights.items():
+        assert np.array_equal(resumed_weights[name], want), name
