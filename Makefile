@@ -1,0 +1,54 @@
+# make train    the quickstart, from a clean clone to a trained model (overrides: ARGS="optim.lr=1e-3")
+# make test     format, lint, and every test but the long grid
+# make test-all the long grid too
+# make lint     format, lint and types
+# make clean    remove what make made; runs/ and prepared/ stay
+
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+ARGS ?=
+BIN := .venv/bin
+STAMP := .venv/installed
+
+.PHONY: help train test test-all lint format clean
+
+help:
+	@sed -n 's/^# \(make .*\)/\1/p' Makefile
+
+train: $(STAMP)
+	$(BIN)/python -m data.prepare stdlib
+	launch/local.sh experiment=quickstart $(ARGS)
+
+test: format
+	$(BIN)/python -m pytest -m "not full" $(ARGS)
+
+test-all: format
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: format
+	$(BIN)/pyright
+
+format: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# The stamp is removed first and made last, so an interrupted installation starts again.
+# pip names each package of 10 MB and more as it downloads it; its errors are always shown.
+$(STAMP): requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "Python 3.11 or newer is needed, but '$(PYTHON)' is $$($(PYTHON) -V 2>/dev/null || echo missing);" \
+	    "give one with make PYTHON=python3.11" >&2; exit 1; }
+	@rm -f $@
+	$(PYTHON) -m venv .venv
+	@echo "installing requirements.txt into .venv (some minutes, 1.5 GB or more)"
+	@PYTHONUNBUFFERED=1 $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off \
+	  -r requirements.txt | awk '/(Downloading|Using cached) .*([0-9][0-9]\.[0-9] M|[0-9] G)B\)/ || \
+	  /^(Building|Installing collected)/ { print substr($$0, 1, 100); fflush() }'
+	@touch $@
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './runs/*' -prune -exec rm -rf {} +

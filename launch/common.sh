@@ -1,0 +1,71 @@
+# shellcheck shell=bash
+# What the launchers share; sourced, never run. Sets ROOT and TORCHRUN and goes to ROOT.
+
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+cd "$ROOT" || exit
+
+# Print the calling script's header comment: its usage.
+usage() {
+    sed -n '2,/^$/s/^# \{0,1\}//p' "$1"
+}
+
+die() {
+    echo "$0: $*" >&2
+    exit 2
+}
+
+if [[ -x .venv/bin/torchrun ]]; then
+    TORCHRUN=.venv/bin/torchrun
+else
+    TORCHRUN=torchrun
+fi
+
+# Number of GPUs that train.py will use on this machine: 0 where the overrides say parallel.device=cpu.
+count_gpus() {
+    local override
+    for override in "$@"; do
+        if [[ $override == parallel.device=cpu ]]; then
+            echo 0
+            return
+        fi
+    done
+    if ! command -v nvidia-smi >/dev/null; then
+        echo 0
+    elif [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
+        # Numbers or UUIDs; an empty list and -1 hide every GPU.
+        tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c '^ *[0-9GM]' || true
+    else
+        nvidia-smi -L 2>/dev/null | grep -c '^GPU ' || true
+    fi
+}
+
+# Processes to start on this machine: NPROC if given, else one a GPU, else two on the CPU.
+count_processes() {
+    local gpus
+    gpus=$(count_gpus "$@")
+    if [[ -n ${NPROC:-} ]]; then
+        echo "$NPROC"
+    elif ((gpus > 0)); then
+        echo "$gpus"
+    else
+        echo 2
+    fi
+}
+
+# Print a torchrun command and become it. Signals then reach torchrun, which passes them on to train.py.
+run_torchrun() {
+    local processes=$1
+    shift
+    [[ $processes =~ ^[1-9][0-9]*$ ]] || die "NPROC=$processes: it must be a whole number, at least 1"
+    command -v "$TORCHRUN" >/dev/null || die "no torchrun: run 'make train', or activate an environment"
+    # torchrun's own default is 1 thread a process, which leaves cores idle.
+    local threads=$(($(nproc) / processes))
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
+    # torchrun's own default, 30 s, is too short to save a large model after a signal.
+    export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120}
+    printf '+ OMP_NUM_THREADS=%s TORCH_ELASTIC_SHUTDOWN_TIMEOUT=%s %s' \
+        "$OMP_NUM_THREADS" "$TORCH_ELASTIC_SHUTDOWN_TIMEOUT" "$TORCHRUN"
+    printf ' %q' "$@"
+    printf '\n'
+    exec "$TORCHRUN" "$@"
+}

@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# Train on this machine: one process a GPU, or two processes on the CPU where there is none.
+#
+# Usage:    [NPROC=N] launch/local.sh [overrides...]
+# Example:  launch/local.sh experiment=quickstart name=first optim.lr=3e-4
+#
+# The overrides go to train.py (Hydra). NPROC sets the number of processes, CUDA_VISIBLE_DEVICES the GPUs,
+# OMP_NUM_THREADS the threads a process (else the cores are shared out). On Ctrl-C or SIGTERM train.py saves
+# and ends well; torchrun itself then always prints a SignalException and exits 1. After 120 s
+# (TORCH_ELASTIC_SHUTDOWN_TIMEOUT) it kills what still runs.
+
+set -euo pipefail
+# shellcheck source=launch/common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+if [[ ${1:-} == --help || ${1:-} == -h ]]; then
+    usage "launch/${0##*/}"
+    exit 0
+fi
+
+processes=$(count_processes "$@")
+extra=()
+if [[ $processes == 1 && "$*" != *parallel.expert_parallel_size=* ]]; then
+    echo "one process: appending parallel.expert_parallel_size=1, whatever the experiment says"
+    extra=(parallel.expert_parallel_size=1)
+fi
+run_torchrun "$processes" --standalone --nproc_per_node="$processes" train.py "$@" "${extra[@]}"
