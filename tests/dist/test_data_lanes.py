@@ -18,7 +18,7 @@ FILES, LANES = 6, 3  # three lanes on up to four ranks: one rank may have none
 @pytest.fixture
 def config(tmp_path: Path) -> DataConfig:
     rng = np.random.default_rng(0)
-    words = "alpha beta gamma delta epsilon zeta eta theta".split()
+    words = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta"]
     for number in range(FILES):
         texts = [" ".join(rng.choice(words, rng.integers(3, 30))) for _ in range(5 + number)]
         (tmp_path / f"{number}.jsonl").write_text(
@@ -33,7 +33,7 @@ def config(tmp_path: Path) -> DataConfig:
         tokenizer=str(tmp_path / "tokenizer.model"),
         lanes=LANES,
         shuffle_window=4,
-        sequence_length=10,
+        sequence_length=40,
         seed=3,
     )
 
@@ -41,6 +41,11 @@ def config(tmp_path: Path) -> DataConfig:
 def rows(batch: Batch) -> dict[int, list[int]]:
     """The labels of each sequence by its place."""
     return dict(zip(batch.sequence_ids.tolist(), batch.labels.tolist(), strict=True))
+
+
+def without_dataset(state: dict[str, Any]) -> dict[str, Any]:
+    """A state without the library's own part, which counts from where it was last loaded."""
+    return state | {"lanes": {name: lane | {"dataset": None} for name, lane in state["lanes"].items()}}
 
 
 def share_of(total: int, rank: int, world_size: int) -> tuple[int, int]:
@@ -79,7 +84,7 @@ def job(rank: int, world_size: int, config: DataConfig, plan: list[tuple[int, in
 
 def test_any_number_of_ranks_gives_the_same_order(pools: dict[int, Pool], config: DataConfig) -> None:
     """Resumed from 2 to 4 to 1 to 3 ranks and on, past several epochs; states agree with one process, too."""
-    plan = [(2, 3), (4, 5), (1, 2), (3, 4), (4, 0), (2, 2), (4, 3)]
+    plan = [(2, 3), (4, 5), (1, 2), (3, 7), (4, 0), (2, 2), (4, 3)]
     answers = pools[4].run("tests.dist.test_data_lanes:job", config=config, plan=plan)
     got = {place: labels for answer, _ in answers for place, labels in answer.items()}
 
@@ -88,7 +93,7 @@ def test_any_number_of_ranks_gives_the_same_order(pools: dict[int, Pool], config
     for (_, steps), state in zip(plan, answers[0][1], strict=True):
         total = sum(7 + step % 3 for step in range(steps))
         expected.update(rows(alone.take(total, 0, total)))
-        assert state == alone.state_dict()
+        assert without_dataset(state) == without_dataset(alone.state_dict())
     assert got == expected
     assert sum(len(answer) for answer, _ in answers) == len(expected) == alone.consumed
     assert min(lane["epoch"] for lane in alone.state_dict()["lanes"].values()) >= 1

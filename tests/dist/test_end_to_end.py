@@ -1,0 +1,239 @@
+"""train.py itself, run as a user runs it: torchrun, real files, signals, kills and a full disk."""
+
+import json
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+from dsv2.tracker import read_metrics
+
+ROOT = Path(__file__).parents[2]
+PYTHON = sys.executable
+TORCHRUN = [PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+TINY = [
+    "model.hidden_size=32",
+    "model.num_hidden_layers=2",
+    "model.vocab_size=600",
+    "model.num_attention_heads=2",
+    "model.kv_lora_rank=16",
+    "model.qk_nope_head_dim=8",
+    "model.qk_rope_head_dim=8",
+    "model.v_head_dim=8",
+    "model.intermediate_size=48",
+    "model.moe_intermediate_size=16",
+    "data=local",
+    "data.sequence_length=32",
+    "optim.batch_size=8",
+    "optim.total_tokens=6144",  # 24 steps
+    "optim.warmup_steps=2",
+    "optim.lr=3e-3",
+    "parallel.micro_batch_size=2",
+    "eval.sequences=5",
+    "eval.every=6",
+    "eval.sample_tokens=4",
+    "logging.every=2",
+    "logging.wandb=offline",
+    "checkpoint.every=4",
+]
+STEPS = 24
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # `weights` wants it so
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prepared folder of small made-up sources."""
+    folder, out = tmp_path_factory.mktemp("corpus"), tmp_path_factory.mktemp("prepared")
+    rng = np.random.default_rng(0)
+    words = ["alpha", "beta", "gamma", "delta", "return", "import", "def", "class", "=", "+", "(", ")", "\n"]
+    for index in range(40):
+        (folder / f"{index:02d}.txt").write_text(" ".join(rng.choice(words, 400)))
+    subprocess.run(
+        [PYTHON, "-m", "data.prepare", "files", str(folder), "--out", str(out), "--vocab-size", "300"]
+        + ["--val-fraction", "0.2"],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+    )
+    return out
+
+
+@pytest.fixture
+def command(corpus: Path, tmp_path: Path) -> Callable[..., list[str]]:
+    def build(name: str, *overrides: str, launcher: list[str] | None = None) -> list[str]:
+        where = [f"data.path={corpus}", f"runs_dir={tmp_path}", f"name={name}"]
+        return [*(launcher or [PYTHON]), "train.py", *TINY, *where, *overrides]
+
+    return build
+
+
+TWO = ["parallel.expert_parallel_size=2"]
+
+
+def run(command: list[str], expect: int = 0, **options: object) -> str:
+    """Run to the end; its output. `expect` is the exit code."""
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=200,
+        **options,  # type: ignore[call-overload]
+    )
+    assert done.returncode == expect, done.stdout
+    return done.stdout
+
+
+def kill_hard(job: subprocess.Popen[bytes]) -> None:
+    """SIGKILL to the job and, first, to all that it started: torchrun's workers outlive torchrun."""
+    if job.poll() is None:
+        parent = psutil.Process(job.pid)
+        parent.suspend()  # or it would see its workers die
+        for process in [*parent.children(recursive=True), parent]:
+            process.kill()
+    job.wait()
+
+
+@pytest.fixture
+def started() -> Iterator[Callable[[list[str]], subprocess.Popen[bytes]]]:
+    """Start a job, which is gone after the test."""
+    jobs: list[subprocess.Popen[bytes]] = []
+
+    def start(command: list[str]) -> subprocess.Popen[bytes]:
+        jobs.append(subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL))
+        return jobs[-1]
+
+    yield start
+    for job in jobs:
+        kill_hard(job)
+
+
+def wait_for_step(run_dir: Path, step: int) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if (run_dir / "metrics.jsonl").exists() and any(m["step"] >= step for m in read_metrics(run_dir)):
+            return
+        time.sleep(0.02)
+    raise TimeoutError(f"{run_dir} did not reach step {step}")
+
+
+def scalars(run_dir: Path, name: str) -> dict[int, float]:
+    return {int(m["step"]): m[name] for m in read_metrics(run_dir) if name in m}
+
+
+def weights(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, read whole in this process."""
+    reader = dcp.FileSystemReader(run_dir / "checkpoints" / f"step-{step:08d}")
+    tensors = {name: torch.empty(m.size) for name, m in reader.read_metadata().state_dict_metadata.items()}
+    dcp.load(tensors, storage_reader=reader, no_dist=True)
+    return tensors
+
+
+def assert_same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys() and len(one) > 30
+    for name in one:
+        assert torch.equal(one[name], other[name]), name
+
+
+def test_killed_run_resumes_to_the_bit_and_reads_back(command, started, tmp_path):
+    """Two processes, killed hard after a checkpoint, twice; then all is as if nothing had happened."""
+    output = run(command("whole", *TWO, launcher=TORCHRUN))
+    assert "validation loss" in output and "unigram entropy" in output and "sample:" in output
+
+    job = started(command("killed", *TWO, launcher=TORCHRUN))
+    wait_for_step(tmp_path / "killed", 5)
+    kill_hard(job)
+    output = run(command("killed", *TWO, "stop_step=21", launcher=TORCHRUN))
+    assert re.search(r"resumed after step (4|8|12|16)\b", output), output
+    output = run(command("killed", *TWO, launcher=TORCHRUN))
+    assert "resumed after step 21" in output
+
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for name in ("train/loss", "train/grad_norm", "val/loss", "val/bpb"):
+        assert scalars(killed, name) == scalars(whole, name), name
+    assert sorted(scalars(whole, "train/loss")) == list(range(1, STEPS + 1))
+    assert_same_bits(weights(killed, STEPS), weights(whole, STEPS))
+    assert json.loads((killed / "status.json").read_text())["state"] == "finished"
+    _read_wandb(whole)
+
+
+def _read_wandb(run_dir: Path) -> None:
+    """The offline W&B run holds what metrics.jsonl mirrors."""
+    folders = list((run_dir / "wandb").glob("offline-run-*"))
+    assert len(folders) == 1
+    wandb = Path(PYTHON).with_name("wandb")
+    shown = run([str(wandb), "leet", "inspect", "--json", str(folders[0])])
+    for name in ("train/loss_lm", "moe/aux_device", "vio/L01", "comm/devs_per_tok", "val/bpb"):
+        assert f'"{name}"' in shown, name
+    assert "n_routed_experts" in shown, "the configuration is logged"
+
+
+def test_signal_saves_and_exits_0_then_another_layout_continues(command, started, tmp_path):
+    """SIGTERM to one process; two processes with EP 2 and ZeRO-3 finish what it began."""
+    run(command("whole"))
+    job = started(command("stopped", "checkpoint.every=0"))
+    wait_for_step(tmp_path / "stopped", 2)
+    job.send_signal(signal.SIGTERM)
+    assert job.wait(60) == 0
+    status = json.loads((tmp_path / "stopped" / "status.json").read_text())
+    assert status["state"] == "stopped" and 2 <= status["step"] < STEPS
+    layout = [*TWO, "parallel.zero_stage=3", "parallel.micro_batch_size=1"]
+    output = run(command("stopped", *layout, launcher=TORCHRUN))
+    assert f"resumed after step {status['step']}" in output
+    losses, whole = scalars(tmp_path / "stopped", "train/loss"), scalars(tmp_path / "whole", "train/loss")
+    assert losses.keys() == whole.keys()
+    np.testing.assert_allclose([losses[s] for s in whole], list(whole.values()), rtol=2e-6)
+
+
+def test_nan_stops_names_the_step_and_saves_nothing(command, tmp_path):
+    run(command("nan", "stop_step=3"))
+    before = weights(tmp_path / "nan", 3)
+    output = run(command("nan", "optim.lr=1e30", "checkpoint.every=1"), expect=3)
+    assert "error: step " in output and "nothing saved" in output and "Traceback" not in output
+    bad_step = int(output.split("error: step ")[1].split(":")[0])
+    saved = sorted(int(p.name[5:]) for p in (tmp_path / "nan" / "checkpoints").iterdir())
+    assert saved[-1] < bad_step
+    for step in saved:
+        assert all(torch.isfinite(t).all() for t in weights(tmp_path / "nan", step).values())
+    assert_same_bits(weights(tmp_path / "nan", 3), before)
+
+
+def test_full_disk_keeps_the_previous_checkpoint(command, tmp_path):
+    """The kernel refuses to let any file grow: the run goes on, and ends with one message and code 1."""
+    run(command("full", "stop_step=3"))
+    good = tmp_path / "full" / "checkpoints" / "step-00000003"
+    before = weights(tmp_path / "full", 3)
+
+    def refuse_large_files() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    output = run(command("full", "logging.wandb=disabled"), expect=1, preexec_fn=refuse_large_files)
+    assert "step-00000004 could not be written" in output and "the run goes on" in output
+    assert "error: checkpoint" in output and "step-00000024" in output and "Traceback" not in output
+    assert sorted(p.name for p in good.parent.iterdir()) == [good.name]
+    assert_same_bits(weights(tmp_path / "full", 3), before)
+    assert "resumed after step 3" in run(command("full"))
+
+
+def test_damaged_checkpoint_falls_back_and_resume_never_overwrites_nothing(command, tmp_path):
+    run(command("torn", "stop_step=6"))
+    newest = tmp_path / "torn" / "checkpoints" / "step-00000006"
+    data = newest / "__0_0.distcp"
+    data.write_bytes(data.read_bytes()[:-100])
+    output = run(command("torn", f"resume={newest}"), expect=2)
+    assert "__0_0.distcp has" in output and output.count("error:") == 1 and "Traceback" not in output
+    output = run(command("torn", "resume=never"), expect=2)
+    assert "resume=never" in output and "name=NAME" in output
+    output = run(command("torn", "stop_step=5"))
+    assert "warning:" in output and "__0_0.distcp has" in output and "resumed after step 4" in output
