@@ -29,7 +29,7 @@ def train(config: Config) -> None:
     # Torch and DeepSpeed take seconds to import: they wait until the configuration makes sense.
     logging.disable(logging.WARNING)  # or every rank is told that it has no GPU
     from data.stream import build_stream, check_data
-    from dsv2 import checkpoint
+    from dsv2.checkpoint import CheckpointStore, RunState
     from dsv2.engine import Engine, build_model, share_of_step
     from dsv2.evaluate import Evaluator
     from dsv2.monitor import Monitor
@@ -40,39 +40,35 @@ def train(config: Config) -> None:
 
     logging.disable(logging.NOTSET)
     # What may be wrong with the files is found before any process group is made.
-    run_dir, settings = Path(config.runs_dir) / config.name, to_plain(config)
-    checkpoints = run_dir / "checkpoints"
+    run_dir, parallel = Path(config.runs_dir) / config.name, config.parallel
     check_data(config.data, config.model.vocab_size)
-    found, warnings = checkpoint.find(config.resume, checkpoints, settings)
+    store = CheckpointStore(run_dir / "checkpoints", config.checkpoint.keep, to_plain(config))
+    found, warnings = store.find(config.resume)
 
-    # Build.
-    parallel = config.parallel
     mesh = start_mesh(pick_device(parallel), rank, world_size, parallel.expert_parallel_size)
     model = build_model(config.model, config.seed, parallel.activation_checkpointing, mesh)
     engine = Engine(model, config.optim, parallel, mesh)
     stream = build_stream(config.data, config.model.vocab_size, rank, world_size, mesh.cpu_group)
     evaluator = Evaluator(engine, config)
-    state = checkpoint.RunState()
+    state = RunState()
     if found is not None:
-        state = checkpoint.load(engine.deepspeed, found, mesh)
-        stream.load_state_dict(state.data)
+        state = store.load(engine, found)
+        stream.load_state_dict(state.data or {})
 
-    # Loop.
     with Monitor(config, mesh, run_dir, state, warnings) as monitor, StopSignals(mesh) as stop:
         for plan in plan_steps(config.optim, config.data.sequence_length, state.step, state.tokens):
             batches = share_of_step(stream, plan.batch_size, parallel.micro_batch_size, mesh)
             monitor.data_ready()
             result = engine.train_step(batches, plan.lr)
             monitor.step(plan, result, engine)
-            state.step, state.tokens = plan.step + 1, plan.tokens + plan.batch_size * config.data.sequence_length
-            finished = state.step == monitor.total_steps
-            last = finished or stop.requested() or state.step == config.stop_step
-            if state.step % config.eval.every == 0 and not last:
+            state.step, state.tokens = plan.step + 1, plan.tokens_after
+            last = state.step in (monitor.total_steps, config.stop_step) or stop.requested()
+            if due(config.eval.every, state.step) and not last:
                 monitor.evaluation(state.step, evaluator.evaluate())
-            if last or (config.checkpoint.every and state.step % config.checkpoint.every == 0):
+            if due(config.checkpoint.every, state.step) or last:
                 state.data, state.wandb_id = stream.state_dict(), monitor.wandb_id
                 try:
-                    checkpoint.save(engine.deepspeed, state, settings, checkpoints, config.checkpoint.keep, mesh)
+                    store.save(engine, state)
                 except CheckpointError as error:
                     if last:
                         raise
@@ -83,6 +79,10 @@ def train(config: Config) -> None:
         if state.step == monitor.total_steps:
             monitor.finish(evaluator)
     end_process_group()
+
+
+def due(every: int, step: int) -> bool:
+    return every > 0 and step % every == 0
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
@@ -99,8 +99,8 @@ def command_line(composed: DictConfig) -> None:
 
 
 def fail(error: Exception, code: int) -> None:
-    """End this process with the message, once for all ranks where all of them would print the same."""
-    if launched_ranks()[0] == 0 or getattr(error, "of_one_rank", False):
+    """End this process with the message: of rank 0, as all ranks found the same, or of the one that did."""
+    if launched_ranks()[0] == 0 or (isinstance(error, UserError) and error.of_one_rank):
         print(f"error: {error}", file=sys.stderr, flush=True)
     sys.exit(code)
 

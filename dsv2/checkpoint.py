@@ -17,7 +17,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -31,6 +30,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
+from dsv2.engine import Engine
 from dsv2.errors import CheckpointError, UserError
 from dsv2.parallel.deepspeed_moe import Fragment, base_optimizer, fragments, refresh_model_weights
 from dsv2.parallel.mesh import Mesh
@@ -95,11 +95,11 @@ def _moment(optimizer: torch.optim.Optimizer, fragment: Fragment, key: str) -> T
     return state[key]
 
 
-def _ranges(engine: deepspeed.DeepSpeedEngine) -> dict[str, _Range]:
+def _ranges(engine: Engine) -> dict[str, _Range]:
     """What this rank owns, as views: writing to them loads a checkpoint."""
-    optimizer = base_optimizer(engine)
+    optimizer = base_optimizer(engine.deepspeed)
     ranges = {}
-    for fragment in fragments(engine):
+    for fragment in fragments(engine.deepspeed):
         tensors = {"fp32": fragment.owner} | {key: _moment(optimizer, fragment, key) for key in MOMENTS}
         for key, tensor in tensors.items():
             name = f"{key}/{fragment.name}"
@@ -107,55 +107,133 @@ def _ranges(engine: deepspeed.DeepSpeedEngine) -> dict[str, _Range]:
     return ranges
 
 
-def save(
-    engine: deepspeed.DeepSpeedEngine,
-    state: RunState,
-    config: dict[str, Any],
-    folder: Path,
-    keep: int,
-    mesh: Mesh,
-) -> Path:
-    """Write `folder/step-N` and delete all but the newest `keep` complete checkpoints. Collective.
+class CheckpointStore:
+    """A run's checkpoints.
 
-    Raises:
-        CheckpointError: on every rank, if any rank could not write; nothing of the attempt is left.
+    Args:
+        folder: where they lie.
+        keep: newest complete checkpoints that stay when another is saved.
+        settings: the run's whole configuration, plain; saved along, and its model's sizes compared.
     """
-    target = folder / f"step-{state.step:08d}"
-    partial = target.with_suffix(".partial")
-    rng = _gather_objects(torch.get_rng_state(), mesh)
 
-    def prepare() -> None:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+    def __init__(self, folder: Path, keep: int, settings: dict[str, Any]):
+        self.folder, self.keep, self.settings = folder, keep, settings
 
-    def complete() -> None:
-        torch.save(rng, partial / "rng.pt")
-        _write_state(partial, state, config, engine)
-        shutil.rmtree(target, ignore_errors=True)  # an older try at the same step
-        os.rename(partial, target)
-        _sync_folder(folder)
+    def save(self, engine: Engine, state: RunState) -> Path:
+        """Write `folder/step-N` and delete all but the newest `keep` complete checkpoints. Collective.
 
-    try:
-        _on_main(prepare, mesh)
-        _write_ranges(engine, partial, mesh)
-        _on_main(complete, mesh)
-    except CheckpointError as error:
-        if mesh.is_main:
+        Raises:
+            CheckpointError: on every rank, if any rank could not write; nothing of the attempt is left.
+        """
+        target = self.folder / f"step-{state.step:08d}"
+        partial = target.with_suffix(".partial")
+        mesh = engine.mesh
+        rng = _gather_objects(torch.get_rng_state(), mesh)
+
+        def prepare() -> None:
             shutil.rmtree(partial, ignore_errors=True)
-        raise CheckpointError(f"checkpoint {target} could not be written: {error}") from None
-    if mesh.is_main:
-        for old in complete_checkpoints(folder)[keep:]:
-            shutil.rmtree(old, ignore_errors=True)
-    return target
+            partial.mkdir(parents=True)
+
+        def complete() -> None:
+            torch.save(rng, partial / "rng.pt")
+            _write_state(partial, state, self.settings, engine)
+            shutil.rmtree(target, ignore_errors=True)  # an older try at the same step
+            os.rename(partial, target)
+            _sync_folder(self.folder)
+
+        try:
+            _on_main(prepare, mesh)
+            _write_ranges(engine, partial)
+            _on_main(complete, mesh)
+        except CheckpointError as error:
+            if mesh.is_main:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise CheckpointError(f"checkpoint {target} could not be written: {error}") from None
+        if mesh.is_main:
+            for old in complete_checkpoints(self.folder)[self.keep :]:
+                shutil.rmtree(old, ignore_errors=True)
+        return target
+
+    def find(self, resume: str) -> tuple[Path | None, list[str]]:
+        """The checkpoint that `resume` means, or None for a fresh start; and warnings about damaged ones.
+
+        Args:
+            resume: `auto` (the newest whole one in `folder`), `never`, or a checkpoint's path.
+
+        Raises:
+            UserError: the given path is no whole checkpoint; `never` with checkpoints there to lose;
+                `auto` when checkpoints are there and none is whole; a model of other sizes.
+        """
+        if resume not in ("auto", "never"):
+            path = Path(resume)
+            self._check_model(path, check(path))
+            return path, []
+        present = _newest_first(self.folder)
+        if resume == "never" and present:
+            raise UserError(
+                f"resume=never: {self.folder} already holds {present[0].name}; use resume=auto to continue "
+                "that run, or another name=NAME to start afresh beside it"
+            )
+        warnings = []
+        for path in present:
+            try:
+                content = check(path)
+            except UserError as error:
+                warnings.append(str(error))
+                continue
+            self._check_model(path, content)
+            return path, warnings
+        if present:
+            raise UserError(
+                f"resume=auto: no checkpoint in {self.folder} is whole ({warnings[0]}); move the folder away "
+                "to start afresh"
+            )
+        return None, []
+
+    def load(self, engine: Engine, path: Path) -> RunState:
+        """Load weights, optimizer and random state into a new engine of any layout. Collective.
+
+        Raises:
+            UserError: damaged.
+        """
+        content = check(path)
+        try:
+            dcp.load(
+                _ranges(engine),
+                storage_reader=dcp.FileSystemReader(path),
+                planner=_LoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+                process_group=engine.mesh.cpu_group,
+            )
+        except dcp.api.CheckpointException as error:
+            raise UserError(
+                f"checkpoint {path}: cannot be read ({_root_cause(error)}); use an older one"
+            ) from error
+        for state in base_optimizer(engine.deepspeed).state.values():
+            state["step"] = torch.tensor(content["adam_step"])  # one tensor each: they count up in place
+        refresh_model_weights(engine.deepspeed)
+        rng = torch.load(path / "rng.pt", weights_only=True)
+        if len(rng) == engine.mesh.world_size:
+            torch.set_rng_state(rng[engine.mesh.rank])
+        return RunState(**content["run"])
+
+    def _check_model(self, path: Path, content: dict[str, Any]) -> None:
+        """Refuse a checkpoint of a model of other sizes; the balance recipe may change."""
+        saved = content["config"]["model"]
+        for key, value in self.settings["model"].items():
+            if key not in ("balance", "max_position_embeddings") and saved.get(key) != value:
+                raise UserError(
+                    f"model.{key}={value}: the checkpoint {path} was saved with {saved.get(key)}; "
+                    "use that, or start another run with name=NAME"
+                )
 
 
-def _write_ranges(engine: deepspeed.DeepSpeedEngine, partial: Path, mesh: Mesh) -> None:
+def _write_ranges(engine: Engine, partial: Path) -> None:
     try:
         dcp.save(
             _ranges(engine),
             storage_writer=dcp.FileSystemWriter(partial),
             planner=_SavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
-            process_group=mesh.cpu_group,
+            process_group=engine.mesh.cpu_group,
         )
     except dcp.api.CheckpointException as error:  # raised on every rank
         raise CheckpointError(_root_cause(error)) from error
@@ -179,9 +257,9 @@ def _root_cause(error: dcp.api.CheckpointException) -> str:
     return str(failures[0][0]) if failures else str(error)
 
 
-def _write_state(partial: Path, state: RunState, config: dict[str, Any], engine: deepspeed.DeepSpeedEngine) -> None:
+def _write_state(partial: Path, state: RunState, config: dict[str, Any], engine: Engine) -> None:
     sizes = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
-    steps = [float(s["step"]) for s in base_optimizer(engine).state.values() if "step" in s]
+    steps = [float(s["step"]) for s in base_optimizer(engine.deepspeed).state.values() if "step" in s]
     content = {
         "format": FORMAT,
         "run": asdict(state),
@@ -216,7 +294,7 @@ def check(path: Path) -> dict[str, Any]:
         content = json.loads((path / STATE_FILE).read_text())
     except FileNotFoundError:
         raise UserError(
-            f"checkpoint {path}: no {STATE_FILE} in it; it is not a dsv2 checkpoint, or its writing was cut short"
+            f"checkpoint {path}: no {STATE_FILE} in it; it is no dsv2 checkpoint, or its writing was cut short"
         ) from None
     except (ValueError, OSError) as error:
         raise UserError(f"checkpoint {path}: {STATE_FILE} cannot be read ({error})") from None
@@ -231,94 +309,20 @@ def check(path: Path) -> dict[str, Any]:
     return content
 
 
+def _newest_first(folder: Path) -> list[Path]:
+    return sorted((p for p in folder.glob("step-*") if p.suffix != ".partial"), reverse=True)
+
+
 def complete_checkpoints(folder: Path) -> list[Path]:
     """Whole checkpoints in the folder, newest first."""
     found = []
-    for path in sorted(folder.glob("step-*"), reverse=True):
+    for path in _newest_first(folder):
         try:
-            if path.suffix != ".partial":
-                check(path)
-                found.append(path)
+            check(path)
+            found.append(path)
         except UserError:
             continue
     return found
-
-
-def find(resume: str, folder: Path, config: dict[str, Any]) -> tuple[Path | None, list[str]]:
-    """The checkpoint that `resume` means, or None for a fresh start; and warnings about damaged ones.
-
-    Args:
-        resume: `auto` (the newest whole one in `folder`), `never`, or a checkpoint's path.
-        folder: the run's own checkpoints.
-        config: the configuration that is to go on from it.
-
-    Raises:
-        UserError: the given path is no whole checkpoint; `never` with checkpoints there to lose;
-            `auto` when checkpoints are there and none is whole; a model of other sizes.
-    """
-    if resume not in ("auto", "never"):
-        path = Path(resume)
-        _check_same_model(path, check(path)["config"]["model"], config["model"])
-        return path, []
-    present = [p for p in sorted(folder.glob("step-*"), reverse=True) if p.suffix != ".partial"]
-    if resume == "never":
-        if present:
-            raise UserError(
-                f"resume=never: {folder} already holds {present[0].name}; use resume=auto to continue that run, "
-                "or another name=NAME to start afresh beside it"
-            )
-        return None, []
-    warnings = []
-    for path in present:
-        try:
-            content = check(path)
-        except UserError as error:
-            warnings.append(str(error))
-            continue
-        _check_same_model(path, content["config"]["model"], config["model"])
-        return path, warnings
-    if present:
-        raise UserError(
-            f"resume=auto: no checkpoint in {folder} is whole ({warnings[0]}); move the folder away to start afresh"
-        )
-    return None, warnings
-
-
-def load(engine: deepspeed.DeepSpeedEngine, path: Path, mesh: Mesh) -> RunState:
-    """Load weights, optimizer and random state into a freshly built engine of any layout. Collective.
-
-    Raises:
-        UserError: damaged.
-    """
-    content = check(path)
-    try:
-        dcp.load(
-            _ranges(engine),
-            storage_reader=dcp.FileSystemReader(path),
-            planner=_LoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
-            process_group=mesh.cpu_group,
-        )
-    except dcp.api.CheckpointException as error:
-        raise UserError(f"checkpoint {path}: cannot be read ({_root_cause(error)}); use an older one") from error
-    for state in base_optimizer(engine).state.values():
-        # One tensor each: ranks' optimizers count up in place.
-        state["step"] = torch.tensor(content["adam_step"])
-    refresh_model_weights(engine)
-    rng = torch.load(path / "rng.pt", weights_only=True)
-    if len(rng) == mesh.world_size:
-        torch.set_rng_state(rng[mesh.rank])
-    run = RunState(**content["run"])
-    engine.global_steps = run.step
-    return run
-
-
-def _check_same_model(path: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
-    for key, value in wanted.items():
-        if key not in ("balance", "max_position_embeddings") and saved.get(key) != value:
-            raise UserError(
-                f"model.{key}={value}: the checkpoint {path} was saved with model.{key}={saved.get(key)}; "
-                "use that, or start another run with name=NAME"
-            )
 
 
 def _gather_objects(value: Any, mesh: Mesh) -> list[Any]:

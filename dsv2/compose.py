@@ -104,7 +104,9 @@ def explain(error: Exception, overrides: list[str]) -> UserError:
         group, _, option = (error.missing_cfg_file or "").rpartition("/")
         near = difflib.get_close_matches(option, error.options, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
-        return UserError(f"{group}={option}: there is no such option; {hint}one of {', '.join(error.options)}")
+        return UserError(
+            f"{group}={option}: there is no such option; {hint}one of {', '.join(error.options)}"
+        )
     text = f"{error}\n{error.__cause__ or ''}"
     found = re.search(r"Could not override '([^'@]+)", text) or re.search(r"full_key: (\S+)", text)
     if found is None:

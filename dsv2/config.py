@@ -89,7 +89,7 @@ class DataConfig:
     subset: str | None = None
     data_files: list[str] | None = None
     split: str = "train"
-    val_split: str = "validation"
+    val_split: str = "validation"  # equal to split: one document in 100, by a hash of its text, is held out
     text_column: str = "text"
     tokenizer: str | None = None  # a sentencepiece .model or a tokenizer.json
     lanes: int = 8  # independent sub-streams; at most the number of the dataset's files
@@ -197,6 +197,7 @@ def validate(config: Config, world_size: int) -> None:
     _validate_optim(config.optim)
     _validate_parallel(config, world_size)
     _require_positive("data", config.data, ["sequence_length", "lanes", "shuffle_window", "vocab_size"])
+    _require_positive("data", config.data, ["seed"], least=0)
     if config.data.sequence_length > config.model.max_position_embeddings:
         _refuse(
             "data.sequence_length",
@@ -231,7 +232,7 @@ def _validate_model(model: ModelConfig) -> None:
     _require_positive("model", model, sizes)
     _require_positive("model", model, ["n_shared_experts"], least=0)
     if model.q_lora_rank is not None and model.q_lora_rank < 1:
-        _refuse("model.q_lora_rank", model.q_lora_rank, "must be at least 1, or null for no query compression")
+        _refuse("model.q_lora_rank", model.q_lora_rank, "must be at least 1, or null for none")
     if model.qk_rope_head_dim % 2:
         _refuse("model.qk_rope_head_dim", model.qk_rope_head_dim, "must be even: RoPE turns pairs")
     for name in ("rms_norm_eps", "rope_theta", "initializer_range", "routed_scaling_factor"):
@@ -281,7 +282,7 @@ def _validate_optim(optim: OptimConfig) -> None:
         _refuse("optim.decay_at", optim.decay_at, "must be rising shares of the tokens, such as [0.6, 0.9]")
     start = optim.batch_size_start
     if start is not None and not 1 <= start <= optim.batch_size:
-        _refuse("optim.batch_size_start", start, f"must lie between 1 and optim.batch_size={optim.batch_size}")
+        _refuse("optim.batch_size_start", start, f"must be from 1 to optim.batch_size={optim.batch_size}")
     if start is not None and optim.batch_ramp_tokens == 0:
         _refuse("optim.batch_ramp_tokens", 0, "must be above 0 when optim.batch_size_start is given")
 

@@ -89,6 +89,7 @@ class Engine:
             betas=(optim.beta1, optim.beta2),
             eps=optim.eps,
         )
+        self.deepspeed: Any
         self.deepspeed, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=deepspeed_config(optim, parallel, mesh.world_size)
         )
@@ -116,7 +117,8 @@ class Engine:
             losses = torch.cat((torch.stack((output.loss.detach(), output.lm_loss)), *output.balance))
             sums = losses if sums is None else sums + losses
             stats = output.stats if stats is None else stats.plus(output.stats)
-        assert sums is not None and stats is not None, "a step has at least one micro-batch"
+        assert sums is not None, "a step has at least one micro-batch"
+        assert stats is not None
         if self.deepspeed.zero_optimization_stage() > 0:
             grad_norm = float(self.deepspeed.get_global_grad_norm())
         means = self.mean_over_ranks(sums / count).tolist()
@@ -159,10 +161,12 @@ class Engine:
         for parameter in self.model.parameters():
             if parameter.grad is not None:
                 (experts if is_expert(parameter) else dense).append(parameter.grad)
-        zero = torch.zeros((), device=self.mesh.device)
-        squares = [torch.stack([g.norm() ** 2 for g in grads]).sum() if grads else zero for grads in (dense, experts)]
+        square, expert_square = (
+            torch.stack([g.norm() ** 2 for g in grads]).sum() for grads in (dense, experts)
+        )
         if self.mesh.ep_group is not None:
-            dist.all_reduce(squares[1], group=self.mesh.ep_group)
-        norm = (squares[0] + squares[1]).sqrt()
-        torch._foreach_mul_(dense + experts, (self.grad_clip / (norm + 1e-6)).clamp(max=1.0))
+            dist.all_reduce(expert_square, group=self.mesh.ep_group)
+        norm = (square + expert_square).sqrt()
+        for grad in dense + experts:
+            grad.mul_((self.grad_clip / (norm + 1e-6)).clamp(max=1.0))
         return float(norm)

@@ -8,6 +8,8 @@ class UserError(ValueError):
     once, from rank 0, without a traceback, and exit with code 2.
     """
 
+    of_one_rank = False  # True where only the rank that raises it knows; then that rank prints it
+
 
 class Diverged(Exception):
     """The loss or the gradient is no longer a number; the text names the step. Exit code 3."""

@@ -51,7 +51,7 @@ class Evaluator:
         return Evaluation(nats / n_labels, bits_per_byte(nats, int(n_bytes)))
 
     def sample(self, temperature: float = 0.8) -> str:
-        """`eval.sample_tokens` tokens that continue `eval.sample_prompt`, drawn with a fixed seed. Collective.
+        """`eval.sample_tokens` tokens that continue `eval.sample_prompt`; a fixed seed. Collective.
 
         Every rank runs the forward, for the experts are spread over them; rank 0 draws.
         """

@@ -48,7 +48,12 @@ class Monitor:
         if self.mesh.is_main:
             save_config(self.run_dir, to_yaml(config), resumed=resumed is not None)
         self.tracker = open_tracker(
-            config.logging, self.run_dir, config.name, to_plain(config), self.state.wandb_id, self.mesh.is_main
+            config.logging,
+            self.run_dir,
+            config.name,
+            to_plain(config),
+            self.state.wandb_id,
+            self.mesh.is_main,
         )
         counts = count_parameters(config.model)
         for line in console.start_lines(
@@ -143,8 +148,7 @@ class Monitor:
         self._last_mark = time.perf_counter()
 
     def _step_metrics(self, plan: StepPlan, result: StepResult, seconds: float) -> dict[str, float]:
-        tokens = plan.batch_size * self.config.data.sequence_length
-        tok_s = tokens / seconds
+        tok_s = (plan.tokens_after - plan.tokens) / seconds
         flops_gpu = tok_s / self.mesh.world_size * self._flops
         metrics = {
             "train/loss": result.loss,
@@ -152,7 +156,7 @@ class Monitor:
             "train/grad_norm": result.grad_norm,
             "train/lr": plan.lr,
             "train/batch_seqs": float(plan.batch_size),
-            "train/tokens": float(plan.tokens + tokens),
+            "train/tokens": float(plan.tokens_after),
             **balance_metrics(result.balance),
             "perf/tok_s": tok_s,
             "perf/tok_s_gpu": tok_s / self.mesh.world_size,
@@ -186,7 +190,10 @@ class Monitor:
         result = evaluator.evaluate()
         self.evaluation(self.total_steps, result)
         if (unigram := unigram_nats_of(self.config.data)) is not None:
-            self.note(f"validation loss {result.loss:.3f} nats a token; unigram entropy {unigram:.3f}")
+            self.note(
+                f"validation loss {result.loss:.3f} nats a token; by each token's frequency alone "
+                f"(unigram entropy) {unigram:.3f}"
+            )
         if self.config.eval.sample_tokens:
             self.note("sample:")
             for line in evaluator.sample().splitlines():

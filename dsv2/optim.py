@@ -9,6 +9,7 @@ from dsv2.config import OptimConfig
 class StepPlan(NamedTuple):
     step: int  # 0-based
     tokens: int  # seen before this step
+    tokens_after: int
     batch_size: int  # sequences of this step
     lr: float
 
@@ -33,12 +34,15 @@ def lr_at(config: OptimConfig, step: int, tokens: int) -> float:
     return config.lr * warmup * config.decay_factor**passed
 
 
-def plan_steps(config: OptimConfig, sequence_length: int, step: int = 0, tokens: int = 0) -> Iterator[StepPlan]:
+def plan_steps(
+    config: OptimConfig, sequence_length: int, step: int = 0, tokens: int = 0
+) -> Iterator[StepPlan]:
     """Every step from (`step`, `tokens`) until `total_tokens` are seen; the last may overshoot."""
     while tokens < config.total_tokens:
         batch_size = batch_size_at(config, tokens)
-        yield StepPlan(step, tokens, batch_size, lr_at(config, step, tokens))
-        step, tokens = step + 1, tokens + batch_size * sequence_length
+        after = tokens + batch_size * sequence_length
+        yield StepPlan(step, tokens, after, batch_size, lr_at(config, step, tokens))
+        step, tokens = step + 1, after
 
 
 def count_steps(config: OptimConfig, sequence_length: int) -> int:

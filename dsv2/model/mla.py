@@ -47,8 +47,8 @@ class MultiHeadLatentAttention(nn.Module):
         latent_BSC, k_rope_BSR = self.kv_a_proj_with_mqa(x_BSD).split(
             [self.kv_lora_rank, self.rope_dim], dim=-1
         )
-        kv = self.kv_b_proj(self.kv_a_layernorm(latent_BSC))
-        k_nope_BSHN, v_BSHV = kv.unflatten(-1, (self.num_heads, -1)).split([self.nope_dim, self.v_dim], dim=-1)
+        kv = self.kv_b_proj(self.kv_a_layernorm(latent_BSC)).unflatten(-1, (self.num_heads, -1))
+        k_nope_BSHN, v_BSHV = kv.split([self.nope_dim, self.v_dim], dim=-1)
 
         q_rope_BSHR = apply_rope(q_rope_BSHR, cos_SP, sin_SP)
         # Eq. 43: ONE decoupled key, taken from h and shared by all heads.

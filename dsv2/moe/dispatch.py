@@ -86,7 +86,9 @@ def dispatch(
     sent, coming_WE = _exchange_counts(counts_E, group)
     received = coming_WE.sum(dim=1).tolist()
     # Rows arrive by (source, expert); the experts want them by (expert, source).
-    local_expert_R = torch.arange(coming_WE.shape[1]).repeat(group.size()).repeat_interleave(coming_WE.flatten())
+    local_expert_R = (
+        torch.arange(coming_WE.shape[1]).repeat(group.size()).repeat_interleave(coming_WE.flatten())
+    )
     by_expert_R = local_expert_R.argsort(stable=True).to(x_TD.device)
     rows_RD = _AllToAll.apply(rows_SD, sent, received, group)[by_expert_R]
     plan = DispatchPlan(

@@ -22,7 +22,9 @@ def exempt_sequences(sequence_ids_B: Tensor, fraction: float, seed: int) -> Tens
     return uniform_B < fraction
 
 
-def kept_by_budget(affinity_P: Tensor, groups_P: Tensor, exempt_P: Tensor, n_group: int, budget: int) -> Tensor:
+def kept_by_budget(
+    affinity_P: Tensor, groups_P: Tensor, exempt_P: Tensor, n_group: int, budget: int
+) -> Tensor:
     """bool [P]: which of the P (token, expert) pairs stay when each group may serve `budget` pairs.
 
     Within a group the pairs of highest affinity stay; of equal affinities the earlier pair stays.

@@ -49,9 +49,7 @@ class MoELayer(nn.Module):
         """Eq. 20 without the residual. Tokens are dropped in training only (section 2.2.4)."""
         config, balance = self.config, self.config.balance
         x_TD = x_BSD.flatten(0, 1)
-        routing = route(
-            x_TD, self.gate.weight, config.num_experts_per_tok, config.n_group, config.topk_group
-        )
+        routing = route(x_TD, self.gate.weight, config.num_experts_per_tok, config.n_group, config.topk_group)
         keep_TK = None
         if self.training and balance.token_dropping:
             keep_TK = keep_within_budget(

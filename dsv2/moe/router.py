@@ -51,5 +51,5 @@ def tokens_sent_TG(expert_ids_TK: Tensor, n_experts: int, n_group: int) -> Tenso
 
 def pairs_TE(expert_ids_TK: Tensor, n_experts: int) -> Tensor:
     """fp32 [T, E]: 1 where the token selects the expert."""
-    ones = torch.ones(expert_ids_TK.shape, device=expert_ids_TK.device)
-    return torch.zeros(len(expert_ids_TK), n_experts, device=expert_ids_TK.device).scatter_(1, expert_ids_TK, ones)
+    selected_TE = torch.zeros(len(expert_ids_TK), n_experts, device=expert_ids_TK.device)
+    return selected_TE.scatter_(1, expert_ids_TK, 1.0)

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from dsv2.moe.layer import MoELayer
 from dsv2.parallel.mesh import Mesh, init_process_group
 
+AnyEngine = Any  # deepspeed.DeepSpeedEngine; its own annotations do not hold
+
 
 class EngineMoELayer(MoELayer, AutoEPMoELayer):
     """Our layer under a type that DeepSpeed's engine takes for a mixture of experts, ZeRO-3 included."""
@@ -41,6 +43,7 @@ def start_mesh(device: torch.device, rank: int, world_size: int, ep_size: int) -
     deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
     groups._create_expert_and_data_parallel(ep_size)
     ep_group = groups._get_expert_parallel_group(_group_name(ep_size)) if ep_size > 1 else None
+    cpu_group: Any = dist.new_group(backend="gloo") if world_size > 1 else None
     return Mesh(
         rank=rank,
         world_size=world_size,
@@ -48,7 +51,7 @@ def start_mesh(device: torch.device, rank: int, world_size: int, ep_size: int) -
         ep_size=ep_size,
         ep_rank=rank % ep_size,
         ep_group=ep_group,
-        cpu_group=dist.new_group(backend="gloo") if world_size > 1 else None,
+        cpu_group=cpu_group,
     )
 
 
@@ -114,7 +117,7 @@ class Fragment(NamedTuple):
         return tensor.detach().view(-1).narrow(0, self.start, self.length)
 
 
-def fragments(engine: deepspeed.DeepSpeedEngine) -> Iterator[Fragment]:
+def fragments(engine: AnyEngine) -> Iterator[Fragment]:
     """Every range of fp32 weights that this rank's optimizer updates, under any ZeRO stage.
 
     Expert parallelism cuts dim 0, so an expert's range within the whole parameter is contiguous too.
@@ -157,12 +160,12 @@ def fragments(engine: deepspeed.DeepSpeedEngine) -> Iterator[Fragment]:
                 yield Fragment(names[id(parameter)], base + low.start, total, owner, high.start, high.numel)
 
 
-def base_optimizer(engine: deepspeed.DeepSpeedEngine) -> torch.optim.Optimizer:
+def base_optimizer(engine: AnyEngine) -> torch.optim.Optimizer:
     """The torch optimizer under ZeRO's wrapper; its state is keyed by `Fragment.owner`."""
     return getattr(engine.optimizer, "optimizer", engine.optimizer)
 
 
-def refresh_model_weights(engine: deepspeed.DeepSpeedEngine) -> None:
+def refresh_model_weights(engine: AnyEngine) -> None:
     """Bring the model's weights up to date with the optimizer's fp32 ones after those were loaded."""
     optimizer: Any = engine.optimizer
     stage = engine.zero_optimization_stage()

@@ -42,7 +42,7 @@ def init_process_group(device: torch.device, rank: int, world_size: int) -> None
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world_size == 1 and "MASTER_ADDR" not in os.environ:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
         os.environ["LOCAL_RANK"] = "0"  # DeepSpeed insists on it
     else:
         dist.init_process_group(backend, timeout=timedelta(minutes=30))

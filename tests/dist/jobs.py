@@ -41,6 +41,7 @@ def model_config(**changes: Any) -> ModelConfig:
     return replace(sizes, **{k: v for k, v in changes.items() if k not in balance})
 
 
+SETTINGS = {"model": {"vocab_size": 61}}  # as much of a configuration as a checkpoint wants
 OPTIM = OptimConfig(lr=3e-3, grad_clip=0.5, batch_size=BATCH)
 
 
@@ -199,8 +200,7 @@ def train_and_save(rank: int, world_size: int, folder: str, save_at: int, steps:
     engine = make_engine(rank, world_size, **layout)
     trace = steps_of(engine, 0, save_at, layout["micro_batch"])
     state = checkpoint.RunState(step=save_at, tokens=save_at * BATCH * SEQUENCE, data={"consumed": 1}, wandb_id="w")
-    settings = {"model": {"vocab_size": 61}}
-    checkpoint.save(engine.deepspeed, state, settings, Path(folder), 3, engine.mesh)
+    checkpoint.CheckpointStore(Path(folder), 3, SETTINGS).save(engine, state)
     trace.losses += steps_of(engine, save_at, steps - save_at, layout["micro_batch"]).losses
     return trace, owned(engine, "fp32")
 
@@ -213,6 +213,6 @@ def load_and_train(rank: int, world_size: int, path: str, steps: int, **layout: 
 
     engine = make_engine(rank, world_size, **layout)
     steps_of(engine, 100, 1, layout["micro_batch"])  # so that a tensor the load forgets shows
-    state = checkpoint.load(engine.deepspeed, Path(path), engine.mesh)
+    state = checkpoint.CheckpointStore(Path(path).parent, 3, SETTINGS).load(engine, Path(path))
     trace = steps_of(engine, state.step, steps - state.step, layout["micro_batch"])
     return state, trace, owned(engine, "fp32")

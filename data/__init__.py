@@ -1,0 +1,1 @@
+"""Text to batches: sources -> prepare (tokenizer, shards, manifest) -> packing -> stream."""

@@ -1,0 +1,45 @@
+"""Opening a Hugging Face dataset as a stream: quietly, and with errors that say what to change."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from dsv2.errors import UserError
+
+FILE_READERS = ("arrow", "csv", "json", "parquet", "text")  # the library's own readers of local files
+
+
+def open_stream(dataset: str, subset: str | None, data_files: list[str] | None, split: str) -> Any:
+    """Return the `datasets.IterableDataset` of one split; a UserError says why it cannot be opened."""
+    import datasets
+    from datasets.exceptions import DatasetNotFoundError
+
+    if dataset in FILE_READERS and not data_files:  # the library would read the working directory
+        raise UserError(f"dataset {dataset!r} reads files: data_files must name them")
+    datasets.utils.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    name = f"dataset {dataset!r} (subset {subset!r}, split {split!r}, data_files {data_files!r})"
+    try:
+        return datasets.load_dataset(dataset, subset, data_files=data_files, split=split, streaming=True)
+    except (DatasetNotFoundError, FileNotFoundError, ValueError) as error:
+        raise UserError(f"{name} cannot be opened: {_first_line(error)}") from error
+    except ConnectionError as error:
+        raise UserError(f"{name} cannot be reached: {_first_line(error)}; is there a network?") from error
+
+
+def text_of(row: Mapping[str, Any], column: str, field: str, where: str | Path) -> str:
+    """Return the text of a row, "" for a null; a UserError names `field` if the column holds none."""
+    if column not in row:
+        raise UserError(f"{field} {column!r} is not in {where}; it has {_listed(row)}")
+    value = row[column]
+    if value is not None and not isinstance(value, str):
+        raise UserError(f"{field} {column!r} of {where} holds {type(value).__name__}, not text")
+    return value or ""
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(repr(name) for name in names) or "no columns"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,80 @@
+"""What an interrupted preparation left: which parts are finished, and for which request."""
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from data.manifest import Shard
+from dsv2.errors import UserError
+
+PROGRESS = "progress.json"
+LOCK = ".lock"
+
+
+@dataclass
+class Part:
+    """A finished run of consecutive documents."""
+
+    documents: int  # of both splits
+    digest: str  # over all documents from the first one to the last of this part
+    train: Shard | None
+    validation: Shard | None
+
+
+@dataclass
+class Progress:
+    request: dict[str, Any]
+    tokenizer_sha256: str | None = None  # None: not there yet
+    parts: list[Part] = field(default_factory=list)
+
+    def save(self, folder: Path) -> None:
+        write_text(folder / PROGRESS, json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> "Progress":
+        content = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
+        parts = [
+            Part(**{**part, **{name: part[name] and Shard(**part[name]) for name in ("train", "validation")}})
+            for part in content["parts"]
+        ]
+        return cls(content["request"], content["tokenizer_sha256"], parts)
+
+
+def open_progress(out: Path, request: dict[str, Any]) -> Progress:
+    """Return what an interrupted run left, or a fresh start; a UserError names a folder that is not ours."""
+    if (out / PROGRESS).is_file():
+        try:
+            progress = Progress.load(out)
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{out / PROGRESS} is no progress file of ours: choose another folder") from error
+        refuse_other(out, progress.request, request)
+        return progress
+    # A `.part` can only be the progress file of a run that ended while writing it.
+    if others := sorted(path.name for path in out.iterdir() if path.name not in (LOCK, PROGRESS + ".part")):
+        raise UserError(f"{out} is not empty ({others[0]}) and holds no preparation: choose another folder")
+    progress = Progress(request)
+    progress.save(out)
+    return progress
+
+
+def close_progress(out: Path) -> None:
+    """Forget the progress of a finished run."""
+    (out / PROGRESS).unlink()
+
+
+def refuse_other(out: Path, there: dict[str, Any], asked: dict[str, Any]) -> None:
+    """Raise a UserError that lists the differences if `out` was begun for another request."""
+    keys = sorted(key for key in there.keys() | asked.keys() if there.get(key) != asked.get(key))
+    if keys:
+        differences = "; ".join(f"{key} {there.get(key)!r}, now asked for {asked.get(key)!r}" for key in keys)
+        raise UserError(f"{out} was prepared with {differences}: choose another folder, or remove that one")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a whole file or nothing."""
+    aside = path.with_name(path.name + ".part")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)

@@ -1,0 +1,89 @@
+"""Arrow shards of token ids: one row a document, read back as memory-mapped arrays without a copy.
+
+A shard is an Arrow IPC stream with the one column `input_ids`, which `datasets.load_dataset("arrow",
+data_files=...)` and `datasets.Dataset.from_file` read too.
+"""
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from data.manifest import Shard
+from dsv2.errors import UserError
+
+COLUMN = "input_ids"
+
+
+class ShardWriter:
+    """Writes one shard aside; `finish` gives it its name, so a file under that name is complete."""
+
+    def __init__(self, folder: Path, file: str, dtype: np.dtype) -> None:
+        import pyarrow as pa
+
+        self._path, self._aside = folder / file, folder / (file + ".part")
+        self._dtype = dtype
+        self._schema = pa.schema([(COLUMN, pa.list_(pa.from_numpy_dtype(dtype)))])
+        self._sink = pa.OSFile(str(self._aside), "wb")
+        self._stream = pa.ipc.new_stream(self._sink, self._schema)
+        self._documents = self._tokens = self._text_bytes = 0
+
+    def write(self, documents: Sequence[Sequence[int]], text_bytes: int) -> None:
+        """Append documents (their ids, bos and eos included) as one record batch."""
+        import pyarrow as pa
+
+        offsets = np.zeros(len(documents) + 1, np.int32)
+        np.cumsum([len(ids) for ids in documents], out=offsets[1:])
+        values = np.concatenate([np.asarray(ids, self._dtype) for ids in documents])
+        column = pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
+        self._stream.write_batch(pa.record_batch([column], schema=self._schema))
+        self._documents += len(documents)
+        self._tokens += len(values)
+        self._text_bytes += text_bytes
+
+    def finish(self) -> Shard:
+        self.close()
+        size = self._aside.stat().st_size
+        os.replace(self._aside, self._path)
+        return Shard(self._path.name, self._documents, self._tokens, self._text_bytes, size)
+
+    def close(self) -> None:
+        """Let go of the file; without `finish` it stays aside, and the next run writes it again."""
+        if not self._sink.closed:
+            self._stream.close()
+            self._sink.close()
+
+
+def read_tokens(path: Path) -> list[np.ndarray]:
+    """Return the ids of a shard as memory-mapped arrays, one a record batch, in order."""
+    import pyarrow as pa
+
+    try:
+        with pa.memory_map(str(path)) as source, pa.ipc.open_stream(source) as stream:
+            columns = [batch.column(COLUMN) for batch in stream]
+            return [column.flatten().to_numpy(zero_copy_only=True) for column in columns]
+    except (pa.ArrowInvalid, OSError, KeyError) as error:
+        raise UserError(f"data: {path} is no shard of ours ({error}); prepare its folder again") from error
+
+
+def count_tokens(paths: Iterable[Path], vocab_size: int) -> np.ndarray:
+    """Return int64 [vocab_size]: how often each id occurs in the shards."""
+    counts = np.zeros(vocab_size, np.int64)
+    for path in paths:
+        for values in read_tokens(path):
+            counts += np.bincount(values, minlength=vocab_size)
+    return counts
+
+
+def unigram_nats(counts: np.ndarray, model_counts: np.ndarray) -> float | None:
+    """Return the mean nats a token of coding `counts` [V] by the frequencies of `model_counts` [V].
+
+    With `counts` itself as the model that is its entropy. None if there is nothing to code.
+    """
+    total = counts.sum()
+    if total == 0:
+        return None
+    seen = counts > 0
+    log_probabilities = np.log(model_counts[seen]) - np.log(model_counts.sum())
+    return float(-(counts[seen] * log_probabilities).sum() / total)

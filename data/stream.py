@@ -1,0 +1,381 @@
+"""The training data as one global order of sequences, of which every rank takes its share.
+
+Sequence 0, 1, 2, ... of a run are fixed by the data configuration alone: not by the number of ranks,
+nor by where the run was stopped and resumed. `MapStream` computes each from its number; `LaneStream`
+reads a dataset that can only be read forwards, its lanes spread over the ranks.
+"""
+
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from data.hub import open_stream, text_of
+from data.lanes import Lane, LaneState
+from data.manifest import TOKEN_BYTES, load_manifest
+from data.order import permuted_index
+from data.packing import PackedTokens
+from data.prepare import prepare_stdlib
+from data.tokenizer import Tokenizer, load_tokenizer
+from dsv2.config import DataConfig, DataSource
+from dsv2.errors import UserError
+
+HELD_OUT = 100  # one document in so many validates when hf_stream has no split of its own for that
+
+
+class OneRankError(UserError):
+    """A UserError in the data that one rank found alone: every rank that raises it prints it."""
+
+    of_one_rank = True
+
+
+@dataclass(frozen=True)
+class Batch:
+    input_ids: Tensor  # int64 [B, S]
+    labels: Tensor  # int64 [B, S]: the token that follows each input
+    sequence_ids: Tensor  # int64 [B]: place of each sequence in the run's global order
+
+
+class Stream(Protocol):
+    """The global order of sequences, and how far it has been handed out."""
+
+    consumed: int  # sequences handed out so far, over all ranks
+
+    def take(self, total: int, start: int, count: int) -> Batch:
+        """Advance by `total` sequences; return `count` of them from offset `start` on, the caller's share.
+
+        Collective: all ranks call it with the same `total`; shares may overlap or leave gaps.
+        """
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the JSON-able state, the same on every rank. Collective."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state` was taken; a UserError lists what differs if it is not of this order."""
+        ...
+
+
+class MapStream:
+    """A prepared folder: epoch after epoch, each in an order of its own. Its state is one number."""
+
+    def __init__(self, sequences: PackedTokens, seed: int, dataset: str) -> None:
+        self.consumed = 0
+        self._sequences = sequences
+        self._seed = seed
+        self._fingerprint = {
+            "dataset": dataset,
+            "sequence_length": sequences.sequence_length,
+            "seed": seed,
+        }
+
+    def take(self, total: int, start: int, count: int) -> Batch:
+        _check_share(total, start, count)
+        places = self.consumed + start + np.arange(count)
+        epochs, positions = np.divmod(places, len(self._sequences))
+        indices = np.empty_like(places)
+        for epoch in np.unique(epochs).tolist():
+            now = epochs == epoch
+            indices[now] = permuted_index(positions[now], len(self._sequences), self._seed, epoch)
+        try:
+            tokens = self._sequences.take(indices)
+        except UserError as error:
+            raise OneRankError(str(error)) from error
+        self.consumed += total
+        return _batch(tokens, places)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"consumed": self.consumed, "fingerprint": self._fingerprint}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        _check_fingerprint(state["fingerprint"], self._fingerprint)
+        self.consumed = state["consumed"]
+
+
+class LaneStream:
+    """A streamed dataset in L lanes: sequence g is the (g // L)-th of lane g % L, which rank
+    (g % L) % world_size reads. Each `take` exchanges the window's sequences, so any rank gets any share.
+
+    Args:
+        lanes: this rank's lanes, by number.
+        n_lanes: L.
+        fingerprint: what the order depends on, JSON-able.
+        group: a gloo group of all ranks; None with one rank.
+    """
+
+    def __init__(
+        self,
+        lanes: dict[int, Lane],
+        n_lanes: int,
+        fingerprint: dict[str, Any],
+        rank: int,
+        world_size: int,
+        group: dist.ProcessGroup | None,
+    ) -> None:
+        assert group is not None or world_size == 1
+        self.consumed = 0
+        self._lanes = lanes
+        self._n_lanes = n_lanes
+        self._fingerprint = fingerprint
+        self._rank = rank
+        self._world_size = world_size
+        self._group = group
+
+    def take(self, total: int, start: int, count: int) -> Batch:
+        _check_share(total, start, count)
+        lanes = (self.consumed + np.arange(total)) % self._n_lanes
+        owners = lanes % self._world_size
+        mine = np.flatnonzero(owners == self._rank)  # offsets in the window
+        try:
+            read = [next(self._lanes[lane]) for lane in lanes[mine].tolist()]
+        except UserError as error:
+            raise OneRankError(str(error)) from error
+        # Without one of its own a rank still takes part, with an empty array of the right width.
+        width = self._fingerprint["sequence_length"] + 1
+        sequences = torch.from_numpy(np.stack(read) if read else np.empty((0, width), np.int32))
+        if self._world_size == 1:
+            share = sequences[start : start + count]
+        else:
+            share = self._exchange(sequences, mine, owners, start, count)
+        places = self.consumed + start + np.arange(count)
+        self.consumed += total
+        return _batch(share.numpy().astype(np.int64), places)
+
+    def _exchange(
+        self, sequences: Tensor, mine: np.ndarray, owners: np.ndarray, start: int, count: int
+    ) -> Tensor:
+        """Send each rank what it wants of `sequences` [len(mine), S + 1]; return int32 [count, S + 1]."""
+        wanted = [torch.empty(2, dtype=torch.int64) for _ in range(self._world_size)]
+        dist.all_gather(wanted, torch.tensor([start, count]), group=self._group)
+        outgoing = []
+        for first, size in (pair.tolist() for pair in wanted):
+            outgoing.append(sequences[torch.from_numpy((mine >= first) & (mine < first + size))])
+        senders = owners[start : start + count]
+        received = sequences.new_empty(count, sequences.shape[1])
+        dist.all_to_all_single(
+            received,
+            torch.cat(outgoing),
+            np.bincount(senders, minlength=self._world_size).tolist(),
+            [len(part) for part in outgoing],
+            group=self._group,
+        )
+        # They come rank by rank, each rank's in global order.
+        share = torch.empty_like(received)
+        share[torch.from_numpy(np.argsort(senders, kind="stable"))] = received
+        return share
+
+    def state_dict(self) -> dict[str, Any]:
+        own = {lane: reader.state.to_json() for lane, reader in self._lanes.items()}
+        states = [own] * self._world_size
+        if self._world_size > 1:
+            dist.all_gather_object(states, own, group=self._group)
+        merged = {lane: state for part in states for lane, state in part.items()}
+        return {
+            "consumed": self.consumed,
+            "fingerprint": self._fingerprint,
+            "lanes": {str(lane): merged[lane] for lane in sorted(merged)},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        _check_fingerprint(state["fingerprint"], self._fingerprint)
+        self.consumed = state["consumed"]
+        for lane, reader in self._lanes.items():
+            reader.load(LaneState.from_json(state["lanes"][str(lane)]))
+
+
+def build_stream(
+    config: DataConfig,
+    model_vocab_size: int,
+    rank: int,
+    world_size: int,
+    group: dist.ProcessGroup | None,
+) -> Stream:
+    """Return this rank's end of the training stream; call `check_data` first.
+
+    `group` is a gloo group of all ranks (hf_stream exchanges through it), None with one rank.
+    """
+    if config.source is not DataSource.hf_stream:
+        sequences = PackedTokens(config.path, "train", config.sequence_length, model_vocab_size)
+        return MapStream(sequences, config.seed, load_manifest(config.path).fingerprint)
+    tokenizer = tokenizer_of(config)
+    dataset = _open(config, config.split)
+    if config.lanes > dataset.num_shards:
+        raise UserError(
+            f"data.lanes={config.lanes} must be at most {dataset.num_shards}, the files of {config.dataset}"
+        )
+
+    def tokens_of(row: dict[str, Any]) -> list[int]:
+        text = _text(config, row)
+        return [] if _validates(config, text) else _document(tokenizer, text)
+
+    def lane(number: int) -> Lane:
+        def share() -> Any:
+            return dataset.shard(num_shards=config.lanes, index=number)
+
+        return Lane(share, tokens_of, number, config.sequence_length, config.shuffle_window, config.seed)
+
+    return LaneStream(
+        {number: lane(number) for number in range(rank, config.lanes, world_size)},
+        config.lanes,
+        _stream_fingerprint(config, tokenizer),
+        rank,
+        world_size,
+        group,
+    )
+
+
+def check_data(config: DataConfig, model_vocab_size: int) -> None:
+    """Find mistakes in the data before any process group is made; prepare the stdlib folder on first use.
+
+    Raises:
+        UserError: names the field, its value and what would be right.
+    """
+    if config.source is DataSource.hf_stream:
+        for name in ("dataset", "tokenizer"):
+            if not getattr(config, name):
+                raise UserError(
+                    f"data.{name}={getattr(config, name)!r} must be given for data.source=hf_stream"
+                )
+        _check_vocabulary(tokenizer_of(config).vocab_size, model_vocab_size, "data.tokenizer")
+        return
+    if config.source is DataSource.stdlib:
+        _check_vocabulary(config.vocab_size, model_vocab_size, "data.vocab_size")
+        prepare_stdlib(config.path, config.vocab_size)
+    _check_vocabulary(
+        load_manifest(config.path).vocab_size, model_vocab_size, f"the tokenizer of {config.path}"
+    )
+    PackedTokens(config.path, "train", config.sequence_length, model_vocab_size)
+
+
+def validation_sequences(config: DataConfig, model_vocab_size: int, count: int) -> np.ndarray:
+    """Return int64 [count, S + 1]: the first `count` sequences of the validation split.
+
+    For hf_stream without a split of its own (`val_split` equal to `split`), one document in HELD_OUT,
+    chosen by its text, is kept out of training and used here.
+
+    Raises:
+        UserError: the split holds fewer than `count`.
+    """
+    length = config.sequence_length
+    if config.source is not DataSource.hf_stream:
+        packed = PackedTokens(config.path, "validation", length, model_vocab_size)
+        _check_count(count, len(packed), config)
+        return packed.take(np.arange(count))
+    tokenizer, wanted = tokenizer_of(config), count * length + 1
+    tokens: list[int] = []
+    for text in _validation_texts(config):
+        tokens += _document(tokenizer, text)
+        if len(tokens) >= wanted:
+            break
+    _check_count(count, max(0, len(tokens) - 1) // length, config)
+    windows = np.lib.stride_tricks.sliding_window_view(np.array(tokens[:wanted], np.int64), length + 1)
+    return windows[::length].copy()
+
+
+def tokenizer_of(config: DataConfig) -> Tokenizer:
+    """Return the tokenizer that the data is made with."""
+    if config.source is DataSource.hf_stream:
+        return load_tokenizer(config.tokenizer or "")
+    manifest = load_manifest(config.path)
+    tokenizer = load_tokenizer(Path(config.path) / manifest.tokenizer_file)
+    if tokenizer.sha256 != manifest.tokenizer_sha256:
+        raise UserError(f"data: {tokenizer.path} is not the tokenizer that {config.path} was prepared with")
+    return tokenizer
+
+
+def token_bytes_of(config: DataConfig) -> np.ndarray:
+    """Return int32 [V]: the UTF-8 bytes that each of the tokenizer's ids stands for, 0 for special tokens."""
+    if config.source is DataSource.hf_stream:
+        return tokenizer_of(config).token_bytes()
+    return np.load(Path(config.path) / TOKEN_BYTES)
+
+
+def unigram_nats_of(config: DataConfig) -> float | None:
+    """Return the nats a validation token that frequencies alone reach; None where that is not known."""
+    if config.source is DataSource.hf_stream:
+        return None
+    return load_manifest(config.path).validation.unigram_nats
+
+
+def _batch(tokens: np.ndarray, places: np.ndarray) -> Batch:
+    """Split int64 [B, S + 1] into inputs and labels."""
+    sequences = torch.from_numpy(tokens)
+    return Batch(sequences[:, :-1].contiguous(), sequences[:, 1:].contiguous(), torch.from_numpy(places))
+
+
+def _check_share(total: int, start: int, count: int) -> None:
+    if not 0 <= start <= start + count <= total:
+        raise ValueError(f"the share [{start}, {start + count}) must lie in [0, {total})")
+
+
+def _check_fingerprint(there: dict[str, Any], here: dict[str, Any]) -> None:
+    keys = sorted(key for key in there.keys() | here.keys() if there.get(key) != here.get(key))
+    if keys:
+        differences = "; ".join(f"data.{key} was {there.get(key)!r}, is {here.get(key)!r}" for key in keys)
+        raise UserError(
+            f"the checkpoint is of other data: {differences}; use those again, or start a new run"
+        )
+
+
+def _check_vocabulary(size: int, model_vocab_size: int, what: str) -> None:
+    if size > model_vocab_size:
+        raise UserError(f"model.vocab_size={model_vocab_size} must be at least {size}, the pieces of {what}")
+
+
+def _check_count(count: int, available: int, config: DataConfig) -> None:
+    if available < count:
+        raise UserError(
+            f"eval.sequences={count} must be at most {available}, the validation sequences of "
+            f"data.sequence_length={config.sequence_length}"
+        )
+
+
+def _open(config: DataConfig, split: str) -> Any:
+    assert config.dataset is not None  # check_data
+    return open_stream(config.dataset, config.subset, config.data_files, split)
+
+
+def _text(config: DataConfig, row: dict[str, Any]) -> str:
+    return text_of(row, config.text_column, "data.text_column", config.dataset or "")
+
+
+def _document(tokenizer: Tokenizer, text: str) -> list[int]:
+    return [tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id] if text else []
+
+
+def _validates(config: DataConfig, text: str) -> bool:
+    return config.val_split == config.split and zlib.crc32(text.encode()) % HELD_OUT == 0
+
+
+def _validation_texts(config: DataConfig) -> Iterator[str]:
+    for row in _open(config, config.val_split):
+        text = _text(config, row)
+        if config.val_split != config.split or _validates(config, text):
+            yield text
+
+
+def _stream_fingerprint(config: DataConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What the global order depends on; named as in the configuration."""
+    names = (
+        "dataset",
+        "subset",
+        "split",
+        "text_column",
+        "lanes",
+        "shuffle_window",
+        "sequence_length",
+        "seed",
+    )
+    return {
+        **{name: getattr(config, name) for name in names},
+        "data_files": config.data_files and list(config.data_files),
+        "tokenizer": tokenizer.sha256,
+        "held_out": config.val_split == config.split,
+    }
