@@ -46,7 +46,7 @@ def train(config: Config) -> None:
     found, warnings = store.find(config.resume)
 
     mesh = start_mesh(pick_device(parallel), rank, world_size, parallel.expert_parallel_size)
-    model = build_model(config.model, config.seed, parallel.activation_checkpointing, mesh)
+    model = build_model(config.model, parallel, config.seed, mesh)
     engine = Engine(model, config.optim, parallel, mesh)
     stream = build_stream(config.data, config.model.vocab_size, rank, world_size, mesh.cpu_group)
     evaluator = Evaluator(engine, config)

@@ -294,7 +294,7 @@ def check(path: Path) -> dict[str, Any]:
         content = json.loads((path / STATE_FILE).read_text())
     except FileNotFoundError:
         raise UserError(
-            f"checkpoint {path}: no {STATE_FILE} in it; it is no dsv2 checkpoint, or its writing was cut short"
+            f"checkpoint {path}: no {STATE_FILE}; it is no dsv2 checkpoint, or its writing was cut short"
         ) from None
     except (ValueError, OSError) as error:
         raise UserError(f"checkpoint {path}: {STATE_FILE} cannot be read ({error})") from None

@@ -56,10 +56,12 @@ def deepspeed_config(optim: OptimConfig, parallel: ParallelConfig, world_size: i
     return config
 
 
-def build_model(config: ModelConfig, seed: int, recompute: bool, mesh: Mesh) -> DeepseekV2:
-    """This rank's share of the model on its device, with its initial weights."""
-    with mesh.device:
-        model = DeepseekV2(config, mesh.ep_group, recompute)
+def build_model(config: ModelConfig, parallel: ParallelConfig, seed: int, mesh: Mesh) -> DeepseekV2:
+    """This rank's share of the model on its device, in its precision, with its initial weights."""
+    with torch.device("meta"):  # so that memory is taken once, and in the precision it is used in
+        model = DeepseekV2(config, mesh.ep_group, parallel.activation_checkpointing)
+    dtype = torch.bfloat16 if parallel.precision is Precision.bf16 else torch.float32
+    model.to(dtype).to_empty(device=mesh.device)
     init_weights(model, config.initializer_range, seed)
     return model
 

@@ -125,7 +125,7 @@ def make_engine(
         activation_checkpointing=recompute,
         precision=Precision.bf16 if bf16 else Precision.fp32,
     )
-    return Engine(build_model(model_config(**changes), 0, recompute, mesh), OPTIM, parallel, mesh)
+    return Engine(build_model(model_config(**changes), parallel, 0, mesh), OPTIM, parallel, mesh)
 
 
 def owned(engine: Any, key: str) -> list[tuple[str, int, int, np.ndarray]]:
