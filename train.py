@@ -13,11 +13,17 @@ import sys
 from pathlib import Path
 
 import hydra
-from hydra.errors import HydraException
 from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
 
-from dsv2.compose import explain, launched_ranks, register_schema, to_config, to_plain
+from dsv2.compose import (
+    COMPOSITION_ERRORS,
+    check_group_choices,
+    explain,
+    launched_ranks,
+    register_schema,
+    to_config,
+    to_plain,
+)
 from dsv2.config import Config, validate
 from dsv2.errors import CheckpointError, Diverged, UserError
 
@@ -90,6 +96,8 @@ def command_line(composed: DictConfig) -> None:
     """Hydra's entry: mistakes become one message and an exit code, errors keep their traceback."""
     try:
         train(to_config(composed))
+    except COMPOSITION_ERRORS as error:
+        fail(explain(error, sys.argv[1:]), 2)
     except UserError as error:
         fail(error, 2)
     except CheckpointError as error:
@@ -109,6 +117,9 @@ if __name__ == "__main__":
     register_schema()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hand errors of composition to us in place of printing them
     try:
+        check_group_choices(sys.argv[1:])
         command_line()
-    except (HydraException, OmegaConfBaseException) as mistake:
+    except COMPOSITION_ERRORS as mistake:
         fail(explain(mistake, sys.argv[1:]), 2)
+    except UserError as mistake:
+        fail(mistake, 2)

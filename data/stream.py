@@ -238,11 +238,6 @@ def check_data(config: DataConfig, model_vocab_size: int) -> None:
         UserError: names the field, its value and what would be right.
     """
     if config.source is DataSource.hf_stream:
-        for name in ("dataset", "tokenizer"):
-            if not getattr(config, name):
-                raise UserError(
-                    f"data.{name}={getattr(config, name)!r} must be given for data.source=hf_stream"
-                )
         _check_vocabulary(tokenizer_of(config).vocab_size, model_vocab_size, "data.tokenizer")
         return
     if config.source is DataSource.stdlib:

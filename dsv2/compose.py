@@ -8,8 +8,9 @@ import typing
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from hydra.errors import MissingConfigException
+from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from dsv2.config import Config
 from dsv2.errors import UserError
@@ -93,6 +94,18 @@ def unknown_key(key: str, given: str | None = None) -> str:
     return f"{given or key}: there is no such field; {hint}"
 
 
+# What composing and converting a configuration raise for mistakes in it.
+COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException)
+
+
+def check_group_choices(overrides: list[str]) -> None:
+    """Refuse `model=null`, `+optim=1` and the like, which Hydra answers with a traceback."""
+    for override in overrides:
+        found = re.fullmatch(r"[+~]*(model|data|optim|parallel|logging)=(.*)", override)
+        if found and not all(re.fullmatch(r"(?!null$)[A-Za-z]\w*", name) for name in found[2].split(",")):
+            raise UserError(f"{override}: must name a file of conf/{found[1]}, without .yaml")
+
+
 def explain(error: Exception, overrides: list[str]) -> UserError:
     """One message, naming the field, for what Hydra and OmegaConf raise while composing.
 
@@ -111,7 +124,7 @@ def explain(error: Exception, overrides: list[str]) -> UserError:
     found = re.search(r"Could not override '([^'@]+)", text) or re.search(r"full_key: (\S+)", text)
     if found is None:
         return UserError(" ".join(str(error).split("\nSee https")[0].split()))
-    key = found.group(1)
+    key = re.sub(r"\[\d+\]$", "", found.group(1))  # an item of a list is its field's
     given = next((o for o in overrides if o.lstrip("+~").startswith(f"{key}=")), None)
     if key not in field_types():
         return UserError(unknown_key(key, given))

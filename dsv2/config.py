@@ -6,6 +6,7 @@ part of it and `train.py --help` answers at once.
 """
 
 import enum
+import math
 from dataclasses import dataclass, field
 
 from dsv2.errors import UserError
@@ -172,8 +173,16 @@ def _divisors(number: int) -> str:
 
 def _require_positive(section: str, values: object, names: list[str], least: float = 1) -> None:
     for name in names:
-        if (value := getattr(values, name)) < least:
+        value = getattr(values, name)
+        if not least <= value < math.inf:
             _refuse(f"{section}.{name}", value, f"must be at least {least}")
+
+
+def _require_above_0(section: str, values: object, names: list[str]) -> None:
+    for name in names:
+        value = getattr(values, name)
+        if not 0 < value < math.inf:
+            _refuse(f"{section}.{name}", value, "must be above 0")
 
 
 def _require_fraction(section: str, values: object, names: list[str]) -> None:
@@ -198,6 +207,10 @@ def validate(config: Config, world_size: int) -> None:
     _validate_parallel(config, world_size)
     _require_positive("data", config.data, ["sequence_length", "lanes", "shuffle_window", "vocab_size"])
     _require_positive("data", config.data, ["seed"], least=0)
+    if config.data.source is DataSource.hf_stream:
+        for name in ("dataset", "tokenizer"):
+            if not getattr(config.data, name):
+                _refuse(f"data.{name}", getattr(config.data, name), "must be given for data=hf_stream")
     if config.data.sequence_length > config.model.max_position_embeddings:
         _refuse(
             "data.sequence_length",
@@ -235,9 +248,8 @@ def _validate_model(model: ModelConfig) -> None:
         _refuse("model.q_lora_rank", model.q_lora_rank, "must be at least 1, or null for none")
     if model.qk_rope_head_dim % 2:
         _refuse("model.qk_rope_head_dim", model.qk_rope_head_dim, "must be even: RoPE turns pairs")
-    for name in ("rms_norm_eps", "rope_theta", "initializer_range", "routed_scaling_factor"):
-        if getattr(model, name) <= 0:
-            _refuse(f"model.{name}", getattr(model, name), "must be above 0")
+    above_0 = ["rms_norm_eps", "rope_theta", "initializer_range", "routed_scaling_factor"]
+    _require_above_0("model", model, above_0)
     if not 0 <= model.first_k_dense_replace < model.num_hidden_layers:
         _refuse(
             "model.first_k_dense_replace",
@@ -267,18 +279,18 @@ def _validate_moe(model: ModelConfig) -> None:
     balance = model.balance
     _require_positive("model.balance", balance, ["alpha_expert", "alpha_device", "alpha_comm"], least=0)
     _require_fraction("model.balance", balance, ["exempt_fraction"])
-    if balance.capacity_factor <= 0:
-        _refuse("model.balance.capacity_factor", balance.capacity_factor, "must be above 0")
+    _require_above_0("model.balance", balance, ["capacity_factor"])
 
 
 def _validate_optim(optim: OptimConfig) -> None:
     _require_positive("optim", optim, ["total_tokens", "batch_size", "batch_ramp_increment"])
     _require_positive("optim", optim, ["warmup_steps", "weight_decay", "batch_ramp_tokens"], least=0)
     _require_fraction("optim", optim, ["beta1", "beta2", "decay_factor"])
-    for name in ("lr", "eps", "grad_clip"):
-        if getattr(optim, name) <= 0:
-            _refuse(f"optim.{name}", getattr(optim, name), "must be above 0")
-    if optim.decay_at != sorted(optim.decay_at) or not all(0 < f < 1 for f in optim.decay_at):
+    for name in ("beta1", "beta2"):
+        if getattr(optim, name) == 1:
+            _refuse(f"optim.{name}", getattr(optim, name), "must be below 1")
+    _require_above_0("optim", optim, ["lr", "eps", "grad_clip"])
+    if optim.decay_at != sorted(set(optim.decay_at)) or not all(0 < f < 1 for f in optim.decay_at):
         _refuse("optim.decay_at", optim.decay_at, "must be rising shares of the tokens, such as [0.6, 0.9]")
     start = optim.batch_size_start
     if start is not None and not 1 <= start <= optim.batch_size:

@@ -1,7 +1,7 @@
 """Initial weights: N(0, initializer_range) for every matrix, 1 for every norm (appendix B.1).
 
 Every parameter, and every single expert, is drawn from a generator of its own, seeded by its name. So
-the start is the same on every layout, and a rank makes only the experts it holds.
+the start is the same on every layout of one kind of device, and a rank makes only the experts it holds.
 """
 
 import zlib
@@ -13,7 +13,8 @@ from dsv2.moe.experts import RoutedExperts
 
 
 def _normal_(tensor: torch.Tensor, std: float, seed: int, name: str) -> None:
-    generator = torch.Generator(tensor.device).manual_seed(seed * 2**32 + zlib.crc32(name.encode()))
+    # The CPU's generator takes 32 bits of a seed, so both go through the hash.
+    generator = torch.Generator(tensor.device).manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
     tensor.copy_(torch.randn(tensor.shape, generator=generator, device=tensor.device) * std)
 
 

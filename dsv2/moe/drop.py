@@ -15,7 +15,8 @@ def exempt_sequences(sequence_ids_B: Tensor, fraction: float, seed: int) -> Tens
     A hash of the sequence's place in the run's global order decides, so the choice is the same on
     every layout and after a resume. int64 products wrap around, which is what mixes the bits.
     """
-    x = (sequence_ids_B + 1) * 0x9E3779B97F4A7C1 + (seed + 1) * 0x2545F4914F6CDD1D
+    offset = ((seed + 1) * 0x2545F4914F6CDD1D + 2**63) % 2**64 - 2**63  # wrapped as int64 would be
+    x = (sequence_ids_B + 1) * 0x9E3779B97F4A7C1 + offset
     for multiplier in (0x7F4A7C159E3779B, 0x14F6CDD1D2545F49):
         x = (x ^ ((x >> 29) & 0x7FFFFFFFF)) * multiplier
     uniform_B = ((x >> 32) & 0xFFFFFF).double() / 2**24

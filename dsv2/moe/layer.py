@@ -47,6 +47,7 @@ class MoELayer(nn.Module):
 
     def forward(self, x_BSD: Tensor, sequence_ids_B: Tensor) -> MoEOutput:
         """Eq. 20 without the residual. Tokens are dropped in training only (section 2.2.4)."""
+        assert len(sequence_ids_B) == len(x_BSD), "one id a sequence"
         config, balance = self.config, self.config.balance
         x_TD = x_BSD.flatten(0, 1)
         routing = route(x_TD, self.gate.weight, config.num_experts_per_tok, config.n_group, config.topk_group)

@@ -45,7 +45,8 @@ def init_process_group(device: torch.device, rank: int, world_size: int) -> None
         dist.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
         os.environ["LOCAL_RANK"] = "0"  # DeepSpeed insists on it
     else:
-        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+        bound = device if device.type == "cuda" else None
+        dist.init_process_group(backend, timeout=timedelta(minutes=30), device_id=bound)
     assert (dist.get_rank(), dist.get_world_size()) == (rank, world_size)
 
 

@@ -1,0 +1,87 @@
+"""The real command line: mistakes give one line and exit code 2, and help needs no torch."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.unit.helpers import REPO
+
+
+def train(*arguments: str, cwd: Path, python_options: tuple[str, ...] = (), **environment: str):
+    command = [sys.executable, *python_options, str(REPO / "train.py"), *arguments]
+    clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return subprocess.run(
+        command, cwd=cwd, env=clean | environment, capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+MISTAKES = {
+    # an unknown field, with and without `+`, in the wrong section, and nothing like any field
+    "optim.lrr=1": ["optim.lrr=1: there is no such field; did you mean optim.lr?"],
+    "+optim.lrr=1": ["optim.lrr=1: there is no such field; did you mean optim.lr?"],
+    "batch_size=8": ["batch_size=8: there is no such field; did you mean optim.batch_size?"],
+    "model.balance.alpha_exprt=0": ["alpha_exprt=0: there is no such field", "model.balance.alpha_expert?"],
+    "++zzz=1": ["zzz=1: there is no such field"],
+    # wrong types and values
+    "optim.lr=fast": ["optim.lr=fast:", "float"],
+    "optim.batch_size=1.5": ["optim.batch_size=1.5:", "int"],
+    "optim.decay_at=[soon]": ["optim.decay_at", "float"],
+    "optim.lr=null": ["optim.lr=null:", "float"],
+    "parallel.precision=fp16": ["parallel.precision=fp16:", "fp32", "bf16"],
+    "model.balance=3": ["model.balance=3:", "BalanceConfig"],
+    "optim.lr=${nowhere}": ["optim.lr=${nowhere}:", "nowhere"],
+    # groups
+    "model=lit": ["model=lit: there is no such option; did you mean lite?", "debug, lite, small, v2"],
+    "experiment=nope": ["experiment=nope: there is no such option", "quickstart"],
+    "optim=null": ["optim"],
+    "data=local": ["data.path: must be given, as data.path=VALUE"],
+    # syntax
+    "optim.lr": ["optim.lr"],
+    "optim.lr=[1": ["[1"],
+    # what validate() refuses
+    "model.n_group=3": ["model.n_group=3: must divide model.n_routed_experts=16: one of 1, 2, 4, 8, 16"],
+    "parallel.expert_parallel_size=2": ["must divide the number of processes, 1: one of 1"],
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line_and_exit_code_2(mistake, tmp_path):
+    done = train(mistake, cwd=tmp_path)
+    lines = done.stderr.splitlines()
+    assert done.returncode == 2, done.stderr
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("error: ")
+    assert all(part in lines[0] for part in MISTAKES[mistake]), lines[0]
+    assert done.stdout == ""
+    assert not list(tmp_path.iterdir()), "nothing was made"
+
+
+@pytest.mark.parametrize("mistake", ["optim.lrr=1", "model.n_group=3", "data=local"])
+def test_other_ranks_keep_silent(mistake, tmp_path):
+    done = train(mistake, cwd=tmp_path, RANK="1", WORLD_SIZE="2")
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--help"], "model: debug, lite, small, v2"),
+        (["--cfg", "job"], "batch_size_start: null"),
+        (["--cfg", "job", "experiment=quickstart"], "name: quickstart"),
+    ],
+)
+def test_help_is_quick_and_needs_no_torch(arguments, text, tmp_path):
+    start = time.perf_counter()
+    done = train(*arguments, cwd=tmp_path, python_options=("-X", "importtime"))
+    assert time.perf_counter() - start < 3, "about one second on an idle machine"
+    assert done.returncode == 0, done.stderr
+    assert text in done.stdout
+    # One line a module: "import time: self | cumulative | name".
+    modules = {line.split("|")[-1].strip().split(".")[0] for line in done.stderr.splitlines()}
+    assert "hydra" in modules
+    assert not modules & {"torch", "deepspeed", "numpy", "wandb", "transformers"}
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,349 @@
+"""What validate() refuses, and that every shipped configuration passes it."""
+
+import dataclasses
+import typing
+from functools import reduce
+from typing import Any
+
+import pytest
+
+from dsv2.compose import field_types, to_plain, to_yaml
+from dsv2.config import Config, DataSource, Precision, validate
+from dsv2.errors import UserError
+from tests.unit.helpers import REPO, compose_config
+
+SHIPPED = sorted(
+    f"{path.parent.name}={path.stem}"
+    for path in (REPO / "conf").glob("*/*.yaml")
+    if path.parent.name != "experiment"
+)
+EXPERIMENTS = sorted(path.stem for path in (REPO / "conf/experiment").glob("*.yaml"))
+NEEDED = {  # what a shipped choice leaves to the user
+    "data=local": ["data.path=somewhere"],
+    "data=hf_stream": ["data.dataset=json", "data.tokenizer=somewhere.model"],
+}
+
+AT_LEAST_ONE = [
+    "model.vocab_size",
+    "model.hidden_size",
+    "model.num_attention_heads",
+    "model.q_lora_rank",
+    "model.kv_lora_rank",
+    "model.qk_nope_head_dim",
+    "model.qk_rope_head_dim",
+    "model.v_head_dim",
+    "model.intermediate_size",
+    "model.moe_intermediate_size",
+    "model.n_routed_experts",
+    "model.num_experts_per_tok",
+    "model.n_group",
+    "model.topk_group",
+    "model.max_position_embeddings",
+    "data.sequence_length",
+    "data.vocab_size",
+    "data.lanes",
+    "data.shuffle_window",
+    "optim.total_tokens",
+    "optim.batch_size",
+    "optim.batch_ramp_increment",
+    "parallel.expert_parallel_size",
+    "parallel.micro_batch_size",
+    "logging.every",
+    "eval.every",
+    "eval.sequences",
+    "checkpoint.keep",
+    "stop_step",
+]
+AT_LEAST_ZERO = [
+    "model.n_shared_experts",
+    "model.balance.alpha_expert",
+    "model.balance.alpha_device",
+    "model.balance.alpha_comm",
+    "data.seed",
+    "optim.warmup_steps",
+    "optim.weight_decay",
+    "optim.batch_ramp_tokens",
+    "eval.sample_tokens",
+    "checkpoint.every",
+]
+ABOVE_ZERO = [
+    "model.rms_norm_eps",
+    "model.rope_theta",
+    "model.initializer_range",
+    "model.routed_scaling_factor",
+    "model.balance.capacity_factor",
+    "optim.lr",
+    "optim.eps",
+    "optim.grad_clip",
+]
+FRACTIONS = ["model.balance.exempt_fraction", "optim.beta1", "optim.beta2", "optim.decay_factor"]
+
+
+def changed(*changes: tuple[str, Any]) -> Config:
+    """The default configuration with these fields set."""
+    config = Config()
+    for name, value in changes:
+        *sections, field = name.split(".")
+        section = reduce(getattr, sections, config)
+        assert hasattr(section, field), name
+        setattr(section, field, value)
+    return config
+
+
+def refusal(*changes: tuple[str, Any], world_size: int = 1) -> str:
+    with pytest.raises(UserError) as caught:
+        validate(changed(*changes), world_size)
+    return str(caught.value)
+
+
+def test_defaults_are_valid():
+    validate(Config(), 1)
+
+
+@pytest.mark.parametrize(("name", "low"), [(n, 0) for n in AT_LEAST_ONE] + [(n, -1) for n in AT_LEAST_ZERO])
+def test_too_small(name, low):
+    message = refusal((name, low))
+    assert message.startswith(f"{name}={low}: must be at least {low + 1}")
+
+
+@pytest.mark.parametrize("name", ABOVE_ZERO)
+@pytest.mark.parametrize("value", [0.0, -1.5])
+def test_must_be_above_zero(name, value):
+    assert refusal((name, value)) == f"{name}={value}: must be above 0"
+
+
+@pytest.mark.parametrize("name", FRACTIONS)
+@pytest.mark.parametrize("value", [-0.1, 1.1])
+def test_must_be_a_fraction(name, value):
+    assert refusal((name, value)) == f"{name}={value}: must lie between 0 and 1"
+
+
+FLOATS = [name for name, hint in field_types().items() if hint is float]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [(name, float("nan")) for name in FLOATS]
+    # An infinite grad_clip is a way to say "no clipping".
+    + [(name, float("inf")) for name in FLOATS if name != "optim.grad_clip"],
+)
+def test_not_a_finite_number(name, value):
+    """NaN passes every comparison written the wrong way round."""
+    assert refusal((name, value)).startswith(f"{name}={value}: must ")
+
+
+@pytest.mark.parametrize("name", ["optim.beta1", "optim.beta2"])
+def test_a_moment_that_never_moves(name):
+    """Adam divides by 1 - beta; torch refuses it, but seconds later and with a traceback."""
+    assert refusal((name, 1.0)).startswith(f"{name}=1.0: must ")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ([("model.qk_rope_head_dim", 15)], "model.qk_rope_head_dim=15: must be even: RoPE turns pairs"),
+        (
+            [("model.q_lora_rank", 0)],
+            "model.q_lora_rank=0: must be at least 1, or null for none",
+        ),
+        (
+            [("model.first_k_dense_replace", 4)],
+            "model.first_k_dense_replace=4: must leave at least one MoE layer of model.num_hidden_layers=4",
+        ),
+        (
+            [("model.first_k_dense_replace", -1)],
+            "model.first_k_dense_replace=-1: must leave at least one MoE layer of model.num_hidden_layers=4",
+        ),
+        (
+            [("model.n_group", 5)],
+            "model.n_group=5: must divide model.n_routed_experts=16: one of 1, 2, 4, 8, 16",
+        ),
+        ([("model.topk_group", 5)], "model.topk_group=5: must be at most model.n_group=4"),
+        (
+            [("model.num_experts_per_tok", 9)],
+            "model.num_experts_per_tok=9: must be at most 8, the experts that model.topk_group=2 of "
+            "model.n_group=4 groups hold",
+        ),
+        (
+            [("data.sequence_length", 4097)],
+            "data.sequence_length=4097: must be at most model.max_position_embeddings=4096",
+        ),
+        (
+            [("optim.decay_at", [0.9, 0.6])],
+            "optim.decay_at=[0.9, 0.6]: must be rising shares of the tokens, such as [0.6, 0.9]",
+        ),
+        (
+            [("optim.decay_at", [0.6, 1.0])],
+            "optim.decay_at=[0.6, 1.0]: must be rising shares of the tokens, such as [0.6, 0.9]",
+        ),
+        (
+            [("optim.batch_size_start", 32), ("optim.batch_ramp_tokens", 9)],
+            "optim.batch_size_start=32: must be from 1 to optim.batch_size=16",
+        ),
+        (
+            [("optim.batch_size_start", 0), ("optim.batch_ramp_tokens", 9)],
+            "optim.batch_size_start=0: must be from 1 to optim.batch_size=16",
+        ),
+        (
+            [("optim.batch_size_start", 4)],
+            "optim.batch_ramp_tokens=0: must be above 0 when optim.batch_size_start is given",
+        ),
+        ([("parallel.zero_stage", 4)], "parallel.zero_stage=4: must be 0, 1, 2 or 3"),
+        (
+            [("parallel.zero_stage", 0), ("parallel.precision", Precision.bf16)],
+            "parallel.zero_stage=0: bf16 needs stage 1, 2 or 3, which keep fp32 master weights; or use "
+            "parallel.precision=fp32",
+        ),
+        (
+            [("optim.batch_size", 18)],
+            "optim.batch_size=18: must be a multiple of 4 = parallel.micro_batch_size=4 x 1 processes",
+        ),
+        ([("stop_step", 0)], "stop_step=0: must be at least 1, or null"),
+        ([("name", "")], "name='': must be a plain folder name, such as my-run"),
+        ([("name", "a/b")], "name='a/b': must be a plain folder name, such as my-run"),
+        ([("name", "..")], "name='..': must be a plain folder name, such as my-run"),
+    ],
+)
+def test_impossible_combinations(changes, message):
+    assert refusal(*changes) == message
+
+
+@pytest.mark.parametrize(
+    ("world_size", "changes", "message"),
+    [
+        (
+            6,
+            [("parallel.expert_parallel_size", 4)],
+            "parallel.expert_parallel_size=4: must divide the number of processes, 6: one of 1, 2, 3, 6",
+        ),
+        (
+            3,
+            [("parallel.expert_parallel_size", 3)],
+            "parallel.expert_parallel_size=3: must divide model.n_routed_experts=16: one of 1, 2, 4, 8, 16",
+        ),
+        (
+            4,
+            [("parallel.expert_parallel_size", 4), ("model.n_routed_experts", 24), ("model.n_group", 6)],
+            "parallel.expert_parallel_size=4: must divide model.n_group=6 or be a multiple of it, so that a "
+            "group lives on whole ranks",
+        ),
+        (
+            3,
+            [("optim.batch_size", 16)],
+            "optim.batch_size=16: must be a multiple of 12 = parallel.micro_batch_size=4 x 3 processes",
+        ),
+        (
+            2,
+            [("optim.batch_size_start", 4), ("optim.batch_ramp_tokens", 9)],
+            "optim.batch_size_start=4: must be a multiple of 8 = parallel.micro_batch_size=4 x 2 processes",
+        ),
+        (
+            2,
+            [("optim.batch_size_start", 8), ("optim.batch_ramp_tokens", 9)],
+            "optim.batch_ramp_increment=1: must be a multiple of 8 = parallel.micro_batch_size=4 x 2 "
+            "processes",
+        ),
+    ],
+)
+def test_impossible_layouts(world_size, changes, message):
+    assert refusal(*changes, world_size=world_size) == message
+
+
+@pytest.mark.parametrize(
+    ("world_size", "changes"),
+    [
+        (8, [("parallel.expert_parallel_size", 8), ("optim.batch_size", 32)]),  # two ranks a group
+        (2, [("parallel.expert_parallel_size", 2)]),  # two groups a rank
+        (1, [("model.n_group", 1), ("model.topk_group", 1)]),
+        (1, [("model.num_experts_per_tok", 8)]),
+        (1, [("model.n_shared_experts", 0), ("model.first_k_dense_replace", 0), ("checkpoint.every", 0)]),
+        (1, [("optim.decay_at", []), ("optim.warmup_steps", 0), ("eval.sample_tokens", 0)]),
+        (1, [("data.sequence_length", 4096), ("stop_step", 1), ("name", "my.run-1_b")]),
+        (1, [("parallel.zero_stage", 0)]),
+    ],
+)
+def test_limits_are_allowed(world_size, changes):
+    validate(changed(*changes), world_size)
+
+
+@pytest.mark.parametrize("choice", SHIPPED)
+def test_every_shipped_choice_is_valid(choice):
+    overrides = [choice, *NEEDED.get(choice, [])]
+    if choice.startswith("data=") and choice != "data=stdlib":
+        assert len(NEEDED[choice]) > 0
+    for world_size in (1, 2):
+        validate(compose_config(*overrides), world_size)
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_is_valid(experiment):
+    validate(compose_config(f"experiment={experiment}"), 2)
+
+
+def test_shipped_values_arrive():
+    config = compose_config("model=v2", "data=hf_stream", *NEEDED["data=hf_stream"], "parallel=gpu")
+    assert config.model.routed_scaling_factor == 16.0
+    assert config.model.balance.token_dropping is True
+    assert config.data.source is DataSource.hf_stream
+    assert config.parallel.precision is Precision.bf16
+    assert compose_config("optim.decay_at=[0.8,0.9]").optim.decay_at == [0.8, 0.9]
+
+
+PUBLISHED = {  # V2, V2-Lite
+    "hidden_size": (5120, 2048),
+    "num_hidden_layers": (60, 27),
+    "num_attention_heads": (128, 16),
+    "q_lora_rank": (1536, None),
+    "kv_lora_rank": (512, 512),
+    "qk_nope_head_dim": (128, 128),
+    "qk_rope_head_dim": (64, 64),
+    "v_head_dim": (128, 128),
+    "intermediate_size": (12288, 10944),
+    "moe_intermediate_size": (1536, 1408),
+    "n_routed_experts": (160, 64),
+    "n_shared_experts": (2, 2),
+    "num_experts_per_tok": (6, 6),
+    "n_group": (8, 1),
+    "topk_group": (3, 1),
+    "first_k_dense_replace": (1, 1),
+    "routed_scaling_factor": (16.0, 1.0),
+    "vocab_size": (102400, 102400),
+    "initializer_range": (0.006, 0.006),
+    "rms_norm_eps": (1e-6, 1e-6),
+    "rope_theta": (10000.0, 10000.0),
+    "balance.alpha_expert": (0.003, 0.001),
+    "balance.alpha_device": (0.05, 0.0),
+    "balance.alpha_comm": (0.02, 0.0),
+}
+
+
+@pytest.mark.parametrize(("preset", "column"), [("v2", 0), ("lite", 1)])
+def test_published_sizes(preset, column):
+    model = compose_config(f"model={preset}").model
+    shipped = {name: reduce(getattr, name.split("."), model) for name in PUBLISHED}
+    assert shipped == {name: values[column] for name, values in PUBLISHED.items()}
+
+
+def test_plain_and_yaml_forms_hold_every_field():
+    config = compose_config("parallel.precision=bf16")
+    plain = to_plain(config)
+    assert plain["parallel"]["precision"] == "bf16"
+    assert plain["model"]["balance"]["alpha_expert"] == 0.003
+    assert plain["optim"]["decay_at"] == [0.6, 0.9]
+    leaves = [name for name, hint in field_types().items() if not dataclasses.is_dataclass(hint)]
+    for name in leaves:
+        reduce(lambda node, key: node[key], name.split("."), plain)
+    assert to_yaml(config).count("\n") >= len(leaves)
+
+
+def test_every_number_is_checked():
+    """A field added to the dataclasses must come with a refusal, or be listed as free here."""
+    free = {"model.balance.exempt_seed", "seed", "parallel.zero_stage", "optim.batch_size_start"}
+    covered = {*AT_LEAST_ONE, *AT_LEAST_ZERO, *ABOVE_ZERO, *FRACTIONS, *free}
+    covered |= {"model.num_hidden_layers", "model.first_k_dense_replace"}
+    numbers = {
+        name
+        for name, hint in field_types().items()
+        if {int, float} & {hint, *typing.get_args(hint)} and hint != list[float]
+    }
+    assert numbers == covered

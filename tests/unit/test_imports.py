@@ -1,0 +1,86 @@
+"""The rules of docs and design that can be read off the sources."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.unit.helpers import REPO
+
+FOLDERS = ("dsv2", "data", "launch")
+SOURCES = [*sorted(path for folder in FOLDERS for path in (REPO / folder).rglob("*.py")), REPO / "train.py"]
+PURE = [p for p in SOURCES if p.parent in {REPO / "dsv2" / name for name in ("model", "moe", "kernels")}]
+DEEPSPEED = {"dsv2/parallel/deepspeed_moe.py", "dsv2/engine.py", "dsv2/checkpoint.py"}
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(REPO).as_posix()
+
+
+def imports(path: Path) -> Iterator[tuple[str, str | None]]:
+    """(module, imported name or None) of every import, inside functions too."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, None) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{relative(path)}: a relative import would escape this test"
+            yield from ((node.module or "", alias.name) for alias in node.names)
+
+
+def is_within(module: str, package: str) -> bool:
+    return module == package or module.startswith(f"{package}.")
+
+
+def test_there_is_something_to_read():
+    assert len(PURE) > 12
+    assert len(SOURCES) > 25
+
+
+@pytest.mark.parametrize("path", PURE, ids=relative)
+def test_the_model_knows_only_its_own_part_of_the_configuration(path):
+    for module, name in imports(path):
+        for framework in ("deepspeed", "hydra", "omegaconf", "wandb", "data", "launch"):
+            assert not is_within(module, framework), f"imports {module}"
+        if is_within(module, "dsv2"):
+            assert module.split(".")[1] in ("model", "moe", "kernels", "config"), f"imports {module}"
+        if module == "dsv2.config":
+            assert name is not None, "the whole module"
+            assert name != "Config"
+
+
+@pytest.mark.parametrize("path", [p for p in PURE if p.parent.name == "kernels"], ids=relative)
+def test_kernels_know_no_model(path):
+    assert not any(is_within(module, "dsv2") for module, _ in imports(path))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=relative)
+def test_deepspeed_is_touched_in_three_files_and_its_privates_in_one(path):
+    touched = [module for module, _ in imports(path) if is_within(module, "deepspeed")]
+    if relative(path) not in DEEPSPEED:
+        assert not touched
+    elif path.name != "deepspeed_moe.py":
+        assert set(touched) <= {"deepspeed"}, "submodules belong to deepspeed_moe.py"
+
+
+@pytest.mark.parametrize("name", ["dsv2/config.py", "dsv2/compose.py", "dsv2/errors.py"])
+def test_the_configuration_needs_no_torch(name):
+    assert not any(is_within(module, "torch") for module, _ in imports(REPO / name))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=relative)
+def test_sizes_of_files_and_functions(path):
+    text = path.read_text()
+    assert len(text.splitlines()) <= 400
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
+            assert node.end_lineno - first + 1 <= 60, f"{node.name} at line {node.lineno}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=relative)
+def test_no_import_is_tried(path):
+    """No silent fallback: `try: import x / except ImportError`."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Try):
+            assert not any(isinstance(child, ast.Import | ast.ImportFrom) for child in node.body)

@@ -1,0 +1,130 @@
+"""Metrics of a window's statistics against loops over layers and experts."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from dsv2.metrics import balance_metrics, bits_per_byte, routing_metrics
+from dsv2.moe.balance import BalanceLosses
+from dsv2.moe.router import Routing
+from dsv2.moe.stats import RoutingStats, routing_stats
+from tests.unit.helpers import tiny_config
+
+LAYERS, EXPERTS, GROUPS = 3, 12, 4
+CONFIG = tiny_config(first_k_dense_replace=2, num_hidden_layers=5)
+
+
+def random_stats() -> RoutingStats:
+    """Two layers with dead experts; layers have seen different numbers of tokens, to catch a mixed mean."""
+    rng = np.random.default_rng(0)
+    load = rng.integers(1, 50, (LAYERS, EXPERTS)).astype(float)
+    load[0, 3] = load[2, 5] = load[2, 7] = 0
+    tensors = {
+        "tokens": load.sum(axis=1) / 3,
+        "load_E": load,
+        "dropped_E": np.floor(load * rng.random((LAYERS, EXPERTS))),
+        "sent_G": rng.integers(10, 60, (LAYERS, GROUPS)).astype(float),
+        "token_entropy": rng.random(LAYERS) * 100,
+        "top1": rng.random(LAYERS) * 30,
+    }
+    return RoutingStats(**{name: torch.from_numpy(value) for name, value in tensors.items()})
+
+
+def slow_metrics(stats: RoutingStats) -> dict[str, float]:
+    metrics: dict[str, float] = {}
+    vio, devices, recv = [], [], []
+    for layer in range(LAYERS):
+        load = stats.load_E[layer].tolist()
+        name = f"L{layer + 2:02d}"  # two dense layers come first
+        metrics[f"vio/{name}"] = max(load) / (sum(load) / EXPERTS) - 1
+        metrics[f"dead/{name}"] = load.count(0)
+        metrics[f"drop/{name}"] = sum(stats.dropped_E[layer].tolist()) / sum(load)
+        vio.append(metrics[f"vio/{name}"])
+        devices.append([sum(load[3 * d : 3 * d + 3]) for d in range(GROUPS)])
+        sent = stats.sent_G[layer].tolist()
+        recv.append(max(sent) / (sum(sent) / GROUPS))
+    shares = [[x / sum(load) for x in load] for load in stats.load_E.tolist()]
+    entropy = [-sum(p * math.log(p) for p in row if p > 0) for row in shares]
+    tokens = stats.tokens.tolist()
+    metrics |= {
+        "moe/max_vio": np.mean(vio),
+        "moe/max_vio_max": max(vio),
+        "moe/dead": 3,
+        "moe/ent_tok": np.mean([h / n for h, n in zip(stats.token_entropy.tolist(), tokens, strict=True)])
+        / math.log(EXPERTS),
+        "moe/ent_load": np.mean(entropy) / math.log(EXPERTS),
+        "moe/top1": np.mean([s / n for s, n in zip(stats.top1.tolist(), tokens, strict=True)]),
+        "moe/drop": sum(map(sum, stats.dropped_E.tolist())) / sum(map(sum, stats.load_E.tolist())),
+        "dev/load_max_mean": np.mean([max(row) / np.mean(row) for row in devices]),
+        "dev/cv": np.mean([np.std(row) / np.mean(row) for row in devices]),
+        "comm/recv_max_mean": np.mean(recv),
+        "comm/devs_per_tok": np.mean(
+            [sum(s) / n for s, n in zip(stats.sent_G.tolist(), tokens, strict=True)]
+        ),
+    }
+    return metrics
+
+
+def test_routing_metrics_against_loops():
+    stats = random_stats()
+    assert routing_metrics(stats, CONFIG) == pytest.approx(slow_metrics(stats), rel=1e-12)
+
+
+def test_balanced_routing():
+    """Every token's affinity is uniform, every expert equally loaded, every token reaches two groups."""
+    groups = [(0, 1), (1, 2), (2, 3), (3, 0)]
+    ids = torch.tensor([[3 * a + e, 3 * b + e] for a, b in groups for e in range(3)])
+    affinity = torch.full((12, 12), 1 / 12)
+    stats = routing_stats(Routing(ids, affinity.gather(1, ids), affinity), None, GROUPS)
+    metrics = routing_metrics(RoutingStats.stack([stats, stats]), CONFIG)
+    # ln 12 in fp32 and back: 1e-6.
+    assert metrics == pytest.approx(
+        {
+            "moe/max_vio": 0, "moe/max_vio_max": 0, "moe/dead": 0, "moe/drop": 0, "dev/cv": 0,
+            "moe/ent_tok": 1, "moe/ent_load": 1, "moe/top1": 1 / 12,
+            "dev/load_max_mean": 1, "comm/recv_max_mean": 1, "comm/devs_per_tok": 2,
+            "vio/L02": 0, "vio/L03": 0, "dead/L02": 0, "dead/L03": 0, "drop/L02": 0, "drop/L03": 0,
+        },
+        abs=1e-6,
+    )  # fmt: skip
+
+
+def test_a_dead_expert_has_no_weight_in_the_entropy():
+    """Half of the experts share the load evenly: ln 6 / ln 12, not a NaN from 0 ln 0."""
+    load = torch.tensor([[5.0, 0.0] * 6], dtype=torch.float64)
+    stats = random_stats()
+    first = RoutingStats(*(tensor[:1] for tensor in stats))._replace(load_E=load)
+    metrics = routing_metrics(first, CONFIG)
+    assert metrics["moe/ent_load"] == pytest.approx(math.log(6) / math.log(12))
+    assert metrics["moe/dead"] == metrics["dead/L02"] == 6
+
+
+def test_entropy_of_an_affinity_that_underflowed():
+    affinity = torch.tensor([[1.0, 0.0], [0.5, 0.5]])
+    ids = torch.tensor([[0], [0]])
+    stats = routing_stats(Routing(ids, affinity.gather(1, ids), affinity), None, 1)
+    assert stats.token_entropy.item() == pytest.approx(math.log(2))
+    assert stats.top1.item() == 1.5
+
+
+def test_stack_and_plus():
+    a, b = random_stats(), random_stats()
+    total = a.plus(b)
+    for name, x, y in zip(RoutingStats._fields, total, a, strict=True):
+        assert torch.equal(x, 2 * y), name
+    layers = [RoutingStats(*(tensor[i] for tensor in a)) for i in range(LAYERS)]
+    for name, x, y in zip(RoutingStats._fields, RoutingStats.stack(layers), a, strict=True):
+        assert torch.equal(x, y), name
+
+
+def test_balance_metrics_are_raw_means_over_layers():
+    losses = BalanceLosses(torch.tensor([1.0, 3.0]), torch.tensor([2.0, 2.5]), torch.tensor([0.5, 1.5]))
+    assert balance_metrics(losses) == {"moe/aux_expert": 2.0, "moe/aux_device": 2.25, "moe/aux_comm": 1.0}
+
+
+def test_bits_per_byte():
+    """A uniform guess among 256 bytes costs 8 bits a byte."""
+    assert bits_per_byte(100 * math.log(256), 100) == pytest.approx(8.0)
+    assert bits_per_byte(10 * math.log(4096), 40) == pytest.approx(3.0), "12 bits for each token of 4 bytes"
