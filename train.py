@@ -59,6 +59,8 @@ def train(config: Config) -> None:
     state = RunState()
     if found is not None:
         state = store.load(engine, found)
+        if found.parent != store.folder:
+            state.wandb_id = None  # another run's checkpoint: this is a new run that starts from it
         stream.load_state_dict(state.data or {})
 
     with Monitor(config, mesh, run_dir, state, warnings) as monitor, StopSignals(mesh) as stop:

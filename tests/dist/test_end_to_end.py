@@ -237,3 +237,21 @@ def test_damaged_checkpoint_falls_back_and_resume_never_overwrites_nothing(comma
     assert "resume=never" in output and "name=NAME" in output
     output = run(command("torn", "stop_step=5"))
     assert "warning:" in output and "__0_0.distcp has" in output and "resumed after step 4" in output
+
+
+def test_streamed_dataset_stops_resumes_and_is_exact(command, corpus, tmp_path):
+    """A Hugging Face dataset, tokenised on the fly, validated on held-out documents of the same split."""
+    rng = np.random.default_rng(1)
+    for shard in range(3):
+        rows = [" ".join(rng.choice(["alpha", "beta", "def", "(", ")"], 60)) for _ in range(150)]
+        lines = "".join(json.dumps({"text": row}) + "\n" for row in rows)
+        (tmp_path / f"{shard}.jsonl").write_text(lines)
+    stream = ["data=hf_stream", "data.dataset=json", f"data.data_files=['{tmp_path}/*.jsonl']", "data.lanes=3"]
+    stream += [f"data.tokenizer={corpus / 'tokenizer.model'}", "data.val_split=train", "data.shuffle_window=8"]
+    stream += ["data.sequence_length=32", "data.path=''"]
+    run(command("whole", *stream))
+    run(command("stopped", *stream, "stop_step=7"))
+    assert "resumed after step 7" in run(command("stopped", *stream, *TWO, launcher=TORCHRUN))
+    whole, stopped = scalars(tmp_path / "whole", "train/loss"), scalars(tmp_path / "stopped", "train/loss")
+    assert {s: stopped[s] for s in range(1, 8)} == {s: whole[s] for s in range(1, 8)}
+    np.testing.assert_allclose([stopped[s] for s in whole], list(whole.values()), rtol=2e-6)
