@@ -59,9 +59,9 @@ def train(config: Config) -> None:
     state = RunState()
     if found is not None:
         state = store.load(engine, found)
-        if found.parent != store.folder:
-            state.wandb_id = None  # another run's checkpoint: this is a new run that starts from it
         stream.load_state_dict(state.data or {})
+    if config.stop_step is not None and state.step >= config.stop_step:
+        raise UserError(f"stop_step={config.stop_step}: the run is at step {state.step} already")
 
     with Monitor(config, mesh, run_dir, state, warnings) as monitor, StopSignals(mesh) as stop:
         for plan in plan_steps(config.optim, config.data.sequence_length, state.step, state.tokens):

@@ -193,6 +193,8 @@ class CheckpointStore:
     def load(self, engine: Engine, path: Path) -> RunState:
         """Load weights, optimizer and random state into a new engine of any layout. Collective.
 
+        From a checkpoint of another run, this run starts with a W&B run of its own.
+
         Raises:
             UserError: damaged.
         """
@@ -214,7 +216,10 @@ class CheckpointStore:
         rng = torch.load(path / "rng.pt", weights_only=True)
         if len(rng) == engine.mesh.world_size:
             torch.set_rng_state(rng[engine.mesh.rank])
-        return RunState(**content["run"])
+        state = RunState(**content["run"])
+        if path.parent.resolve() != self.folder.resolve():
+            state.wandb_id = None
+        return state
 
     def _check_model(self, path: Path, content: dict[str, Any]) -> None:
         """Refuse a checkpoint of a model of other sizes; the balance recipe may change."""

@@ -33,7 +33,7 @@ class Monitor:
 
     def __init__(self, config: Config, mesh: Mesh, run_dir: Path, state: RunState, warnings: list[str]):
         self.config, self.mesh, self.run_dir, self.state = config, mesh, run_dir, state
-        self.total_steps = count_steps(config.optim, config.data.sequence_length)
+        self.total_steps = count_steps(config.optim, config.data.sequence_length, state.step, state.tokens)
         self._flops = flops_per_token(config.model, config.data.sequence_length)
         on_gpu = mesh.device.type == "cuda"
         self._peak = peak_flops(torch.cuda.get_device_name(mesh.device)) if on_gpu else None

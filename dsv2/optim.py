@@ -45,10 +45,9 @@ def plan_steps(
         step, tokens = step + 1, after
 
 
-def count_steps(config: OptimConfig, sequence_length: int) -> int:
-    """Optimizer steps of the whole run."""
-    step = tokens = 0
-    while tokens < config.total_tokens and tokens < config.batch_ramp_tokens:
+def count_steps(config: OptimConfig, sequence_length: int, step: int = 0, tokens: int = 0) -> int:
+    """The number of the last step, counted from 1, of a run that stands at (`step`, `tokens`)."""
+    while tokens < min(config.total_tokens, config.batch_ramp_tokens):
         tokens += batch_size_at(config, tokens) * sequence_length
         step += 1
     rest = max(0, config.total_tokens - tokens)

@@ -238,15 +238,14 @@ def run_slurm(box: Sandbox, *overrides: str, send: signal.Signals | None = None,
 
 
 def test_slurm_commands(box):
-    assert run_slurm(box, "name=lite", "experiment=v2_lite") == 0
+    assert run_slurm(box, "name=lite", "model=lite") == 0
     assert box.recorded("scontrol") == ["show", "hostnames", "node[7-9]"]
     assert " ".join(box.recorded("srun")) == (
-        "--nodes=3 --ntasks-per-node=1 --cpus-per-task=96 --wait=60"
-        " launch/multinode.sh name=lite experiment=v2_lite"
+        "--nodes=3 --ntasks-per-node=1 --cpus-per-task=96 --wait=60 launch/multinode.sh name=lite model=lite"
     )
     assert " ".join(box.recorded("torchrun")) == (
         "--nnodes=3 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=node7:21234 --rdzv_id=61234-0"
-        " train.py name=lite experiment=v2_lite"
+        " train.py name=lite model=lite"
     )
     assert box.recorded_env()["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == "150"
     assert box.recorded("scancel") == []
@@ -285,7 +284,7 @@ def test_slurm_restart_resumes_in_a_rendezvous_of_its_own(box):
 
 
 def test_slurm_needs_a_name(box):
-    assert run_slurm(box, "experiment=v2_lite") == 2
+    assert run_slurm(box, "model=lite") == 2
     assert box.recorded("srun") == []
 
 
