@@ -78,10 +78,15 @@ class Monitor:
         if error is None:
             finished = self.state.step == self.total_steps
             self.status("finished" if finished else "stopped")
-            how = "finished" if finished else "stopped and saved (the same command goes on from here)"
-            self.note(f"{how}: step {self.state.step}/{self.total_steps}")
-            self.note(f"  files   {self.run_dir}")
-            self.note(f"  watch   {self.tracker.dashboard_hint}")
+            for line in console.end_lines(
+                finished=finished,
+                step=self.state.step,
+                total_steps=self.total_steps,
+                seconds=time.perf_counter() - self._loop_start,
+                run_dir=self.run_dir,
+                dashboard=self.tracker.dashboard_hint,
+            ):
+                self.note(line)
         else:
             self.status("failed")
         self.tracker.close(exit_code=0 if error is None else 1)

@@ -127,9 +127,8 @@ def test_end_lines(finished, how):
         finished=finished,
         step=100,
         total_steps=244,
-        loss=4.5,
         seconds=3661,
         run_dir=Path("runs/q"),
         dashboard="URL",
     )
-    assert lines == [f"{how}: step 100/244, loss 4.500, 1:01:01", "  files   runs/q", "  watch   URL"]
+    assert lines == [f"{how}: step 100/244, 1:01:01", "  files   runs/q", "  watch   URL"]
