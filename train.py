@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import hydra
 from omegaconf import DictConfig
@@ -47,36 +48,37 @@ def train(config: Config) -> None:
     logging.disable(logging.NOTSET)
     # What may be wrong with the files is found before any process group is made.
     run_dir, parallel = Path(config.runs_dir) / config.name, config.parallel
-    check_data(config.data, config.model.vocab_size)
+    check_data(config.data, config.model.vocab_size, config.eval.sequences)
     store = CheckpointStore(run_dir / "checkpoints", config.checkpoint.keep, to_plain(config))
-    found, warnings = store.find(config.resume)
+    found = store.find(config.resume)
+    if found and config.stop_step is not None and found.step >= config.stop_step:
+        raise UserError(f"stop_step={config.stop_step}: the run is at step {found.step} already")
 
     mesh = start_mesh(pick_device(parallel), rank, world_size, parallel.expert_parallel_size)
-    model = build_model(config.model, parallel, config.seed, mesh)
-    engine = Engine(model, config.optim, parallel, mesh)
+    engine = Engine(build_model(config.model, parallel, config.seed, mesh), config.optim, parallel, mesh)
     stream = build_stream(config.data, config.model.vocab_size, rank, world_size, mesh.cpu_group)
     evaluator = Evaluator(engine, config)
     state = RunState()
-    if found is not None:
-        state = store.load(engine, found)
+    if found:
+        state = store.load(engine, found.path)
         stream.load_state_dict(state.data or {})
-    if config.stop_step is not None and state.step >= config.stop_step:
-        raise UserError(f"stop_step={config.stop_step}: the run is at step {state.step} already")
 
-    with Monitor(config, mesh, run_dir, state, warnings) as monitor, StopSignals(mesh) as stop:
+    with Monitor(config, mesh, run_dir, state, found) as monitor, StopSignals(mesh) as stop:
         for plan in plan_steps(config.optim, config.data.sequence_length, state.step, state.tokens):
             batches = share_of_step(stream, plan.batch_size, parallel.micro_batch_size, mesh)
             monitor.data_ready()
             result = engine.train_step(batches, plan.lr)
             monitor.step(plan, result, engine)
             state.step, state.tokens = plan.step + 1, plan.tokens_after
-            last = state.step in (monitor.total_steps, config.stop_step) or stop.requested()
-            if due(config.eval.every, state.step) and not last:
+            finished, stopped = state.step == monitor.total_steps, stop.requested()
+            if due(config.eval.every, state.step) and not finished and not stopped:
                 monitor.evaluation(state.step, evaluator.evaluate())
+            last = finished or stopped or state.step == config.stop_step or stop.requested()
             if due(config.checkpoint.every, state.step) or last:
                 state.data, state.wandb_id = stream.state_dict(), monitor.wandb_id
                 try:
                     store.save(engine, state)
+                    monitor.status("running")
                 except CheckpointError as error:
                     if last:
                         raise
@@ -102,16 +104,22 @@ def command_line(composed: DictConfig) -> None:
         fail(explain(error, sys.argv[1:]), 2)
     except UserError as error:
         fail(error, 2)
-    except CheckpointError as error:
-        fail(error, 1)
-    except Diverged as error:
-        fail(error, 3)
+    except (CheckpointError, Diverged) as error:
+        fail(error, 3 if isinstance(error, Diverged) else 1, together=True)
 
 
-def fail(error: Exception, code: int) -> None:
-    """End this process with the message: of rank 0, as all ranks found the same, or of the one that did."""
-    if launched_ranks()[0] == 0 or (isinstance(error, UserError) and error.of_one_rank):
+def fail(error: Exception, code: int, together: bool = False) -> NoReturn:
+    """End this process with the message.
+
+    Every machine's first rank prints it, as its ranks found the same; or the one rank that did. Where
+    all ranks fail `together` they leave together, or torchrun would end rank 0 before it has spoken.
+    """
+    if os.environ.get("LOCAL_RANK", "0") == "0" or (isinstance(error, UserError) and error.of_one_rank):
         print(f"error: {error}", file=sys.stderr, flush=True)
+    if together:
+        from dsv2.parallel.mesh import end_process_group
+
+        end_process_group()
     sys.exit(code)
 
 

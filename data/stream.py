@@ -231,8 +231,10 @@ def build_stream(
     )
 
 
-def check_data(config: DataConfig, model_vocab_size: int) -> None:
+def check_data(config: DataConfig, model_vocab_size: int, validation: int = 0) -> None:
     """Find mistakes in the data before any process group is made; prepare the stdlib folder on first use.
+
+    `validation` sequences will be wanted of the validation split; a streamed one is not looked at.
 
     Raises:
         UserError: names the field, its value and what would be right.
@@ -247,6 +249,9 @@ def check_data(config: DataConfig, model_vocab_size: int) -> None:
         load_manifest(config.path).vocab_size, model_vocab_size, f"the tokenizer of {config.path}"
     )
     PackedTokens(config.path, "train", config.sequence_length, model_vocab_size)
+    if validation:
+        held_out = PackedTokens(config.path, "validation", config.sequence_length, model_vocab_size)
+        _check_count(validation, len(held_out), config)
 
 
 def validation_sequences(config: DataConfig, model_vocab_size: int, count: int) -> np.ndarray:

@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -48,6 +48,14 @@ class RunState:
     tokens: int = 0  # tokens seen
     data: dict[str, Any] | None = None  # the stream's state
     wandb_id: str | None = None
+
+
+class Found(NamedTuple):
+    """A checkpoint to go on from."""
+
+    path: Path
+    step: int  # optimizer steps done
+    warnings: list[str]  # about damaged ones that were passed over
 
 
 class _Range:
@@ -131,7 +139,8 @@ class CheckpointStore:
         rng = _gather_objects(torch.get_rng_state(), mesh)
 
         def prepare() -> None:
-            shutil.rmtree(partial, ignore_errors=True)
+            for leftover in self.folder.glob("step-*.partial"):  # of a save that was cut short
+                shutil.rmtree(leftover, ignore_errors=True)
             partial.mkdir(parents=True)
 
         def complete() -> None:
@@ -150,30 +159,41 @@ class CheckpointStore:
                 shutil.rmtree(partial, ignore_errors=True)
             raise CheckpointError(f"checkpoint {target} could not be written: {error}") from None
         if mesh.is_main:
-            for old in complete_checkpoints(self.folder)[self.keep :]:
-                shutil.rmtree(old, ignore_errors=True)
+            older = [path for path in complete_checkpoints(self.folder) if path != target]
+            for path in older[self.keep - 1 :]:
+                shutil.rmtree(path, ignore_errors=True)
         return target
 
-    def find(self, resume: str) -> tuple[Path | None, list[str]]:
-        """The checkpoint that `resume` means, or None for a fresh start; and warnings about damaged ones.
+    def find(self, resume: str) -> Found | None:
+        """The checkpoint that `resume` means, or None for a fresh start.
 
         Args:
-            resume: `auto` (the newest whole one in `folder`), `never`, or a checkpoint's path.
+            resume: `auto`, the newest whole one of this run; `never`; or the path of one, from which
+                the run starts, unless it already has checkpoints of its own to go on from.
 
         Raises:
-            UserError: the given path is no whole checkpoint; `never` with checkpoints there to lose;
-                `auto` when checkpoints are there and none is whole; a model of other sizes.
+            UserError: the path is no whole checkpoint, or an older one of this very run; `never` with
+                checkpoints there to lose; checkpoints are there and none is whole; another model's.
         """
-        if resume not in ("auto", "never"):
-            path = Path(resume)
-            self._check_model(path, check(path))
-            return path, []
         present = _newest_first(self.folder)
-        if resume == "never" and present:
-            raise UserError(
-                f"resume=never: {self.folder} already holds {present[0].name}; use resume=auto to continue "
-                "that run, or another name=NAME to start afresh beside it"
-            )
+        if resume == "never":
+            if present:
+                raise UserError(
+                    f"resume=never: {self.folder} already holds {present[0].name}; use resume=auto to "
+                    "continue that run, or another name=NAME to start afresh beside it"
+                )
+            return None
+        if resume != "auto":
+            given = Path(resume)
+            content = check(given)
+            is_own = given.resolve().parent == self.folder.resolve()
+            if is_own and given.name != present[0].name:
+                raise UserError(
+                    f"resume={resume}: this run has the newer {present[0].name}, which would be overwritten; "
+                    "use another name=NAME to branch off"
+                )
+            if is_own or not present:
+                return self._found(given, content, [])
         warnings = []
         for path in present:
             try:
@@ -181,14 +201,24 @@ class CheckpointStore:
             except UserError as error:
                 warnings.append(str(error))
                 continue
-            self._check_model(path, content)
-            return path, warnings
+            return self._found(path, content, warnings)
         if present:
             raise UserError(
-                f"resume=auto: no checkpoint in {self.folder} is whole ({warnings[0]}); move the folder away "
-                "to start afresh"
+                f"resume={resume}: no checkpoint in {self.folder} is whole ({warnings[0]}); move the folder "
+                "away to start afresh"
             )
-        return None, []
+        return None
+
+    def _found(self, path: Path, content: dict[str, Any], warnings: list[str]) -> Found:
+        """Refuse a checkpoint of another model; the balance recipe and the longest length may change."""
+        saved = content["config"]["model"]
+        for key, value in self.settings["model"].items():
+            if key not in ("balance", "max_position_embeddings") and saved.get(key) != value:
+                raise UserError(
+                    f"model.{key}={value}: the checkpoint {path} was saved with {saved.get(key)}; "
+                    "use that, or start another run with name=NAME"
+                )
+        return Found(path, content["run"]["step"], warnings)
 
     def load(self, engine: Engine, path: Path) -> RunState:
         """Load weights, optimizer and random state into a new engine of any layout. Collective.
@@ -199,6 +229,8 @@ class CheckpointStore:
             UserError: damaged.
         """
         content = check(path)
+        if len(set(_gather_objects(json.dumps(content), engine.mesh))) > 1:
+            raise UserError(f"checkpoint {path}: not the same on every machine; runs_dir must be shared")
         try:
             dcp.load(
                 _ranges(engine),
@@ -221,16 +253,6 @@ class CheckpointStore:
             state.wandb_id = None
         return state
 
-    def _check_model(self, path: Path, content: dict[str, Any]) -> None:
-        """Refuse a checkpoint of a model of other sizes; the balance recipe may change."""
-        saved = content["config"]["model"]
-        for key, value in self.settings["model"].items():
-            if key not in ("balance", "max_position_embeddings") and saved.get(key) != value:
-                raise UserError(
-                    f"model.{key}={value}: the checkpoint {path} was saved with {saved.get(key)}; "
-                    "use that, or start another run with name=NAME"
-                )
-
 
 def _write_ranges(engine: Engine, partial: Path) -> None:
     try:
@@ -242,6 +264,8 @@ def _write_ranges(engine: Engine, partial: Path) -> None:
         )
     except dcp.api.CheckpointException as error:  # raised on every rank
         raise CheckpointError(_root_cause(error)) from error
+    if not all(_gather_objects((partial / ".metadata").exists(), engine.mesh)):
+        raise CheckpointError(f"not every machine sees {partial}; runs_dir must be a shared file system")
 
 
 def _on_main(action: Callable[[], None], mesh: Mesh) -> None:
@@ -305,7 +329,7 @@ def check(path: Path) -> dict[str, Any]:
         raise UserError(f"checkpoint {path}: {STATE_FILE} cannot be read ({error})") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"checkpoint {path}: {STATE_FILE} is not of the format {FORMAT}")
-    for name, size in content["files"].items():
+    for name, size in content.get("files", {"every file": 1}).items():
         file = path / name
         found = file.stat().st_size if file.exists() else None
         if found != size:

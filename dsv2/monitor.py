@@ -11,7 +11,7 @@ import torch
 
 from data.stream import unigram_nats_of
 from dsv2 import console
-from dsv2.checkpoint import RunState
+from dsv2.checkpoint import Found, RunState
 from dsv2.compose import to_plain, to_yaml
 from dsv2.config import Config
 from dsv2.engine import Engine, StepResult
@@ -31,7 +31,7 @@ class Monitor:
     As a context it opens the run's tracker and closes it, whatever ends the run.
     """
 
-    def __init__(self, config: Config, mesh: Mesh, run_dir: Path, state: RunState, warnings: list[str]):
+    def __init__(self, config: Config, mesh: Mesh, run_dir: Path, state: RunState, found: Found | None):
         self.config, self.mesh, self.run_dir, self.state = config, mesh, run_dir, state
         self.total_steps = count_steps(config.optim, config.data.sequence_length, state.step, state.tokens)
         self._flops = flops_per_token(config.model, config.data.sequence_length)
@@ -39,7 +39,7 @@ class Monitor:
         self._peak = peak_flops(torch.cuda.get_device_name(mesh.device)) if on_gpu else None
         self._window: RoutingStats | None = None
         self._first_step = state.step
-        for warning in warnings:
+        for warning in found.warnings if found else []:
             self.note(f"warning: {warning}")
 
     def __enter__(self) -> "Monitor":
@@ -102,15 +102,19 @@ class Monitor:
             print(text, flush=True)
 
     def status(self, state: str) -> None:
-        """RUN_DIR/status.json: `running`, `stopped`, `finished` or `failed`, for scripts that requeue."""
+        """RUN_DIR/status.json, for scripts that requeue: `running`, `stopped`, `finished` or `failed`, and
+        the last step saved."""
         if self.mesh.is_main:
             content = {"state": state, "step": self.state.step, "total_steps": self.total_steps}
             partial = self.run_dir / "status.json.partial"
-            partial.write_text(json.dumps(content) + "\n")
-            partial.replace(self.run_dir / "status.json")
+            try:
+                partial.write_text(json.dumps(content) + "\n")
+                partial.replace(self.run_dir / "status.json")
+            except OSError as error:  # a full disk must not end a run
+                self.note(f"warning: status.json could not be written: {error}")
 
     def resume_clock(self) -> None:
-        """Do not count what lies between two steps (evaluation, saving) as the next step's time."""
+        """The next step begins: what lies before it (evaluation, saving) is not its time."""
         self._last_mark = time.perf_counter()
 
     def data_ready(self) -> None:
@@ -150,7 +154,6 @@ class Monitor:
                 mfu=metrics.get("perf/mfu"),
             )
         )
-        self._last_mark = time.perf_counter()
 
     def _step_metrics(self, plan: StepPlan, result: StepResult, seconds: float) -> dict[str, float]:
         tok_s = (plan.tokens_after - plan.tokens) / seconds

@@ -45,6 +45,7 @@ class Tracker:
         self._run_dir = run_dir
         self._lines = lines
         self._run = run
+        self._warned = False
         self._online_url = run.url if run is not None and not run.offline else None
 
     def log(self, metrics: Mapping[str, float | np.ndarray], step: int) -> None:
@@ -67,7 +68,7 @@ class Tracker:
                 scalars[name] = _number(value)
         if scalars:
             finite = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
-            self._lines.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
+            self._write_line(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
         self._try_wandb(lambda run: run.log({**scalars, **_wandb_images(images)}, step=step))
 
     def summary(self, values: Mapping[str, Any]) -> None:
@@ -98,6 +99,16 @@ class Tracker:
             return str(self._run_dir / METRICS_FILE)
         wandb, where = shlex.quote(_wandb_command()), shlex.quote(str(folder))
         return f"{wandb} leet {where}   (to upload: {wandb} sync {where})"
+
+    def _write_line(self, line: str) -> None:
+        """Write it, or lose it with one warning a session: a full disk must not end a run."""
+        assert self._lines is not None
+        try:
+            self._lines.write(line)
+        except OSError as error:
+            if not self._warned:
+                print(f"warning: {METRICS_FILE} could not be written: {error}", flush=True)
+            self._warned = True
 
     def _try_wandb(self, action: Callable[["Run"], object]) -> None:
         """Do it, or give W&B up for this session: whatever goes wrong there, training goes on."""

@@ -45,16 +45,15 @@ class _AllToAll(torch.autograd.Function):
         return grad_SD, None, None, None
 
 
-def _exchange_counts(counts_E: Tensor, group: dist.ProcessGroup) -> tuple[list[int], Tensor]:
-    """Rows to each rank, and the rows that come: int64 [W, E / W] on the host, by source and local expert.
-
-    The layer's only synchronisation with the host.
-    """
-    coming = torch.empty_like(counts_E)
-    dist.all_to_all_single(coming, counts_E, group=group)
-    to_rank_W = counts_E.view(group.size(), -1).sum(dim=1)
-    host = torch.cat((to_rank_W, coming)).cpu()
-    return host[: group.size()].tolist(), host[group.size() :].view(group.size(), -1)
+def _exchange_counts(counts_E: Tensor, group: dist.ProcessGroup) -> tuple[list[int], list[int], Tensor]:
+    """Rows to each rank, rows from each rank, and int64 [W, E / W]: the latter by local expert."""
+    coming_E = torch.empty_like(counts_E)
+    dist.all_to_all_single(coming_E, counts_E, group=group)
+    coming_WE = coming_E.view(group.size(), -1)
+    # All sizes cross to the host at once.
+    to_and_from = torch.stack((counts_E.view_as(coming_WE).sum(dim=1), coming_WE.sum(dim=1)))
+    sent, received = to_and_from.tolist()
+    return sent, received, coming_WE
 
 
 def dispatch(
@@ -83,13 +82,13 @@ def dispatch(
         return rows_SD, DispatchPlan(
             pair_of_row_S, expert_ids_TK.numel(), top_k, total, total, None, counts, None
         )
-    sent, coming_WE = _exchange_counts(counts_E, group)
-    received = coming_WE.sum(dim=1).tolist()
+    sent, received, coming_WE = _exchange_counts(counts_E, group)
     # Rows arrive by (source, expert); the experts want them by (expert, source).
-    local_expert_R = (
-        torch.arange(coming_WE.shape[1]).repeat(group.size()).repeat_interleave(coming_WE.flatten())
+    local_expert_WE = torch.arange(coming_WE.shape[1], device=x_TD.device).expand_as(coming_WE)
+    local_expert_R = local_expert_WE.flatten().repeat_interleave(
+        coming_WE.flatten(), output_size=sum(received)
     )
-    by_expert_R = local_expert_R.argsort(stable=True).to(x_TD.device)
+    by_expert_R = local_expert_R.argsort(stable=True)
     rows_RD = _AllToAll.apply(rows_SD, sent, received, group)[by_expert_R]
     plan = DispatchPlan(
         pair_of_row_S,

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from dsv2.config import Device, ParallelConfig
+from dsv2.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,20 @@ class Mesh:
 
 
 def pick_device(config: ParallelConfig) -> torch.device:
-    """This process's device: one GPU a process, by torchrun's local rank."""
-    wants_gpu = config.device is Device.cuda or (config.device is Device.auto and torch.cuda.is_available())
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if wants_gpu else torch.device("cpu")
+    """This process's device: one GPU a process, by torchrun's local rank.
+
+    Raises:
+        UserError: more processes on this machine than GPUs.
+    """
+    gpus, processes = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if config.device is Device.cpu or (config.device is Device.auto and gpus == 0):
+        return torch.device("cpu")
+    if processes > gpus:
+        raise UserError(
+            f"parallel.device={config.device.value}: {processes} processes on this machine, which has {gpus} "
+            f"GPUs; start at most {gpus} (torchrun --nproc_per_node), or use parallel.device=cpu"
+        )
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def init_process_group(device: torch.device, rank: int, world_size: int) -> None:

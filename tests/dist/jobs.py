@@ -65,12 +65,14 @@ class Trace:
     lm_losses: list[float] = field(default_factory=list)
     grad_norms: list[float] = field(default_factory=list)
     balance: list[np.ndarray] = field(default_factory=list)  # [3, L] a step
-    first_moment: dict[str, np.ndarray] = field(default_factory=dict)  # after one step: 0.1 x clipped gradient
+    first_moment: dict[str, np.ndarray] = field(
+        default_factory=dict
+    )  # after one step: 0.1 x clipped gradient
     weights: dict[str, np.ndarray] = field(default_factory=dict)
     dropped: list[float] = field(default_factory=list)  # pairs a step
 
 
-def reference(steps: int, micro_batches: int = 1, **changes: Any) -> Trace:
+def reference(steps: int, micro_batches: int = 1, sizes: tuple[int, ...] = (), **changes: Any) -> Trace:
     """The same run in this process with plain torch: no DeepSpeed, no process group."""
     from dsv2.model.init import init_weights
     from dsv2.model.transformer import DeepseekV2
@@ -86,8 +88,10 @@ def reference(steps: int, micro_batches: int = 1, **changes: Any) -> Trace:
     trace = Trace()
     for step in range(steps):
         optimizer.zero_grad()
-        size = BATCH // micro_batches
-        outputs = [model(*vars(cut(global_batch(step), i * size, size)).values()) for i in range(micro_batches)]
+        size = (sizes[step] if sizes else BATCH) // micro_batches
+        outputs = [
+            model(*vars(cut(global_batch(step), i * size, size)).values()) for i in range(micro_batches)
+        ]
         torch.stack([out.loss for out in outputs]).mean().backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIM.grad_clip)
         optimizer.step()
@@ -134,21 +138,35 @@ def owned(engine: Any, key: str) -> list[tuple[str, int, int, np.ndarray]]:
 
     state = base_optimizer(engine.deepspeed).state
     return [
-        (f.name, f.offset, f.total, f.view(f.owner if key == "fp32" else state[f.owner][key]).float().numpy().copy())
+        (
+            f.name,
+            f.offset,
+            f.total,
+            f.view(f.owner if key == "fp32" else state[f.owner][key]).float().numpy().copy(),
+        )
         for f in fragments(engine.deepspeed)
     ]
 
 
-def steps_of(engine: Any, first: int, steps: int, micro_batch: int) -> Trace:
-    """Train and record; gathers nothing but the statistics' sums."""
-    mesh = engine.mesh
-    together = micro_batch * mesh.world_size
+class OneBatch:
+    """A stream that hands out one global batch."""
+
+    def __init__(self, batch: Batch):
+        self.batch, self.consumed = batch, 0
+
+    def take(self, total: int, start: int, count: int) -> Batch:
+        self.consumed += total
+        return cut(self.batch, self.consumed - total + start, count)
+
+
+def steps_of(engine: Any, first: int, steps: int, micro_batch: int, sizes: tuple[int, ...] = ()) -> Trace:
+    """Train and record; gathers nothing but the statistics' sums. `sizes`: sequences of each step."""
+    from dsv2.engine import share_of_step
+
     trace = Trace()
     for step in range(first, first + steps):
-        share = [
-            cut(global_batch(step), start + mesh.rank * micro_batch, micro_batch)
-            for start in range(0, BATCH, together)
-        ]
+        stream: Any = OneBatch(global_batch(step))
+        share = share_of_step(stream, sizes[step] if sizes else BATCH, micro_batch, engine.mesh)
         result = engine.train_step(share, OPTIM.lr)
         trace.losses.append(result.loss)
         trace.lm_losses.append(result.lm_loss)
@@ -158,12 +176,14 @@ def steps_of(engine: Any, first: int, steps: int, micro_batch: int) -> Trace:
     return trace
 
 
-def train(rank: int, world_size: int, steps: int, **layout: Any) -> tuple[Trace, list, list]:
+def train(
+    rank: int, world_size: int, steps: int, sizes: tuple[int, ...] = (), **layout: Any
+) -> tuple[Trace, list, list]:
     """The run on one layout: its trace, this rank's first moments after one step, and final weights."""
     engine = make_engine(rank, world_size, **layout)
-    first = steps_of(engine, 0, 1, layout["micro_batch"])
+    first = steps_of(engine, 0, 1, layout["micro_batch"], sizes)
     moments = owned(engine, "exp_avg")
-    rest = steps_of(engine, 1, steps - 1, layout["micro_batch"])
+    rest = steps_of(engine, 1, steps - 1, layout["micro_batch"], sizes)
     for name in ("losses", "lm_losses", "balance", "grad_norms", "dropped"):
         getattr(first, name).extend(getattr(rest, name))
     return first, moments, owned(engine, "fp32")
@@ -199,7 +219,9 @@ def train_and_save(rank: int, world_size: int, folder: str, save_at: int, steps:
 
     engine = make_engine(rank, world_size, **layout)
     trace = steps_of(engine, 0, save_at, layout["micro_batch"])
-    state = checkpoint.RunState(step=save_at, tokens=save_at * BATCH * SEQUENCE, data={"consumed": 1}, wandb_id="w")
+    state = checkpoint.RunState(
+        step=save_at, tokens=save_at * BATCH * SEQUENCE, data={"consumed": 1}, wandb_id="w"
+    )
     checkpoint.CheckpointStore(Path(folder), 3, SETTINGS).save(engine, state)
     trace.losses += steps_of(engine, save_at, steps - save_at, layout["micro_batch"]).losses
     return trace, owned(engine, "fp32")

@@ -63,7 +63,10 @@ class Pool:
         self._collect(START_TIMEOUT_S)
 
     def run(self, job: str, **arguments: Any) -> list[Any]:
-        """Run `function(rank, world_size, **arguments)` on every rank; `job` is "module:function"."""
+        """Run `function(rank, world_size, **arguments)` on every rank; `job` is "module:function".
+
+        After a failure the ranks may stand at different places: the pool is over.
+        """
         module, function = job.split(":")
         for pipe in self._pipes:
             pipe.send((module, function, arguments))
@@ -72,16 +75,23 @@ class Pool:
     def _collect(self, timeout: float) -> list[Any]:
         results, failures = [], []
         for rank, pipe in enumerate(self._pipes):
-            if not pipe.poll(timeout):
-                self.kill()
-                raise TimeoutError(f"rank {rank} of {self.world_size} gave no answer in {timeout} s: {failures}")
+            if not pipe.poll(timeout if not failures else 1):
+                failures.append(f"rank {rank} of {self.world_size} gave no answer in {timeout} s")
+                continue
             kind, value = pipe.recv()
             (failures if kind == "failed" else results).append(value)
         if failures:
+            self.kill()
             raise AssertionError("\n".join(failures))
         return results
 
+    @property
+    def alive(self) -> bool:
+        return all(process.is_alive() for process in self._processes)
+
     def close(self) -> None:
+        if not self.alive:
+            return
         for pipe in self._pipes:
             pipe.send(None)
         for process in self._processes:

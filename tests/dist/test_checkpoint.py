@@ -11,14 +11,18 @@ from tests.dist import jobs
 SAVE_AT, STEPS = 2, 5
 
 
-def _save(pools: Any, folder: Path, world_size: int, **layout: Any) -> tuple[list[float], dict[str, np.ndarray]]:
+def _save(
+    pools: Any, folder: Path, world_size: int, **layout: Any
+) -> tuple[list[float], dict[str, np.ndarray]]:
     results = pools[world_size].run(
         "tests.dist.jobs:train_and_save", folder=str(folder), save_at=SAVE_AT, steps=STEPS, **layout
     )
     return results[0][0].losses, jobs.whole([parts for _, parts in results])
 
 
-def _load(pools: Any, folder: Path, world_size: int, **layout: Any) -> tuple[list[float], dict[str, np.ndarray]]:
+def _load(
+    pools: Any, folder: Path, world_size: int, **layout: Any
+) -> tuple[list[float], dict[str, np.ndarray]]:
     path = folder / f"step-{SAVE_AT:08d}"
     results = pools[world_size].run("tests.dist.jobs:load_and_train", path=str(path), steps=STEPS, **layout)
     state = results[0][0]
@@ -57,8 +61,16 @@ def test_continues_on_another_layout(pools, tmp_path, saved_on, loaded_on):
 
 @pytest.mark.parametrize(
     ("world_size", "ep", "stage", "bf16"),
-    [(1, 1, 1, False), (2, 2, 0, False), (2, 2, 1, False), (2, 1, 2, False), (2, 2, 3, False)]
-    + [(2, 2, 1, True), (2, 2, 2, True), (2, 2, 3, True)],
+    [
+        (1, 1, 1, False),
+        (2, 2, 0, False),
+        (2, 2, 1, False),
+        (2, 1, 2, False),
+        (2, 2, 3, False),
+        (2, 2, 1, True),
+        (2, 2, 2, True),
+        (2, 2, 3, True),
+    ],
 )
 def test_same_layout_is_exact_to_the_bit(pools, tmp_path, world_size, ep, stage, bf16):
     layout = _layout(world_size, ep, stage, bf16)

@@ -1,7 +1,6 @@
 """train.py itself, run as a user runs it: torchrun, real files, signals, kills and a full disk."""
 
 import json
-import re
 import resource
 import signal
 import subprocess
@@ -47,7 +46,12 @@ TINY = [
     "checkpoint.every=4",
 ]
 STEPS = 24
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # `weights` wants it so
+MANY = "optim.total_tokens=38400"  # 150 steps, for jobs that are to be interrupted on their way
+VOCABULARY = ["--vocab-size", "300", "--val-fraction", "0.2"]
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),  # `weights` wants it so
+    pytest.mark.timeout(900),
+]
 
 
 @pytest.fixture(scope="session")
@@ -59,8 +63,19 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for index in range(40):
         (folder / f"{index:02d}.txt").write_text(" ".join(rng.choice(words, 400)))
     subprocess.run(
-        [PYTHON, "-m", "data.prepare", "files", str(folder), "--out", str(out), "--vocab-size", "300"]
-        + ["--val-fraction", "0.2"],
+        [
+            PYTHON,
+            "-m",
+            "data.prepare",
+            "files",
+            str(folder),
+            "--out",
+            str(out),
+            "--vocab-size",
+            "300",
+            "--val-fraction",
+            "0.2",
+        ],
         cwd=ROOT,
         check=True,
         capture_output=True,
@@ -141,30 +156,45 @@ def weights(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
 
 
 def assert_same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
-    assert one.keys() == other.keys() and len(one) > 30
+    assert one.keys() == other.keys()
+    assert len(one) > 30
     for name in one:
         assert torch.equal(one[name], other[name]), name
 
 
 def test_killed_run_resumes_to_the_bit_and_reads_back(command, started, tmp_path):
-    """Two processes, killed hard after a checkpoint, twice; then all is as if nothing had happened."""
-    output = run(command("whole", *TWO, launcher=TORCHRUN))
-    assert "validation loss" in output and "unigram entropy" in output and "sample:" in output
+    """Two processes, killed hard, then asked to stop; at the end all is as if nothing had happened."""
+    output = run(command("whole", *TWO, MANY, launcher=TORCHRUN))
+    assert "validation loss" in output
+    assert "unigram entropy" in output
+    assert "sample:" in output
 
-    job = started(command("killed", *TWO, launcher=TORCHRUN))
+    job = started(command("killed", *TWO, MANY, launcher=TORCHRUN))
     wait_for_step(tmp_path / "killed", 5)
     kill_hard(job)
-    output = run(command("killed", *TWO, "stop_step=21", launcher=TORCHRUN))
-    assert re.search(r"resumed after step (4|8|12|16)\b", output), output
-    output = run(command("killed", *TWO, launcher=TORCHRUN))
-    assert "resumed after step 21" in output
+    # Ctrl-C in a terminal reaches torchrun and its workers.
+    job = started(command("killed", *TWO, MANY, launcher=TORCHRUN))
+    wait_for_step(tmp_path / "killed", 60)
+    for process in [*psutil.Process(job.pid).children(recursive=True), job]:
+        process.send_signal(signal.SIGINT)
+    job.wait(120)
+    status = json.loads((tmp_path / "killed" / "status.json").read_text())
+    assert status["state"] == "stopped"
+    assert 60 <= status["step"] < 150
+    output = run(command("killed", *TWO, MANY, launcher=TORCHRUN))
+    assert f"resumed after step {status['step']}" in output
 
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for name in ("train/loss", "train/grad_norm", "val/loss", "val/bpb"):
-        assert scalars(killed, name) == scalars(whole, name), name
-    assert sorted(scalars(whole, "train/loss")) == list(range(1, STEPS + 1))
-    assert_same_bits(weights(killed, STEPS), weights(whole, STEPS))
+        want = scalars(whole, name)
+        # A job that is told to stop at a step due for evaluation leaves that out.
+        got = {step: value for step, value in scalars(killed, name).items() if step != status["step"]}
+        assert got == {step: value for step, value in want.items() if step != status["step"]}, name
+    assert sorted(scalars(whole, "train/loss")) == list(range(1, 151))
+    assert_same_bits(weights(killed, 150), weights(whole, 150))
     assert json.loads((killed / "status.json").read_text())["state"] == "finished"
+    assert [p.name for p in sorted((whole / "checkpoints").iterdir())] == ["step-00000148", "step-00000150"]
+    assert "n_routed_experts: 16" in (whole / "config.yaml").read_text()
     _read_wandb(whole)
 
 
@@ -181,26 +211,33 @@ def _read_wandb(run_dir: Path) -> None:
 
 def test_signal_saves_and_exits_0_then_another_layout_continues(command, started, tmp_path):
     """SIGTERM to one process; two processes with EP 2 and ZeRO-3 finish what it began."""
-    run(command("whole"))
-    job = started(command("stopped", "checkpoint.every=0"))
+    run(command("whole", MANY))
+    job = started(command("stopped", MANY, "checkpoint.every=0"))
     wait_for_step(tmp_path / "stopped", 2)
     job.send_signal(signal.SIGTERM)
     assert job.wait(60) == 0
     status = json.loads((tmp_path / "stopped" / "status.json").read_text())
-    assert status["state"] == "stopped" and 2 <= status["step"] < STEPS
-    layout = [*TWO, "parallel.zero_stage=3", "parallel.micro_batch_size=1"]
+    assert status["state"] == "stopped"
+    assert 2 <= status["step"] < 150
+    layout = [*TWO, MANY, "parallel.zero_stage=3", "parallel.micro_batch_size=1"]
     output = run(command("stopped", *layout, launcher=TORCHRUN))
     assert f"resumed after step {status['step']}" in output
     losses, whole = scalars(tmp_path / "stopped", "train/loss"), scalars(tmp_path / "whole", "train/loss")
     assert losses.keys() == whole.keys()
-    np.testing.assert_allclose([losses[s] for s in whole], list(whole.values()), rtol=2e-6)
+    # 150 steps enlarge what another order of sums changes in the last bit.
+    np.testing.assert_allclose([losses[s] for s in whole], list(whole.values()), rtol=1e-4)
+    np.testing.assert_allclose([losses[s] for s in whole][:20], list(whole.values())[:20], rtol=2e-6)
 
 
 def test_nan_stops_names_the_step_and_saves_nothing(command, tmp_path):
     run(command("nan", "stop_step=3"))
     before = weights(tmp_path / "nan", 3)
-    output = run(command("nan", "optim.lr=1e30", "checkpoint.every=1"), expect=3)
-    assert "error: step " in output and "nothing saved" in output and "Traceback" not in output
+    command_line = command("nan", "optim.lr=1e30", "checkpoint.every=1", *TWO, launcher=TORCHRUN)
+    output = run(command_line, expect=1)  # torchrun's own code; it prints those of its workers
+    assert output.count("error: step ") == 1
+    assert "exitcode  : 3" in output
+    assert "nothing saved" in output
+    assert "train.py\", line" not in output, "a traceback of ours, not torchrun's"
     bad_step = int(output.split("error: step ")[1].split(":")[0])
     saved = sorted(int(p.name[5:]) for p in (tmp_path / "nan" / "checkpoints").iterdir())
     assert saved[-1] < bad_step
@@ -219,11 +256,40 @@ def test_full_disk_keeps_the_previous_checkpoint(command, tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
     output = run(command("full", "logging.wandb=disabled"), expect=1, preexec_fn=refuse_large_files)
-    assert "step-00000004 could not be written" in output and "the run goes on" in output
-    assert "error: checkpoint" in output and "step-00000024" in output and "Traceback" not in output
+    assert "step-00000004 could not be written" in output
+    assert "the run goes on" in output
+    assert "error: checkpoint" in output
+    assert "step-00000024" in output
+    assert "Traceback" not in output
     assert sorted(p.name for p in good.parent.iterdir()) == [good.name]
     assert_same_bits(weights(tmp_path / "full", 3), before)
     assert "resumed after step 3" in run(command("full"))
+
+
+def test_full_disk_for_metrics_and_status_does_not_end_the_run(command, tmp_path):
+    """Every byte for metrics.jsonl is refused by the kernel, and status.json cannot be made."""
+    run_dir = tmp_path / "run"
+    (run_dir / "status.json").mkdir(parents=True)
+    (run_dir / "metrics.jsonl").symlink_to("/dev/full")
+    output = run(command("run", "logging.wandb=disabled"))
+    assert output.count("metrics.jsonl could not be written") == 1
+    assert "status.json could not be written" in output
+    assert (run_dir / "checkpoints" / f"step-{STEPS:08d}").exists()
+
+
+def test_start_from_another_runs_checkpoint(command, tmp_path):
+    """resume=PATH of another run starts this one; run again, it goes on from its own."""
+    run(command("one", "stop_step=8"))
+    source = tmp_path / "one" / "checkpoints" / "step-00000004"
+    output = run(command("other", f"resume={source}", "stop_step=6"))
+    assert "resumed after step 4" in output
+    assert "resumed after step 6" in run(command("other", f"resume={source}"))
+    assert min(scalars(tmp_path / "other", "train/loss")) == 5
+    ids = [
+        json.loads((path / "state.json").read_text())["run"]["wandb_id"]
+        for path in (source, tmp_path / "other" / "checkpoints" / f"step-{STEPS:08d}")
+    ]
+    assert ids[0] != ids[1], "another run is another W&B run"
 
 
 def test_damaged_checkpoint_falls_back_and_resume_never_overwrites_nothing(command, tmp_path):
@@ -232,11 +298,16 @@ def test_damaged_checkpoint_falls_back_and_resume_never_overwrites_nothing(comma
     data = newest / "__0_0.distcp"
     data.write_bytes(data.read_bytes()[:-100])
     output = run(command("torn", f"resume={newest}"), expect=2)
-    assert "__0_0.distcp has" in output and output.count("error:") == 1 and "Traceback" not in output
+    assert "__0_0.distcp has" in output
+    assert output.count("error:") == 1
+    assert "Traceback" not in output
     output = run(command("torn", "resume=never"), expect=2)
-    assert "resume=never" in output and "name=NAME" in output
+    assert "resume=never" in output
+    assert "name=NAME" in output
     output = run(command("torn", "stop_step=5"))
-    assert "warning:" in output and "__0_0.distcp has" in output and "resumed after step 4" in output
+    assert "warning:" in output
+    assert "__0_0.distcp has" in output
+    assert "resumed after step 4" in output
 
 
 def test_streamed_dataset_stops_resumes_and_is_exact(command, corpus, tmp_path):
@@ -246,8 +317,17 @@ def test_streamed_dataset_stops_resumes_and_is_exact(command, corpus, tmp_path):
         rows = [" ".join(rng.choice(["alpha", "beta", "def", "(", ")"], 60)) for _ in range(150)]
         lines = "".join(json.dumps({"text": row}) + "\n" for row in rows)
         (tmp_path / f"{shard}.jsonl").write_text(lines)
-    stream = ["data=hf_stream", "data.dataset=json", f"data.data_files=['{tmp_path}/*.jsonl']", "data.lanes=3"]
-    stream += [f"data.tokenizer={corpus / 'tokenizer.model'}", "data.val_split=train", "data.shuffle_window=8"]
+    stream = [
+        "data=hf_stream",
+        "data.dataset=json",
+        f"data.data_files=['{tmp_path}/*.jsonl']",
+        "data.lanes=3",
+    ]
+    stream += [
+        f"data.tokenizer={corpus / 'tokenizer.model'}",
+        "data.val_split=train",
+        "data.shuffle_window=8",
+    ]
     stream += ["data.sequence_length=32", "data.path=''"]
     run(command("whole", *stream))
     run(command("stopped", *stream, "stop_step=7"))

@@ -27,7 +27,7 @@ KEY = "0123456789" * 4  # W&B looks at a key's length before it asks the server
 
 # A session in a process of its own, with all that it prints and its exit code.
 SESSION = """
-import os, signal, sys
+import os, signal, sys, time
 from pathlib import Path
 import dsv2.tracker
 from dsv2.config import LoggingConfig, WandbMode
@@ -43,6 +43,8 @@ if sys.argv[2:] == ["kill"]:
             continue
         if words[0].endswith(b"wandb-core") and str(os.getpid()).encode() in words:
             os.kill(int(process.name), signal.SIGKILL)
+            while (process / "cmdline").exists() and (process / "cmdline").read_bytes():
+                time.sleep(0.01)  # until it is gone, or a zombie
             print("killed")
 for step in (2, 3):
     tracker.log({"train/loss": 5.0 - step}, step=step)

@@ -1,0 +1,144 @@
+"""What is taken for a checkpoint, and which one a run goes on from; nothing here is trained."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dsv2.checkpoint import FORMAT, CheckpointStore, check
+from dsv2.errors import UserError
+
+MODEL = {"hidden_size": 8, "balance": {"alpha_expert": 0.1}}
+
+
+def make(folder: Path, step: int, model: dict | None = None) -> Path:
+    """A folder with all that makes a checkpoint whole, and 10 bytes of data."""
+    path = folder / f"step-{step:08d}"
+    path.mkdir(parents=True)
+    (path / "__0_0.distcp").write_bytes(b"0123456789")
+    content = {
+        "format": FORMAT,
+        "run": {"step": step, "tokens": 0, "data": None, "wandb_id": None},
+        "adam_step": step,
+        "config": {"model": model or MODEL},
+        "files": {"__0_0.distcp": 10},
+    }
+    (path / "state.json").write_text(json.dumps(content))
+    return path
+
+
+def store(folder: Path) -> CheckpointStore:
+    return CheckpointStore(folder, 2, {"model": MODEL})
+
+
+def cut_data(path: Path) -> None:
+    (path / "__0_0.distcp").write_bytes(b"0123")
+
+
+def lose_data(path: Path) -> None:
+    (path / "__0_0.distcp").unlink()
+
+
+def lose_state(path: Path) -> None:
+    (path / "state.json").unlink()
+
+
+def tear_state(path: Path) -> None:
+    state = path / "state.json"
+    state.write_text(state.read_text()[:-20])
+
+
+def foreign_state(path: Path) -> None:
+    (path / "state.json").write_text(json.dumps({"step": 3, "model": "something else"}))
+
+
+def list_state(path: Path) -> None:
+    (path / "state.json").write_text("[1, 2]")
+
+
+def no_files(path: Path) -> None:
+    content = json.loads((path / "state.json").read_text())
+    del content["files"]
+    (path / "state.json").write_text(json.dumps(content))
+
+
+DAMAGE = {
+    cut_data: "__0_0.distcp has 4 bytes of 10",
+    lose_data: "__0_0.distcp is missing",
+    lose_state: "no state.json",
+    tear_state: "state.json cannot be read",
+    foreign_state: "not of the format",
+    list_state: "not of the format",
+    no_files: "every file is missing",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_is_refused_by_path_and_passed_over_by_auto(tmp_path, damage):
+    make(tmp_path, 3)
+    newest = make(tmp_path, 7)
+    damage(newest)
+    for call in (lambda: check(newest), lambda: store(tmp_path / "another").find(str(newest))):
+        with pytest.raises(UserError, match=DAMAGE[damage]) as refusal:
+            call()
+        assert str(newest) in str(refusal.value)
+    found = store(tmp_path).find("auto")
+    assert found is not None
+    assert (found.path.name, found.step) == ("step-00000003", 3)
+    assert len(found.warnings) == 1
+    assert DAMAGE[damage] in found.warnings[0]
+
+
+def test_all_damaged_is_no_fresh_start(tmp_path):
+    cut_data(make(tmp_path, 3))
+    with pytest.raises(UserError, match=r"no checkpoint in .* is whole .*4 bytes of 10.*move the folder"):
+        store(tmp_path).find("auto")
+
+
+def test_missing(tmp_path):
+    with pytest.raises(UserError, match="there is no such folder"):
+        store(tmp_path).find(str(tmp_path / "step-00000009"))
+
+
+def test_nothing_there_is_a_fresh_start(tmp_path):
+    assert store(tmp_path / "new").find("auto") is None
+    assert store(tmp_path / "new").find("never") is None
+
+
+def test_a_save_that_was_cut_short_is_not_there(tmp_path):
+    make(tmp_path, 9).rename(tmp_path / "step-00000009.partial")
+    assert store(tmp_path).find("auto") is None
+    assert store(tmp_path).find("never") is None
+
+
+def test_never_does_not_touch_an_old_run(tmp_path):
+    make(tmp_path, 3)
+    with pytest.raises(UserError, match=r"resume=never: .*step-00000003; use resume=auto .*name=NAME"):
+        store(tmp_path).find("never")
+
+
+def test_branching_off_an_older_checkpoint_needs_a_name(tmp_path):
+    older, newest = make(tmp_path, 3), make(tmp_path, 7)
+    with pytest.raises(UserError, match=r"newer step-00000007, which would be overwritten.*name=NAME"):
+        store(tmp_path).find(str(older))
+    found = store(tmp_path).find(str(newest))
+    assert found is not None
+    assert found.path == newest
+
+
+def test_own_checkpoints_come_before_the_given_one(tmp_path):
+    given, own = make(tmp_path / "one", 30), make(tmp_path / "other", 7)
+    found = store(tmp_path / "other").find(str(given))
+    assert found is not None
+    assert found.path == own
+    found = store(tmp_path / "third").find(str(given))
+    assert found is not None
+    assert found.path == given
+
+
+def test_another_model_is_refused_but_not_another_balance_recipe(tmp_path):
+    make(tmp_path, 3, {"hidden_size": 16, "balance": {"alpha_expert": 0.1}})
+    with pytest.raises(UserError, match=r"model.hidden_size=8: the checkpoint .* was saved with 16"):
+        store(tmp_path).find("auto")
+    make(tmp_path / "b", 3, {"hidden_size": 8, "balance": {"alpha_expert": 0.5}})
+    assert store(tmp_path / "b").find("auto") is not None
