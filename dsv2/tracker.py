@@ -1,7 +1,7 @@
 """Metrics of a run: W&B for people, `RUN_DIR/metrics.jsonl` for programs and for the day W&B fails.
 
 Every scalar goes to both. metrics.jsonl has one JSON object a line, `{"step": 12, "train/loss": 4.1}`,
-written out at each line, because W&B loses up to 32 KiB of records when a process is killed. JSON knows no
+written out line by line, because W&B loses up to 32 KiB of records when a process is killed. JSON knows no
 NaN or infinity: both are `null` in the file and NaN when read back (W&B keeps them as they are).
 
 W&B must never stop, hold up or garble a training run. It never prompts; it goes offline with one line where
@@ -12,6 +12,8 @@ Offline, each session is a folder `RUN_DIR/wandb/offline-run-TIME-ID` of its own
 shows them all, and `wandb sync RUN_DIR/wandb` uploads them into one run.
 """
 
+import contextlib
+import io
 import json
 import math
 import os
@@ -20,7 +22,7 @@ import shlex
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TextIO
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -40,7 +42,9 @@ _CELL_PIXELS = 8  # side of a heat map's cell
 class Tracker:
     """Where a run's metrics go. Made by `open_tracker`; without files (other ranks) it does nothing."""
 
-    def __init__(self, run_dir: Path, lines: TextIO | None, run: "Run | None", wandb_id: str | None) -> None:
+    def __init__(
+        self, run_dir: Path, lines: io.FileIO | None, run: "Run | None", wandb_id: str | None
+    ) -> None:
         self.wandb_id = wandb_id  # keep it in checkpoints and give it to open_tracker on resume
         self._run_dir = run_dir
         self._lines = lines
@@ -101,14 +105,20 @@ class Tracker:
         return f"{wandb} leet {where}   (to upload: {wandb} sync {where})"
 
     def _write_line(self, line: str) -> None:
-        """Write it, or lose it with one warning a session: a full disk must not end a run."""
+        """Write it whole, or lose it with one warning a session: a full disk must not end a run."""
         assert self._lines is not None
+        data, before = line.encode(), os.fstat(self._lines.fileno()).st_size
         try:
-            self._lines.write(line)
+            if self._lines.write(data) == len(data):
+                return
+            problem = "the disk is full"
         except OSError as error:
-            if not self._warned:
-                print(f"warning: {METRICS_FILE} could not be written: {error}", flush=True)
-            self._warned = True
+            problem = str(error)
+        with contextlib.suppress(OSError):  # half a line would spoil the next one
+            self._lines.truncate(before)
+        if not self._warned:
+            print(f"warning: {METRICS_FILE} could not be written: {problem}", flush=True)
+        self._warned = True
 
     def _try_wandb(self, action: Callable[["Run"], object]) -> None:
         """Do it, or give W&B up for this session: whatever goes wrong there, training goes on."""
@@ -151,7 +161,7 @@ def open_tracker(
         run = _start_wandb(logging, run_dir, run_name, run_config, wandb_id)
     metrics_file = run_dir / METRICS_FILE
     _drop_torn_line(metrics_file)
-    lines = open(metrics_file, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 (closed by Tracker.close)
+    lines = io.FileIO(metrics_file, "a")  # no buffer: what a line could not be written from must not linger
     return Tracker(run_dir, lines, run, wandb_id)
 
 
