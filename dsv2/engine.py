@@ -5,6 +5,8 @@ DeepSpeed averages gradients over ranks; dividing by the number of micro-batches
 gradient of the mean over the global batch, whatever the layout.
 """
 
+import contextlib
+import io
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -92,9 +94,9 @@ class Engine:
             eps=optim.eps,
         )
         self.deepspeed: Any
-        self.deepspeed, *_ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=deepspeed_config(optim, parallel, mesh.world_size)
-        )
+        config = deepspeed_config(optim, parallel, mesh.world_size)
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints the memory after every parameter group
+            self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
 
     @property
     def model(self) -> nn.Module:

@@ -347,3 +347,10 @@ def test_every_number_is_checked():
         if {int, float} & {hint, *typing.get_args(hint)} and hint != list[float]
     }
     assert numbers == covered
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4, 8])
+def test_quickstart_fits_as_many_gpus(processes):
+    """launch/local.sh starts one process a GPU, and with one process asks for EP 1."""
+    overrides = ["parallel.expert_parallel_size=1"] if processes == 1 else []
+    validate(compose_config("experiment=quickstart", *overrides), processes)

@@ -1,0 +1,41 @@
+"""Which device a process takes."""
+
+import pytest
+import torch
+
+from dsv2.config import Device, ParallelConfig
+from dsv2.errors import UserError
+from dsv2.parallel.mesh import pick_device
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """A machine with so many GPUs and processes, seen by one of the latter."""
+
+    def describe(gpus: int, processes: int, local_rank: int = 0) -> None:
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+        monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+
+    return describe
+
+
+@pytest.mark.parametrize(
+    ("gpus", "processes", "device", "expected"),
+    [
+        (0, 2, Device.auto, "cpu"),
+        (4, 4, Device.auto, "cuda:3"),
+        (4, 4, Device.cuda, "cuda:3"),
+        (1, 4, Device.cpu, "cpu"),
+    ],
+)
+def test_one_gpu_a_process_by_local_rank(machine, gpus, processes, device, expected):
+    machine(gpus, processes, local_rank=3)
+    assert str(pick_device(ParallelConfig(device=device))) == expected
+
+
+@pytest.mark.parametrize(("gpus", "device"), [(1, Device.auto), (0, Device.cuda)])
+def test_more_processes_than_gpus(machine, gpus, device):
+    machine(gpus, processes=2)
+    with pytest.raises(UserError, match=rf"parallel.device={device.value}: 2 processes .* has {gpus} GPUs"):
+        pick_device(ParallelConfig(device=device))
