@@ -131,6 +131,7 @@ class LoggingConfig:
     project: str = "dsv2"
     entity: str | None = None
     every: int = 10  # steps a window of routing statistics
+    maps_every: int = 100  # steps between pictures of a window's routing, at the ends of windows
 
 
 @dataclass
@@ -217,7 +218,7 @@ def validate(config: Config, world_size: int) -> None:
             config.data.sequence_length,
             f"must be at most model.max_position_embeddings={config.model.max_position_embeddings}",
         )
-    _require_positive("logging", config.logging, ["every"])
+    _require_positive("logging", config.logging, ["every", "maps_every"])
     _require_positive("eval", config.eval, ["every", "sequences"])
     _require_positive("eval", config.eval, ["sample_tokens"], least=0)
     _require_positive("checkpoint", config.checkpoint, ["every"], least=0)

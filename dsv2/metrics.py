@@ -6,6 +6,7 @@ steps) before any ratio is taken.
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -59,6 +60,13 @@ def routing_metrics(stats: RoutingStats, model: ModelConfig) -> dict[str, float]
         metrics[f"dead/{layer}"] = dead_L[index]
         metrics[f"drop/{layer}"] = dropped_L[index]
     return {name: float(value) for name, value in metrics.items()}
+
+
+def routing_maps(stats: RoutingStats, model: ModelConfig) -> dict[str, np.ndarray]:
+    """Pictures of a window, [L, E] and [L, G]: each load over the uniform one, so that 1 = balanced."""
+    load_LG = stats.load_E.unflatten(-1, (model.n_group, -1)).sum(dim=-1)
+    loads = {"map/expert_load": stats.load_E, "map/dev_load": load_LG, "map/dev_recv": stats.sent_G}
+    return {name: (load / load.mean(dim=-1, keepdim=True)).cpu().numpy() for name, load in loads.items()}
 
 
 def bits_per_byte(nats: float, n_bytes: int) -> float:

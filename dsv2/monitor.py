@@ -6,6 +6,7 @@ import resource
 import time
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 
@@ -17,7 +18,7 @@ from dsv2.config import Config
 from dsv2.engine import Engine, StepResult
 from dsv2.errors import Diverged
 from dsv2.evaluate import Evaluation, Evaluator
-from dsv2.metrics import balance_metrics, routing_metrics
+from dsv2.metrics import balance_metrics, routing_maps, routing_metrics
 from dsv2.model.flops import count_parameters, flops_per_token, peak_flops
 from dsv2.moe.stats import RoutingStats
 from dsv2.optim import StepPlan, count_steps
@@ -134,11 +135,13 @@ class Monitor:
                 f"The last good checkpoint is in {self.run_dir / 'checkpoints'}; try a lower optim.lr"
             )
         self._window = result.stats if self._window is None else self._window.plus(result.stats)
-        metrics = self._step_metrics(plan, result, seconds)
+        metrics: dict[str, Any] = self._step_metrics(plan, result, seconds)
         if step % self.config.logging.every == 0 or step == self.total_steps:
             total = RoutingStats(*(engine.sum_over_ranks(x) for x in self._window))
             metrics |= routing_metrics(total, self.config.model)
             self._window = None
+            if step % self.config.logging.maps_every == 0 or step == self.total_steps:
+                metrics |= routing_maps(total, self.config.model)
         self.tracker.log(metrics, step=step)
         done = step - self._first_step
         self.note(

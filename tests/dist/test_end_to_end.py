@@ -207,6 +207,8 @@ def _read_wandb(run_dir: Path) -> None:
     for name in ("train/loss_lm", "moe/aux_device", "vio/L01", "comm/devs_per_tok", "val/bpb"):
         assert f'"{name}"' in shown, name
     assert "n_routed_experts" in shown, "the configuration is logged"
+    pictures = folders[0] / "files" / "media" / "images" / "map"
+    assert {p.name.split("_1")[0] for p in pictures.iterdir()} >= {"expert_load", "dev_load", "dev_recv"}
 
 
 def test_signal_saves_and_exits_0_then_another_layout_continues(command, started, tmp_path):

@@ -49,6 +49,7 @@ AT_LEAST_ONE = [
     "parallel.expert_parallel_size",
     "parallel.micro_batch_size",
     "logging.every",
+    "logging.maps_every",
     "eval.every",
     "eval.sequences",
     "checkpoint.keep",

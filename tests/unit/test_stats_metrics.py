@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from dsv2.metrics import balance_metrics, bits_per_byte, routing_metrics
+from dsv2.metrics import balance_metrics, bits_per_byte, routing_maps, routing_metrics
 from dsv2.moe.balance import BalanceLosses
 from dsv2.moe.router import Routing
 from dsv2.moe.stats import RoutingStats, routing_stats
@@ -122,6 +122,21 @@ def test_stack_and_plus():
 def test_balance_metrics_are_raw_means_over_layers():
     losses = BalanceLosses(torch.tensor([1.0, 3.0]), torch.tensor([2.0, 2.5]), torch.tensor([0.5, 1.5]))
     assert balance_metrics(losses) == {"moe/aux_expert": 2.0, "moe/aux_device": 2.25, "moe/aux_comm": 1.0}
+
+
+def test_maps_show_loads_over_the_uniform_load():
+    stats = random_stats()
+    maps = routing_maps(stats, CONFIG)
+    assert maps.keys() == {"map/expert_load", "map/dev_load", "map/dev_recv"}
+    for layer in range(LAYERS):
+        load, sent = stats.load_E[layer].tolist(), stats.sent_G[layer].tolist()
+        for expert in range(EXPERTS):
+            want = load[expert] * EXPERTS / sum(load)
+            assert maps["map/expert_load"][layer, expert] == pytest.approx(want)
+        for group in range(GROUPS):
+            want = sum(load[group * 3 : group * 3 + 3]) * GROUPS / sum(load)
+            assert maps["map/dev_load"][layer, group] == pytest.approx(want)
+            assert maps["map/dev_recv"][layer, group] == pytest.approx(sent[group] * GROUPS / sum(sent))
 
 
 def test_bits_per_byte():
