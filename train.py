@@ -10,6 +10,7 @@ SIGTERM, SIGINT or stop_step after saving; 1 an error; 2 a mistake in the config
 import logging
 import os
 import sys
+import time
 from pathlib import Path
 from typing import NoReturn
 
@@ -116,6 +117,8 @@ def fail(error: Exception, code: int, together: bool = False) -> NoReturn:
     """
     if os.environ.get("LOCAL_RANK", "0") == "0" or (isinstance(error, UserError) and error.of_one_rank):
         print(f"error: {error}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(3)  # torchrun ends all ranks when the first one leaves: let the one that speaks speak
     if together:
         from dsv2.parallel.mesh import end_process_group
 

@@ -62,7 +62,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(mistake, tmp_path):
 
 @pytest.mark.parametrize("mistake", ["optim.lrr=1", "model.n_group=3", "data=local"])
 def test_other_ranks_keep_silent(mistake, tmp_path):
-    done = train(mistake, cwd=tmp_path, RANK="1", WORLD_SIZE="2")
+    done = train(mistake, cwd=tmp_path, RANK="1", LOCAL_RANK="1", WORLD_SIZE="2")
     assert (done.returncode, done.stdout, done.stderr) == (2, "", "")
 
 
