@@ -137,6 +137,8 @@ def _sample(source: Source, settings: Settings) -> Iterator[str]:
 
 
 def _in_validation(name: str, fraction: float) -> bool:
+    if name.startswith("/"):  # a file by itself: where it lies must not decide
+        name = name.rsplit("/", 1)[-1]
     value = hashlib.sha256(name.encode(errors="surrogateescape")).digest()[:8]
     return int.from_bytes(value, "big") < fraction * 2**64
 

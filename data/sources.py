@@ -240,8 +240,8 @@ def _read_files(
 
 
 def _name(path: Path, root: Path | None) -> str:
-    """Return a document's name, the same wherever the corpus lies: it decides the split."""
-    return path.relative_to(root).as_posix() if root else path.name
+    """Return a document's name, the same wherever the corpus folder `root` lies."""
+    return (path.relative_to(root) if root else path).as_posix()
 
 
 def _bad(what: str, why: str, name: str, on_bad_file: OnBadFile, skipped: list[str]) -> None:
