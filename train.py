@@ -26,8 +26,9 @@ from dsv2.compose import (
     to_config,
     to_plain,
 )
-from dsv2.config import Config, validate
+from dsv2.config import Config
 from dsv2.errors import CheckpointError, Diverged, UserError
+from dsv2.validate import validate
 
 
 def train(config: Config) -> None:

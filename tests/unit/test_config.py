@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from dsv2.compose import field_types, to_plain, to_yaml
-from dsv2.config import Config, DataSource, Precision, validate
+from dsv2.config import Config, DataSource, Precision
 from dsv2.errors import UserError
+from dsv2.validate import validate
 from tests.unit.helpers import REPO, compose_config
 
 SHIPPED = sorted(

@@ -1,0 +1,189 @@
+"""What is refused before anything starts: values and combinations that cannot run."""
+
+import math
+
+from dsv2.config import Config, DataSource, ModelConfig, OptimConfig, Precision
+from dsv2.errors import UserError
+
+
+def _refuse(field_name: str, value: object, right: str) -> None:
+    raise UserError(f"{field_name}={value}: {right}")
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(d) for d in range(1, number + 1) if number % d == 0)
+
+
+def _require_positive(section: str, values: object, names: list[str], least: float = 1) -> None:
+    for name in names:
+        value = getattr(values, name)
+        if not least <= value < math.inf:
+            _refuse(f"{section}.{name}", value, f"must be at least {least}")
+
+
+def _require_above_0(section: str, values: object, names: list[str]) -> None:
+    for name in names:
+        value = getattr(values, name)
+        if not 0 < value < math.inf:
+            _refuse(f"{section}.{name}", value, "must be above 0")
+
+
+def _require_fraction(section: str, values: object, names: list[str]) -> None:
+    for name in names:
+        if not 0 <= (value := getattr(values, name)) <= 1:
+            _refuse(f"{section}.{name}", value, "must lie between 0 and 1")
+
+
+def validate(config: Config, world_size: int) -> None:
+    """Refuse what cannot run, before any process group or model is made.
+
+    Args:
+        config: the whole configuration.
+        world_size: number of processes of the job.
+
+    Raises:
+        UserError: names the field, its value and what would be right.
+    """
+    _validate_model(config.model)
+    _validate_moe(config.model)
+    _validate_optim(config.optim)
+    _validate_parallel(config, world_size)
+    _require_positive("data", config.data, ["sequence_length", "lanes", "shuffle_window", "vocab_size"])
+    _require_positive("data", config.data, ["seed"], least=0)
+    if config.data.source is DataSource.hf_stream:
+        for name in ("dataset", "tokenizer"):
+            if not getattr(config.data, name):
+                _refuse(f"data.{name}", getattr(config.data, name), "must be given for data=hf_stream")
+    if config.data.sequence_length > config.model.max_position_embeddings:
+        _refuse(
+            "data.sequence_length",
+            config.data.sequence_length,
+            f"must be at most model.max_position_embeddings={config.model.max_position_embeddings}",
+        )
+    _require_positive("logging", config.logging, ["every", "maps_every"])
+    _require_positive("eval", config.eval, ["every", "sequences"])
+    _require_positive("eval", config.eval, ["sample_tokens"], least=0)
+    _require_positive("checkpoint", config.checkpoint, ["every"], least=0)
+    _require_positive("checkpoint", config.checkpoint, ["keep"])
+    if not config.name or "/" in config.name or config.name.startswith("."):
+        _refuse("name", repr(config.name), "must be a plain folder name, such as my-run")
+    if config.stop_step is not None and config.stop_step < 1:
+        _refuse("stop_step", config.stop_step, "must be at least 1, or null")
+
+
+def _validate_model(model: ModelConfig) -> None:
+    sizes = [
+        "vocab_size",
+        "hidden_size",
+        "num_attention_heads",
+        "kv_lora_rank",
+        "qk_nope_head_dim",
+        "qk_rope_head_dim",
+        "v_head_dim",
+        "intermediate_size",
+        "moe_intermediate_size",
+        "num_experts_per_tok",
+        "max_position_embeddings",
+    ]
+    _require_positive("model", model, sizes)
+    _require_positive("model", model, ["n_shared_experts"], least=0)
+    if model.q_lora_rank is not None and model.q_lora_rank < 1:
+        _refuse("model.q_lora_rank", model.q_lora_rank, "must be at least 1, or null for none")
+    if model.qk_rope_head_dim % 2:
+        _refuse("model.qk_rope_head_dim", model.qk_rope_head_dim, "must be even: RoPE turns pairs")
+    above_0 = ["rms_norm_eps", "rope_theta", "initializer_range", "routed_scaling_factor"]
+    _require_above_0("model", model, above_0)
+    if not 0 <= model.first_k_dense_replace < model.num_hidden_layers:
+        _refuse(
+            "model.first_k_dense_replace",
+            model.first_k_dense_replace,
+            f"must leave at least one MoE layer of model.num_hidden_layers={model.num_hidden_layers}",
+        )
+
+
+def _validate_moe(model: ModelConfig) -> None:
+    experts, groups, limit = model.n_routed_experts, model.n_group, model.topk_group
+    _require_positive("model", model, ["n_routed_experts", "n_group", "topk_group"])
+    if experts % groups:
+        _refuse(
+            "model.n_group",
+            groups,
+            f"must divide model.n_routed_experts={experts}: one of {_divisors(experts)}",
+        )
+    if limit > groups:
+        _refuse("model.topk_group", limit, f"must be at most model.n_group={groups}")
+    if model.num_experts_per_tok > limit * experts // groups:
+        _refuse(
+            "model.num_experts_per_tok",
+            model.num_experts_per_tok,
+            f"must be at most {limit * experts // groups}, the experts that model.topk_group={limit} of "
+            f"model.n_group={groups} groups hold",
+        )
+    balance = model.balance
+    _require_positive("model.balance", balance, ["alpha_expert", "alpha_device", "alpha_comm"], least=0)
+    _require_fraction("model.balance", balance, ["exempt_fraction"])
+    _require_above_0("model.balance", balance, ["capacity_factor"])
+
+
+def _validate_optim(optim: OptimConfig) -> None:
+    _require_positive("optim", optim, ["total_tokens", "batch_size", "batch_ramp_increment"])
+    _require_positive("optim", optim, ["warmup_steps", "weight_decay", "batch_ramp_tokens"], least=0)
+    _require_fraction("optim", optim, ["beta1", "beta2", "decay_factor"])
+    for name in ("beta1", "beta2"):
+        if getattr(optim, name) == 1:
+            _refuse(f"optim.{name}", getattr(optim, name), "must be below 1")
+    _require_above_0("optim", optim, ["lr", "eps", "grad_clip"])
+    if optim.decay_at != sorted(set(optim.decay_at)) or not all(0 < f < 1 for f in optim.decay_at):
+        _refuse("optim.decay_at", optim.decay_at, "must be rising shares of the tokens, such as [0.6, 0.9]")
+    start = optim.batch_size_start
+    if start is not None and not 1 <= start <= optim.batch_size:
+        _refuse("optim.batch_size_start", start, f"must be from 1 to optim.batch_size={optim.batch_size}")
+    if start is not None and optim.batch_ramp_tokens == 0:
+        _refuse("optim.batch_ramp_tokens", 0, "must be above 0 when optim.batch_size_start is given")
+
+
+def _validate_parallel(config: Config, world_size: int) -> None:
+    parallel, model, optim = config.parallel, config.model, config.optim
+    ep, stage = parallel.expert_parallel_size, parallel.zero_stage
+    _require_positive("parallel", parallel, ["expert_parallel_size", "micro_batch_size"])
+    if world_size % ep:
+        _refuse(
+            "parallel.expert_parallel_size",
+            ep,
+            f"must divide the number of processes, {world_size}: one of {_divisors(world_size)}",
+        )
+    if model.n_routed_experts % ep:
+        _refuse(
+            "parallel.expert_parallel_size",
+            ep,
+            f"must divide model.n_routed_experts={model.n_routed_experts}: "
+            f"one of {_divisors(model.n_routed_experts)}",
+        )
+    if ep % model.n_group and model.n_group % ep:
+        _refuse(
+            "parallel.expert_parallel_size",
+            ep,
+            f"must divide model.n_group={model.n_group} or be a multiple of it, so that a group lives on "
+            "whole ranks",
+        )
+    if stage not in (0, 1, 2, 3):
+        _refuse("parallel.zero_stage", stage, "must be 0, 1, 2 or 3")
+    if stage == 0 and parallel.precision is Precision.bf16:
+        _refuse(
+            "parallel.zero_stage",
+            stage,
+            "bf16 needs stage 1, 2 or 3, which keep fp32 master weights; or use parallel.precision=fp32",
+        )
+    share = parallel.micro_batch_size * world_size
+    sizes = {"optim.batch_size": optim.batch_size}
+    if optim.batch_size_start is not None:
+        sizes["optim.batch_size_start"] = optim.batch_size_start
+        sizes["optim.batch_ramp_increment"] = optim.batch_ramp_increment
+    for name, size in sizes.items():
+        if size % share:
+            _refuse(
+                name,
+                size,
+                f"must be a multiple of {share} = parallel.micro_batch_size={parallel.micro_batch_size} x "
+                f"{world_size} processes",
+            )
