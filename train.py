@@ -4,7 +4,7 @@
 
 Every field of the configuration is explained in dsv2/config.py. Exit codes: 0 finished, or stopped by
 SIGTERM, SIGINT or stop_step after saving; 1 an error; 2 a mistake in the configuration or the data;
-3 the loss is no longer a number.
+3 the loss is no longer a number; 130 interrupted before training began.
 """
 
 import logging
@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 
 from dsv2.compose import (
     COMPOSITION_ERRORS,
-    check_group_choices,
+    check_command_line,
     explain,
     launched_ranks,
     register_schema,
@@ -28,6 +28,7 @@ from dsv2.compose import (
 )
 from dsv2.config import Config
 from dsv2.errors import CheckpointError, Diverged, UserError
+from dsv2.rundir import claim
 from dsv2.validate import validate
 
 
@@ -51,10 +52,9 @@ def train(config: Config) -> None:
     # What may be wrong with the files is found before any process group is made.
     run_dir, parallel = Path(config.runs_dir) / config.name, config.parallel
     check_data(config.data, config.model.vocab_size, config.eval.sequences)
+    _lock = claim(run_dir) if rank == 0 else None
     store = CheckpointStore(run_dir / "checkpoints", config.checkpoint.keep, to_plain(config))
-    found = store.find(config.resume)
-    if found and config.stop_step is not None and found.step >= config.stop_step:
-        raise UserError(f"stop_step={config.stop_step}: the run is at step {found.step} already")
+    found = store.find(config.resume, config.stop_step)
 
     mesh = start_mesh(pick_device(parallel), rank, world_size, parallel.expert_parallel_size)
     engine = Engine(build_model(config.model, parallel, config.seed, mesh), config.optim, parallel, mesh)
@@ -106,6 +106,8 @@ def command_line(composed: DictConfig) -> None:
         fail(explain(error, sys.argv[1:]), 2)
     except UserError as error:
         fail(error, 2)
+    except KeyboardInterrupt:  # while training it asks for a stop; here training has not begun
+        fail(UserError("interrupted before training began; nothing was changed"), 130)
     except (CheckpointError, Diverged) as error:
         fail(error, 3 if isinstance(error, Diverged) else 1, together=True)
 
@@ -131,7 +133,7 @@ if __name__ == "__main__":
     register_schema()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hand errors of composition to us in place of printing them
     try:
-        check_group_choices(sys.argv[1:])
+        check_command_line(sys.argv[1:])
         command_line()
     except COMPOSITION_ERRORS as mistake:
         fail(explain(mistake, sys.argv[1:]), 2)

@@ -157,24 +157,38 @@ class CheckpointStore:
         except CheckpointError as error:
             if mesh.is_main:
                 shutil.rmtree(partial, ignore_errors=True)
-            raise CheckpointError(f"checkpoint {target} could not be written: {error}") from None
+            free = shutil.disk_usage(self.folder).free // 2**20 if self.folder.is_dir() else 0
+            raise CheckpointError(
+                f"checkpoint {target} could not be written: {error} ({free} MiB are free there now)"
+            ) from None
         if mesh.is_main:
             older = [path for path in complete_checkpoints(self.folder) if path != target]
             for path in older[self.keep - 1 :]:
                 shutil.rmtree(path, ignore_errors=True)
         return target
 
-    def find(self, resume: str) -> Found | None:
+    def find(self, resume: str, stop_step: int | None = None) -> Found | None:
         """The checkpoint that `resume` means, or None for a fresh start.
 
         Args:
             resume: `auto`, the newest whole one of this run; `never`; or the path of one, from which
                 the run starts, unless it already has checkpoints of its own to go on from.
+            stop_step: the run is to stop after this step.
 
         Raises:
             UserError: the path is no whole checkpoint, or an older one of this very run; `never` with
-                checkpoints there to lose; checkpoints are there and none is whole; another model's.
+                checkpoints there to lose; checkpoints are there and none is whole; another model's; one
+                that is past `stop_step` already.
         """
+        found = self._find(resume)
+        if found and stop_step is not None and found.step >= stop_step:
+            raise UserError(
+                f"stop_step={stop_step}: {found.path} is at step {found.step} already; give a later step, or "
+                "null to run to the end"
+            )
+        return found
+
+    def _find(self, resume: str) -> Found | None:
         present = _newest_first(self.folder)
         if resume == "never":
             if present:
@@ -322,6 +336,8 @@ def check(path: Path) -> dict[str, Any]:
     try:
         content = json.loads((path / STATE_FILE).read_text())
     except FileNotFoundError:
+        if inside := complete_checkpoints(path) or complete_checkpoints(path / "checkpoints"):
+            raise UserError(f"checkpoint {path}: holds checkpoints; give one of them, {inside[0]}") from None
         raise UserError(
             f"checkpoint {path}: no {STATE_FILE}; it is no dsv2 checkpoint, or its writing was cut short"
         ) from None

@@ -5,8 +5,10 @@ import difflib
 import os
 import re
 import typing
+from pathlib import Path
 from typing import Any
 
+import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
@@ -41,6 +43,21 @@ def to_config(composed: DictConfig) -> Config:
     config = OmegaConf.to_object(composed)
     assert isinstance(config, Config)
     return config
+
+
+def compose_config(overrides: list[str]) -> Config:
+    """The configuration that train.py would compose from these overrides, for other command lines.
+
+    Raises:
+        UserError: one message for whatever is wrong with them.
+    """
+    register_schema()
+    try:
+        check_command_line(overrides)
+        with hydra.initialize_config_dir(str(Path(__file__).parents[1] / "conf"), version_base="1.3"):
+            return to_config(hydra.compose("config", overrides=overrides))
+    except COMPOSITION_ERRORS as error:
+        raise explain(error, overrides) from None
 
 
 def to_plain(config: Config) -> dict[str, Any]:
@@ -98,9 +115,14 @@ def unknown_key(key: str, given: str | None = None) -> str:
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException)
 
 
-def check_group_choices(overrides: list[str]) -> None:
-    """Refuse `model=null`, `+optim=1` and the like, which Hydra answers with a traceback."""
+def check_command_line(overrides: list[str]) -> None:
+    """Refuse `model=null`, `+optim=1` and the like, which Hydra answers with a traceback, and sweeps."""
     for override in overrides:
+        if override in ("-m", "--multirun"):
+            raise UserError(
+                f"{override}: a job trains one model; start one for each, such as: "
+                "for lr in 1e-3 2e-3; do launch/local.sh name=lr-$lr optim.lr=$lr; done"
+            )
         found = re.fullmatch(r"[+~]*(model|data|optim|parallel|logging)=(.*)", override)
         if found and not all(re.fullmatch(r"(?!null$)[A-Za-z]\w*", name) for name in found[2].split(",")):
             raise UserError(f"{override}: must name a file of conf/{found[1]}, without .yaml")
@@ -129,7 +151,11 @@ def explain(error: Exception, overrides: list[str]) -> UserError:
     if key not in field_types():
         return UserError(unknown_key(key, given))
     reason = str(error.__cause__ or error).splitlines()[0].split("composing config: ")[-1]
-    return UserError(f"{given or key}: {reason} (expected {_type_name(field_types()[key])})")
+    expected = _type_name(field_types()[key])
+    hint = ""
+    if expected == "int" and given and re.fullmatch(r"[\d.]+e\+?\d+", value := given.split("=", 1)[1]):
+        hint = f"; write it out: {key}={float(value):_.0f}"
+    return UserError(f"{given or key}: {reason} (expected {expected}{hint})")
 
 
 def _type_name(hint: Any) -> str:

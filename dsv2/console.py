@@ -99,10 +99,19 @@ def start_lines(
 
 
 def end_lines(
-    *, finished: bool, step: int, total_steps: int, seconds: float, run_dir: Path, dashboard: str
+    *,
+    finished: bool,
+    step: int,
+    total_steps: int,
+    stop_step: int | None,
+    seconds: float,
+    run_dir: Path,
+    dashboard: str,
 ) -> list[str]:
     """How it went; `finished` is False where a signal or stop_step ended the run early."""
     how = "finished" if finished else "stopped (the same command goes on from here)"
+    if not finished and step == stop_step:
+        how = f"stopped as stop_step={step} says (a later one, or none, goes on from here)"
     return [
         f"{how}: step {step}/{total_steps}, {fmt_time(seconds)}",
         f"  files   {run_dir}",

@@ -69,6 +69,11 @@ class Monitor:
             dashboard=self.tracker.dashboard_hint,
         ):
             self.note(line)
+        if self.state.step == self.total_steps:
+            self.note(
+                "this run is finished: it is evaluated again, and nothing is trained. A larger "
+                "optim.total_tokens goes on from here; name=NAME starts another run"
+            )
         self.status("running")
         self._loop_start = self._last_mark = self._data_mark = time.perf_counter()
         return self
@@ -83,6 +88,7 @@ class Monitor:
                 finished=finished,
                 step=self.state.step,
                 total_steps=self.total_steps,
+                stop_step=self.config.stop_step,
                 seconds=time.perf_counter() - self._loop_start,
                 run_dir=self.run_dir,
                 dashboard=self.tracker.dashboard_hint,

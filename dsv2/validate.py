@@ -150,7 +150,8 @@ def _validate_parallel(config: Config, world_size: int) -> None:
         _refuse(
             "parallel.expert_parallel_size",
             ep,
-            f"must divide the number of processes, {world_size}: one of {_divisors(world_size)}",
+            f"must divide the number of processes, {world_size}: one of {_divisors(world_size)}; "
+            "torchrun --nproc_per_node starts more",
         )
     if model.n_routed_experts % ep:
         _refuse(

@@ -248,6 +248,37 @@ def test_nan_stops_names_the_step_and_saves_nothing(command, tmp_path):
     assert_same_bits(weights(tmp_path / "nan", 3), before)
 
 
+def test_a_second_job_in_the_same_folder_is_refused(command, tmp_path):
+    job = subprocess.Popen(command("busy", MANY), cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        assert job.stdout is not None
+        while not job.stdout.readline().startswith("step"):
+            assert job.poll() is None
+        output = run(command("busy", MANY), expect=2)
+        assert output.startswith("error: name=busy: ")
+        assert f"is in use by process {job.pid} of " in output
+        assert len(output.splitlines()) == 1
+    finally:
+        job.send_signal(signal.SIGTERM)
+        job.communicate(timeout=60)
+    assert job.returncode == 0
+
+
+def test_interrupted_before_training(command, tmp_path):
+    job = subprocess.Popen(
+        command("early"), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    while not (tmp_path / "early" / ".lock-owner").exists():
+        assert job.poll() is None
+        time.sleep(0.01)
+    job.send_signal(signal.SIGINT)
+    output = job.communicate(timeout=60)[0]
+    assert (job.returncode, output) == (
+        130,
+        "error: interrupted before training began; nothing was changed\n",
+    )
+
+
 def test_full_disk_keeps_the_previous_checkpoint(command, tmp_path):
     """The kernel refuses to let any file grow: the run goes on, and ends with one message and code 1."""
     run(command("full", "stop_step=3"))

@@ -27,6 +27,8 @@ MISTAKES = {
     "model.balance.alpha_exprt=0": ["alpha_exprt=0: there is no such field", "model.balance.alpha_expert?"],
     "++zzz=1": ["zzz=1: there is no such field"],
     # wrong types and values
+    "optim.total_tokens=1e6": ["optim.total_tokens=1e6:", "int; write it out: optim.total_tokens=1_000_000"],
+    "--multirun": ["--multirun: a job trains one model"],
     "optim.lr=fast": ["optim.lr=fast:", "float"],
     "optim.batch_size=1.5": ["optim.batch_size=1.5:", "int"],
     "optim.decay_at=[soon]": ["optim.decay_at", "float"],

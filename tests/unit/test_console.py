@@ -120,13 +120,20 @@ def test_start_lines():
 
 
 @pytest.mark.parametrize(
-    ("finished", "how"), [(True, "finished"), (False, "stopped (the same command goes on from here)")]
+    ("finished", "stop_step", "how"),
+    [
+        (True, 100, "finished"),
+        (False, None, "stopped (the same command goes on from here)"),
+        (False, 150, "stopped (the same command goes on from here)"),
+        (False, 100, "stopped as stop_step=100 says (a later one, or none, goes on from here)"),
+    ],
 )
-def test_end_lines(finished, how):
+def test_end_lines(finished, stop_step, how):
     lines = end_lines(
         finished=finished,
         step=100,
         total_steps=244,
+        stop_step=stop_step,
         seconds=3661,
         run_dir=Path("runs/q"),
         dashboard="URL",
