@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,8 @@ def close_progress(out: Path) -> None:
 def refuse_other(out: Path, there: dict[str, Any], asked: dict[str, Any]) -> None:
     """Raise a UserError that lists the differences if `out` was begun for another request."""
     keys = sorted(key for key in there.keys() | asked.keys() if there.get(key) != asked.get(key))
+    if "kind" in keys:
+        keys = ["kind"]  # its own options are another's as well
     if keys:
         differences = "; ".join(
             f"{_option(key)} {_words(there.get(key))}, now asked for {_words(asked.get(key))}" for key in keys
@@ -99,7 +102,8 @@ def _option(key: str) -> str:
 def _words(value: Any) -> str:
     if value is None:
         return "none"
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return f"{text[:12]}..." if re.fullmatch(r"[0-9a-f]{64}", text) else text  # a tokenizer's hash
 
 
 def write_text(path: Path, text: str) -> None:

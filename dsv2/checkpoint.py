@@ -199,7 +199,10 @@ class CheckpointStore:
             return None
         if resume != "auto":
             given = Path(resume)
-            content = check(given)
+            try:
+                content = check(given)
+            except UserError as error:
+                raise UserError(f"resume={resume}: {error}") from None
             is_own = given.resolve().parent == self.folder.resolve()
             if is_own and given.name != present[0].name:
                 raise UserError(

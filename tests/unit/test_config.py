@@ -216,7 +216,8 @@ def test_impossible_combinations(changes, message):
         (
             6,
             [("parallel.expert_parallel_size", 4)],
-            "parallel.expert_parallel_size=4: must divide the number of processes, 6: one of 1, 2, 3, 6",
+            "parallel.expert_parallel_size=4: must divide the number of processes, 6: one of 1, 2, 3, 6; "
+            "torchrun --nproc_per_node starts more",
         ),
         (
             3,
