@@ -1,6 +1,7 @@
 """Feed-forward networks: the dense one, the shared one, and the stack of routed experts.
 
-Shapes: D hidden_size, F width, E experts held by this rank, R rows.
+Shapes: D hidden_size, F width, E experts held by this rank, R rows, K experts a row, P pairs of a row
+and an expert.
 """
 
 import torch
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsv2.kernels.experts import grouped_swiglu
+from dsv2.kernels.rows import gather_rows, map_rows, sum_rows
 
 
 class SwiGLU(nn.Module):
@@ -36,5 +38,17 @@ class RoutedExperts(nn.Module):
         self.w13 = nn.Parameter(torch.empty(n_local, 2 * width, hidden_size))  # gate above up
         self.w2 = nn.Parameter(torch.empty(n_local, hidden_size, width))
 
-    def forward(self, x_RD: Tensor, rows_of_expert: list[int]) -> Tensor:
-        return grouped_swiglu(x_RD, rows_of_expert, self.w13, self.w2)
+    def forward(
+        self, x_RD: Tensor, expert_ids_RK: Tensor, weights_RK: Tensor, rows_of_expert: Tensor, n_pairs: int
+    ) -> Tensor:
+        """sum_k weights[r, k] * FFN_ids[r, k](x_r), [R, D]; added up in fp32.
+
+        Args:
+            expert_ids_RK: counted from this rank's first expert; -1 adds nothing.
+            rows_of_expert: int64 [E], how often each expert is chosen.
+            n_pairs: their sum, or more: as many rows are made room for.
+        """
+        key_RK = expert_ids_RK.where(expert_ids_RK >= 0, self.n_local)
+        pairs = map_rows(key_RK, n_pairs)
+        y_PD = grouped_swiglu(gather_rows(x_RD, pairs), rows_of_expert, self.w13, self.w2)
+        return sum_rows(y_PD, weights_RK, pairs, len(x_RD))

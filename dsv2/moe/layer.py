@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dsv2.config import ModelConfig
 from dsv2.moe.balance import BalanceLosses, balance_losses
-from dsv2.moe.dispatch import combine, dispatch
+from dsv2.moe.dispatch import combine, plan_dispatch, start_dispatch
 from dsv2.moe.drop import keep_within_budget
 from dsv2.moe.experts import RoutedExperts, SwiGLU
 from dsv2.moe.router import route
@@ -63,12 +63,14 @@ class MoELayer(nn.Module):
                 balance.exempt_seed,
                 self.ep_group,
             )
-        rows_RD, plan = dispatch(x_TD, routing.expert_ids_TK, keep_TK, config.n_routed_experts, self.ep_group)
-        y_RD = self.experts(rows_RD, plan.rows_of_expert)
-        y_TD = combine(y_RD, routing.weights_TK * config.routed_scaling_factor, plan)
-        y_BSD = y_TD.view_as(x_BSD)
-        if self.shared_experts is not None:
-            y_BSD = y_BSD + self.shared_experts(x_BSD)
+        plan = plan_dispatch(routing.expert_ids_TK, keep_TK, config.n_routed_experts, self.ep_group)
+        pending = start_dispatch(x_TD, routing.weights_TK * config.routed_scaling_factor, plan)
+        # The shared experts run while rows are on their way (section 3.1.3).
+        shared_BSD = None if self.shared_experts is None else self.shared_experts(x_BSD)
+        y_RD = self.experts(*pending.wait(), plan.rows_of_expert, plan.n_pairs)
+        y_BSD = combine(y_RD, plan).view_as(x_BSD)
+        if shared_BSD is not None:
+            y_BSD = y_BSD + shared_BSD
         return MoEOutput(
             y_BSD,
             balance_losses(routing, len(sequence_ids_B), config.n_group, config.topk_group),
