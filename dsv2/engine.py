@@ -61,7 +61,7 @@ def deepspeed_config(optim: OptimConfig, parallel: ParallelConfig, world_size: i
 def build_model(config: ModelConfig, parallel: ParallelConfig, seed: int, mesh: Mesh) -> DeepseekV2:
     """This rank's share of the model on its device, in its precision, with its initial weights."""
     with torch.device("meta"):  # so that memory is taken once, and in the precision it is used in
-        model = DeepseekV2(config, mesh.ep_group, parallel.activation_checkpointing)
+        model = DeepseekV2(config, mesh.ep_group, parallel.activation_checkpointing, mesh.clock)
     dtype = torch.bfloat16 if parallel.precision is Precision.bf16 else torch.float32
     model.to(dtype).to_empty(device=mesh.device)
     init_weights(model, config.initializer_range, seed)
@@ -149,6 +149,12 @@ class Engine:
     def mean_over_ranks(self, tensor: Tensor) -> Tensor:
         """The mean of every rank's tensor, in fp64 so that equal losses stay equal."""
         return self.sum_over_ranks(tensor) / self.mesh.world_size
+
+    def of_every_rank(self, tensor: Tensor) -> Tensor:
+        """[world size, *shape]: every rank's tensor, in rank order."""
+        every = tensor.new_empty(self.mesh.world_size, *tensor.shape)
+        dist.all_gather_into_tensor(every, tensor.contiguous())
+        return every
 
     def sum_over_ranks(self, tensor: Tensor) -> Tensor:
         total = tensor.double()

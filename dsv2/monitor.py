@@ -14,12 +14,13 @@ from data.stream import unigram_nats_of
 from dsv2 import console
 from dsv2.checkpoint import Found, RunState
 from dsv2.compose import to_plain, to_yaml
-from dsv2.config import Config
+from dsv2.config import Config, Precision
 from dsv2.engine import Engine, StepResult
 from dsv2.errors import Diverged
 from dsv2.evaluate import Evaluation, Evaluator
-from dsv2.metrics import balance_metrics, routing_maps, routing_metrics
+from dsv2.metrics import balance_metrics, exchange_metrics, routing_maps, routing_metrics
 from dsv2.model.flops import count_parameters, flops_per_token, peak_flops
+from dsv2.moe.dispatch import bytes_per_row
 from dsv2.moe.stats import RoutingStats
 from dsv2.optim import StepPlan, count_steps
 from dsv2.parallel.mesh import Mesh
@@ -39,6 +40,7 @@ class Monitor:
         on_gpu = mesh.device.type == "cuda"
         self._peak = peak_flops(torch.cuda.get_device_name(mesh.device)) if on_gpu else None
         self._window: RoutingStats | None = None
+        self._window_steps = 0
         self._first_step = state.step
         for warning in found.warnings if found else []:
             self.note(f"warning: {warning}")
@@ -141,11 +143,13 @@ class Monitor:
                 f"The last good checkpoint is in {self.run_dir / 'checkpoints'}; try a lower optim.lr"
             )
         self._window = result.stats if self._window is None else self._window.plus(result.stats)
+        self._window_steps += 1
         metrics: dict[str, Any] = self._step_metrics(plan, result, seconds)
         if step % self.config.logging.every == 0 or step == self.total_steps:
             total = RoutingStats(*(engine.sum_over_ranks(x) for x in self._window))
             metrics |= routing_metrics(total, self.config.model)
-            self._window = None
+            metrics |= self._exchange_metrics(self._window, engine)
+            self._window, self._window_steps = None, 0
             if step % self.config.logging.maps_every == 0 or step == self.total_steps:
                 metrics |= routing_maps(total, self.config.model)
         self.tracker.log(metrics, step=step)
@@ -162,6 +166,16 @@ class Monitor:
                 eta_s=(now - self._loop_start) / done * (self.total_steps - step),
                 mfu=metrics.get("perf/mfu"),
             )
+        )
+
+    def _exchange_metrics(self, window: RoutingStats, engine: Engine) -> dict[str, float]:
+        model, bf16 = self.config.model, self.config.parallel.precision is Precision.bf16
+        wait_ms = torch.tensor(self.mesh.clock.take_ms(), dtype=torch.float64, device=self.mesh.device)
+        return exchange_metrics(
+            engine.of_every_rank(window.rows_out),
+            engine.of_every_rank(wait_ms),
+            bytes_per_row(model.hidden_size, model.num_experts_per_tok, 2 if bf16 else 4),
+            self._window_steps,
         )
 
     def _step_metrics(self, plan: StepPlan, result: StepResult, seconds: float) -> dict[str, float]:

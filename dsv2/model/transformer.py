@@ -16,6 +16,7 @@ from dsv2.config import ModelConfig
 from dsv2.model.mla import MultiHeadLatentAttention
 from dsv2.model.rope import rope_tables
 from dsv2.moe.balance import BalanceLosses
+from dsv2.moe.dispatch import WaitClock
 from dsv2.moe.experts import SwiGLU
 from dsv2.moe.layer import MoELayer
 from dsv2.moe.stats import RoutingStats
@@ -24,13 +25,17 @@ from dsv2.moe.stats import RoutingStats
 class DecoderLayer(nn.Module):
     """Attention, then the dense FFN or the mixture of experts, each behind a norm and a residual."""
 
-    def __init__(self, config: ModelConfig, dense: bool, ep_group: dist.ProcessGroup | None):
+    def __init__(
+        self, config: ModelConfig, dense: bool, ep_group: dist.ProcessGroup | None, clock: WaitClock | None
+    ):
         super().__init__()
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.self_attn = MultiHeadLatentAttention(config)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = (
-            SwiGLU(config.hidden_size, config.intermediate_size) if dense else MoELayer(config, ep_group)
+            SwiGLU(config.hidden_size, config.intermediate_size)
+            if dense
+            else MoELayer(config, ep_group, clock)
         )
 
     def forward(
@@ -47,11 +52,11 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     """Embedding, layers and the last norm; `model.*` of the published weights."""
 
-    def __init__(self, config: ModelConfig, ep_group: dist.ProcessGroup | None):
+    def __init__(self, config: ModelConfig, ep_group: dist.ProcessGroup | None, clock: WaitClock | None):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
-            DecoderLayer(config, index < config.first_k_dense_replace, ep_group)
+            DecoderLayer(config, index < config.first_k_dense_replace, ep_group, clock)
             for index in range(config.num_hidden_layers)
         )
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -71,14 +76,19 @@ class DeepseekV2(nn.Module):
         config: sizes and balance recipe.
         ep_group: ranks that share one copy of the routed experts; None is one rank.
         recompute: recompute each layer's activations in backward instead of keeping them.
+        clock: times what the layers wait for each other's ranks.
     """
 
     def __init__(
-        self, config: ModelConfig, ep_group: dist.ProcessGroup | None = None, recompute: bool = False
+        self,
+        config: ModelConfig,
+        ep_group: dist.ProcessGroup | None = None,
+        recompute: bool = False,
+        clock: WaitClock | None = None,
     ):
         super().__init__()
         self.config, self.recompute = config, recompute
-        self.model = Decoder(config, ep_group)
+        self.model = Decoder(config, ep_group, clock)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def hidden_states(

@@ -10,6 +10,9 @@ backward too. `start_dispatch` leaves the exchange under way, so that other work
 With one rank nothing moves, and the layer has no branch for expert parallelism.
 """
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -30,9 +33,14 @@ class Exchange:
     group: dist.ProcessGroup
 
     @property
-    def crossing(self) -> int:
+    def rows_out(self) -> int:
         """Rows sent to other ranks."""
         return sum(self.sent) - self.sent[self.group.rank()]
+
+    @property
+    def rows_in(self) -> int:
+        """Rows received from other ranks."""
+        return sum(self.received) - self.received[self.group.rank()]
 
 
 @dataclass(frozen=True)
@@ -90,12 +98,50 @@ def _ranks_reached(kept_TK: Tensor, experts_a_rank: int, n_ranks: int) -> Tensor
     return reached_TW.scatter_(1, ranks_TK + 1, True)[:, 1:]
 
 
+def bytes_per_row(hidden_size: int, top_k: int, element_bytes: int) -> int:
+    """Bytes that one crossing row costs in a training step: there and back, forward and backward.
+
+    The hidden state crosses four times, its choice and weights twice, in fp32.
+    """
+    return 4 * hidden_size * element_bytes + 2 * 2 * top_k * 4
+
+
+class WaitClock:
+    """How long the work stood still for exchanges: on a GPU its stream, else this process."""
+
+    def __init__(self) -> None:
+        self._host_ms = 0.0
+        self._device: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def waiting(self, device: torch.device) -> Iterator[None]:
+        if device.type == "cuda":
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            yield
+            end.record()
+            self._device.append((start, end))
+        else:
+            begin = time.perf_counter()
+            yield
+            self._host_ms += (time.perf_counter() - begin) * 1e3
+
+    def take_ms(self) -> float:
+        """Milliseconds since the last call. On a GPU it waits for the last exchange to be over."""
+        total, self._host_ms = self._host_ms, 0.0
+        pairs, self._device = self._device, []
+        if pairs:
+            pairs[-1][1].synchronize()
+        return total + sum(start.elapsed_time(end) for start, end in pairs)
+
+
 class _Transfer:
     """One exchange of rows: at most one collective is under way, forwards or backwards."""
 
-    def __init__(self, exchange: Exchange, homewards: bool):
+    def __init__(self, exchange: Exchange, clock: WaitClock, homewards: bool):
         sizes = (exchange.sent, exchange.received)
         self.sizes, self.group = sizes[::-1] if homewards else sizes, exchange.group
+        self.clock = clock
         self._under_way: tuple[Any, Tensor, Tensor] | None = None  # the work, and the memory it uses
 
     def launch(self, x: Tensor, backwards: bool) -> None:
@@ -109,7 +155,8 @@ class _Transfer:
         """The rows that have come."""
         assert self._under_way is not None
         work, _, out = self._under_way
-        work.wait()
+        with self.clock.waiting(out.device):
+            work.wait()
         self._under_way = None
         return out
 
@@ -147,14 +194,14 @@ class _Finish(torch.autograd.Function):
 class Pending:
     """Rows on their way to their experts."""
 
-    def __init__(self, x_TD: Tensor, weights_TK: Tensor, plan: DispatchPlan):
+    def __init__(self, x_TD: Tensor, weights_TK: Tensor, plan: DispatchPlan, clock: WaitClock):
         self._plan, exchange = plan, plan.exchange
         if exchange is None:
             self._here = Arrived(x_TD, plan.kept_ids_TK, weights_TK)
             return
         tokens_S = exchange.rows.tokens()
         choice_SK = torch.cat((weights_TK, plan.kept_ids_TK.float()), dim=1)[tokens_S]  # ids below 2^24
-        self._transfers = _Transfer(exchange, homewards=False), _Transfer(exchange, homewards=False)
+        self._transfers = tuple(_Transfer(exchange, clock, homewards=False) for _ in range(2))
         self._choice = _Launch.apply(choice_SK, self._transfers[0])
         self._x = _Launch.apply(gather_rows(x_TD, exchange.rows), self._transfers[1])
 
@@ -169,16 +216,16 @@ class Pending:
         return Arrived(x_RD, ids_RK.masked_fill(absent_RK, -1), weights_RK)
 
 
-def start_dispatch(x_TD: Tensor, weights_TK: Tensor, plan: DispatchPlan) -> Pending:
+def start_dispatch(x_TD: Tensor, weights_TK: Tensor, plan: DispatchPlan, clock: WaitClock) -> Pending:
     """Send each token to the ranks of its kept experts. Collective; `wait` on the result for the rows."""
-    return Pending(x_TD, weights_TK, plan)
+    return Pending(x_TD, weights_TK, plan, clock)
 
 
-def combine(y_RD: Tensor, plan: DispatchPlan) -> Tensor:
+def combine(y_RD: Tensor, plan: DispatchPlan, clock: WaitClock) -> Tensor:
     """Bring every row's answer home and add up each token's, in fp32: [T, D] in y's dtype. Collective."""
     exchange = plan.exchange
     if exchange is None:
         return y_RD
-    transfer = _Transfer(exchange, homewards=True)
+    transfer = _Transfer(exchange, clock, homewards=True)
     home_SD = _Finish.apply(_Launch.apply(y_RD, transfer), transfer)
     return sum_rows(home_SD, None, exchange.rows, len(plan.kept_ids_TK))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dsv2.config import ModelConfig
 from dsv2.moe.balance import BalanceLosses, balance_losses
-from dsv2.moe.dispatch import combine, plan_dispatch, start_dispatch
+from dsv2.moe.dispatch import WaitClock, combine, plan_dispatch, start_dispatch
 from dsv2.moe.drop import keep_within_budget
 from dsv2.moe.experts import RoutedExperts, SwiGLU
 from dsv2.moe.router import route
@@ -28,12 +28,15 @@ class MoEOutput(NamedTuple):
 class MoELayer(nn.Module):
     """Shared experts on every token plus K routed experts, chosen within M groups.
 
-    `ep_group` holds the ranks that share one copy of the routed experts; None is one rank.
+    `ep_group` holds the ranks that share one copy of the routed experts; None is one rank. `clock`
+    times their exchanges.
     """
 
-    def __init__(self, config: ModelConfig, ep_group: dist.ProcessGroup | None):
+    def __init__(
+        self, config: ModelConfig, ep_group: dist.ProcessGroup | None, clock: WaitClock | None = None
+    ):
         super().__init__()
-        self.config, self.ep_group = config, ep_group
+        self.config, self.ep_group, self.clock = config, ep_group, clock or WaitClock()
         ep_size, ep_rank = (1, 0) if ep_group is None else (ep_group.size(), ep_group.rank())
         n_experts, width = config.n_routed_experts, config.moe_intermediate_size
         assert n_experts % ep_size == 0, "validate() checks this"
@@ -64,15 +67,16 @@ class MoELayer(nn.Module):
                 self.ep_group,
             )
         plan = plan_dispatch(routing.expert_ids_TK, keep_TK, config.n_routed_experts, self.ep_group)
-        pending = start_dispatch(x_TD, routing.weights_TK * config.routed_scaling_factor, plan)
+        weights_TK = routing.weights_TK * config.routed_scaling_factor
+        pending = start_dispatch(x_TD, weights_TK, plan, self.clock)
         # The shared experts run while rows are on their way (section 3.1.3).
         shared_BSD = None if self.shared_experts is None else self.shared_experts(x_BSD)
         y_RD = self.experts(*pending.wait(), plan.rows_of_expert, plan.n_pairs)
-        y_BSD = combine(y_RD, plan).view_as(x_BSD)
+        y_BSD = combine(y_RD, plan, self.clock).view_as(x_BSD)
         if shared_BSD is not None:
             y_BSD = y_BSD + shared_BSD
         return MoEOutput(
             y_BSD,
             balance_losses(routing, len(sequence_ids_B), config.n_group, config.topk_group),
-            routing_stats(routing, keep_TK, config.n_group),
+            routing_stats(routing, keep_TK, config.n_group, plan.exchange),
         )

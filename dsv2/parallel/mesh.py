@@ -6,7 +6,7 @@ ranks (an EP group) shares one copy of the routed experts; ranks at the same pla
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from dsv2.config import Device, ParallelConfig
 from dsv2.errors import UserError
+from dsv2.moe.dispatch import WaitClock
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Mesh:
     ep_rank: int
     ep_group: dist.ProcessGroup | None  # None when ep_size is 1: the experts are all here
     cpu_group: dist.ProcessGroup | None  # gloo, for what lives on the host; None with one rank
+    clock: WaitClock = field(default_factory=WaitClock)  # of the experts' exchanges
 
     @property
     def is_main(self) -> bool:

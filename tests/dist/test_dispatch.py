@@ -37,7 +37,7 @@ def exchange(
     rank: int, world_size: int, top_k: int, groups: int, limit: int, dropping: bool
 ) -> dict[str, Any]:
     """Dispatch, apply the experts, combine; forward and gradients."""
-    from dsv2.moe.dispatch import combine, plan_dispatch, start_dispatch
+    from dsv2.moe.dispatch import WaitClock, combine, plan_dispatch, start_dispatch
 
     x, ids, weights = _case(rank, top_k, groups, limit)
     keep = torch.from_numpy(np.random.default_rng(rank + 50).random(ids.shape) < 0.7) if dropping else None
@@ -45,14 +45,15 @@ def exchange(
     matrices = _matrices().requires_grad_()
     group = dist.group.WORLD
     plan = plan_dispatch(ids, keep, EXPERTS, group)
-    here = start_dispatch(x, weights.float(), plan).wait()
+    clock = WaitClock()
+    here = start_dispatch(x, weights.float(), plan, clock).wait()
     local = matrices.unflatten(0, (world_size, -1))[rank]
     y = torch.zeros_like(here.x_RD)
     for k in range(top_k):
         chosen = here.expert_ids_RK[:, k]
         out = torch.einsum("rd,rdf->rf", here.x_RD, local[chosen.clamp(min=0)])
         y = y + (out * here.weights_RK[:, k : k + 1]).where((chosen >= 0).unsqueeze(-1), 0.0)
-    result = combine(y, plan)
+    result = combine(y, plan, clock)
     result.mul(torch.linspace(-1, 1, result.numel()).view_as(result)).sum().backward()
     dist.all_reduce(matrices.grad)
     assert plan.exchange is not None
@@ -61,7 +62,9 @@ def exchange(
         "grads": [t.grad.numpy() for t in (x, weights, matrices)],
         "sent": plan.exchange.sent,
         "received": plan.exchange.received,
-        "crossing": plan.exchange.crossing,
+        "rows_out": plan.exchange.rows_out,
+        "rows_in": plan.exchange.rows_in,
+        "waited": clock.take_ms(),
         "pairs": plan.n_pairs,
         "keep": None if keep is None else keep.numpy(),
     }
@@ -100,7 +103,9 @@ def test_one_row_a_rank_gives_what_a_copy_a_pair_gives(pools, world_size, top_k,
         ]
         # Exactly the distinct (token, rank) pairs are sent, and no more than M a token at EP = D.
         assert result["sent"] == [sum(w in ranks for ranks in reached) for w in range(world_size)]
-        assert result["crossing"] == sum(result["sent"]) - result["sent"][rank]
+        assert result["rows_out"] == sum(n for w, n in enumerate(result["sent"]) if w != rank)
+        assert result["rows_in"] == sum(results[w]["sent"][rank] for w in range(world_size) if w != rank)
+        assert 0 < result["waited"] < 60_000
         if groups == world_size:
             assert sum(result["sent"]) <= limit * len(ids)
         assert result["received"] == [other["sent"][rank] for other in results]
