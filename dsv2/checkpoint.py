@@ -7,6 +7,8 @@ expert-parallel size and ZeRO stage may change between save and load.
 
 It is written to `step-00000120.partial` and renamed at the end, after `state.json`, which records
 every file's size: a checkpoint that was cut short is never taken for a whole one.
+
+Nothing here imports DeepSpeed, which takes seconds: who only reads checkpoints does not need it.
 """
 
 import json
@@ -15,7 +17,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -30,10 +32,14 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-from dsv2.engine import Engine
+from dsv2.compose import to_plain
+from dsv2.config import Config
 from dsv2.errors import CheckpointError, UserError
-from dsv2.parallel.deepspeed_moe import Fragment, base_optimizer, fragments, refresh_model_weights
 from dsv2.parallel.mesh import Mesh
+
+if TYPE_CHECKING:
+    from dsv2.engine import Engine
+    from dsv2.parallel.deepspeed_moe import Fragment
 
 FORMAT = "dsv2-checkpoint-1"
 STATE_FILE = "state.json"
@@ -54,7 +60,7 @@ class Found(NamedTuple):
     """A checkpoint to go on from."""
 
     path: Path
-    step: int  # optimizer steps done
+    step: int  # the run's own optimizer steps done: 0 where a stage begins
     warnings: list[str]  # about damaged ones that were passed over
 
 
@@ -96,19 +102,19 @@ class _LoadPlanner(DefaultLoadPlanner):
         return self.state_dict[index.fqn].local
 
 
-def _moment(optimizer: torch.optim.Optimizer, fragment: Fragment, key: str) -> Tensor:
+def _moment(optimizer: torch.optim.Optimizer, fragment: "Fragment", key: str) -> Tensor:
     state = optimizer.state[fragment.owner]
     if key not in state:  # before the first step Adam has no moments yet
         state[key] = torch.zeros_like(fragment.owner.detach())
     return state[key]
 
 
-def _ranges(engine: Engine) -> dict[str, _Range]:
+def _ranges(engine: "Engine") -> dict[str, _Range]:
     """What this rank owns, as views: writing to them loads a checkpoint."""
-    optimizer = base_optimizer(engine.deepspeed)
     ranges = {}
-    for fragment in fragments(engine.deepspeed):
-        tensors = {"fp32": fragment.owner} | {key: _moment(optimizer, fragment, key) for key in MOMENTS}
+    for fragment in engine.fragments():
+        tensors = {"fp32": fragment.owner}
+        tensors |= {key: _moment(engine.optimizer, fragment, key) for key in MOMENTS}
         for key, tensor in tensors.items():
             name = f"{key}/{fragment.name}"
             ranges[name] = _Range(fragment.view(tensor), fragment.offset, fragment.total)
@@ -122,12 +128,13 @@ class CheckpointStore:
         folder: where they lie.
         keep: newest complete checkpoints that stay when another is saved.
         settings: the run's whole configuration, plain; saved along, and its model's sizes compared.
+            With its `new_stage`, another run's checkpoint gives weights and moments only.
     """
 
     def __init__(self, folder: Path, keep: int, settings: dict[str, Any]):
         self.folder, self.keep, self.settings = folder, keep, settings
 
-    def save(self, engine: Engine, state: RunState) -> Path:
+    def save(self, engine: "Engine", state: RunState) -> Path:
         """Write `folder/step-N` and delete all but the newest `keep` complete checkpoints. Collective.
 
         Raises:
@@ -203,7 +210,7 @@ class CheckpointStore:
                 content = check(given)
             except UserError as error:
                 raise UserError(f"resume={resume}: {error}") from None
-            is_own = given.resolve().parent == self.folder.resolve()
+            is_own = self._is_own(given)
             if is_own and given.name != present[0].name:
                 raise UserError(
                     f"resume={resume}: this run has the newer {present[0].name}, which would be overwritten; "
@@ -226,21 +233,32 @@ class CheckpointStore:
             )
         return None
 
+    def _is_own(self, path: Path) -> bool:
+        return path.resolve().parent == self.folder.resolve()
+
+    def _begins_stage(self, path: Path) -> bool:
+        return bool(self.settings.get("new_stage")) and not self._is_own(path)
+
     def _found(self, path: Path, content: dict[str, Any], warnings: list[str]) -> Found:
-        """Refuse a checkpoint of another model; the balance recipe and the longest length may change."""
-        saved = content["config"]["model"]
+        """Refuse a checkpoint of another model. The balance recipe and the longest length may change; RoPE's
+        scaling at the start of a new stage."""
+        stage = self._begins_stage(path)
+        may_change = {"balance", "max_position_embeddings"} | ({"rope_scaling"} if stage else set())
+        saved = to_plain(Config())["model"] | content["config"]["model"]  # older ones have fewer fields
         for key, value in self.settings["model"].items():
-            if key not in ("balance", "max_position_embeddings") and saved.get(key) != value:
+            if key not in may_change and saved.get(key) != value:
                 raise UserError(
                     f"model.{key}={value}: the checkpoint {path} was saved with {saved.get(key)}; "
                     "use that, or start another run with name=NAME"
+                    + (", from its weights with new_stage=true" if key == "rope_scaling" else "")
                 )
-        return Found(path, content["run"]["step"], warnings)
+        return Found(path, 0 if stage else content["run"]["step"], warnings)
 
-    def load(self, engine: Engine, path: Path) -> RunState:
+    def load(self, engine: "Engine", path: Path) -> RunState:
         """Load weights, optimizer and random state into a new engine of any layout. Collective.
 
-        From a checkpoint of another run, this run starts with a W&B run of its own.
+        From a checkpoint of another run, this run starts with a W&B run of its own, and in a new stage
+        with no steps, tokens and data behind it.
 
         Raises:
             UserError: damaged.
@@ -259,19 +277,19 @@ class CheckpointStore:
             raise UserError(
                 f"checkpoint {path}: cannot be read ({_root_cause(error)}); use an older one"
             ) from error
-        for state in base_optimizer(engine.deepspeed).state.values():
+        for state in engine.optimizer.state.values():
             state["step"] = torch.tensor(content["adam_step"])  # one tensor each: they count up in place
-        refresh_model_weights(engine.deepspeed)
+        engine.refresh_weights()
         rng = torch.load(path / "rng.pt", weights_only=True)
         if len(rng) == engine.mesh.world_size:
             torch.set_rng_state(rng[engine.mesh.rank])
-        state = RunState(**content["run"])
-        if path.parent.resolve() != self.folder.resolve():
+        state = RunState() if self._begins_stage(path) else RunState(**content["run"])
+        if not self._is_own(path):
             state.wandb_id = None
         return state
 
 
-def _write_ranges(engine: Engine, partial: Path) -> None:
+def _write_ranges(engine: "Engine", partial: Path) -> None:
     try:
         dcp.save(
             _ranges(engine),
@@ -303,9 +321,9 @@ def _root_cause(error: dcp.api.CheckpointException) -> str:
     return str(failures[0][0]) if failures else str(error)
 
 
-def _write_state(partial: Path, state: RunState, config: dict[str, Any], engine: Engine) -> None:
+def _write_state(partial: Path, state: RunState, config: dict[str, Any], engine: "Engine") -> None:
     sizes = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
-    steps = [float(s["step"]) for s in base_optimizer(engine.deepspeed).state.values() if "step" in s]
+    steps = [float(s["step"]) for s in engine.optimizer.state.values() if "step" in s]
     content = {
         "format": FORMAT,
         "run": asdict(state),
