@@ -141,7 +141,7 @@ def check_command_line(overrides: list[str]) -> None:
                 "for lr in 1e-3 2e-3; do launch/local.sh name=lr-$lr optim.lr=$lr; done"
             )
         found = re.fullmatch(r"[+~]*(model|rope_scaling|data|optim|parallel|logging)=(.*)", override)
-        if found and not all(re.fullmatch(r"(?!null$)[A-Za-z]\w*", name) for name in found[2].split(",")):
+        if found and (override[0] in "+~" or not re.fullmatch(r"(?!null$)[A-Za-z]\w*", found[2])):
             raise UserError(f"{override}: must name a file of conf/{found[1]}, without .yaml")
         if re.match(r"\+*model\.rope_scaling(\.\w+)?=(?!null$)", override) and not any(
             re.match(r"rope_scaling=(?!none$)|experiment=", other) for other in overrides

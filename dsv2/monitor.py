@@ -98,6 +98,8 @@ class Monitor:
                 self.note(line)
         else:
             self.status("failed")
+            if isinstance(error, Diverged):
+                self.tracker.alert(f"{self.config.name} diverged", str(error))
         self.tracker.close(exit_code=0 if error is None else 1)
 
     @property

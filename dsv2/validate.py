@@ -33,7 +33,7 @@ def _require_above_0(section: str, values: object, names: list[str]) -> None:
     for name in names:
         value = getattr(values, name)
         if not 0 < value < math.inf:
-            _refuse(f"{section}.{name}", value, "must be above 0")
+            _refuse(f"{section}.{name}", value, "must be above 0 and finite")
 
 
 def _require_fraction(section: str, values: object, names: list[str]) -> None:
@@ -203,6 +203,8 @@ def _validate_optim(optim: OptimConfig) -> None:
     start = optim.batch_size_start
     if start is not None and not 1 <= start <= optim.batch_size:
         _refuse("optim.batch_size_start", start, f"must be from 1 to optim.batch_size={optim.batch_size}")
+    if start is None and optim.batch_ramp_tokens > 0:
+        _refuse("optim.batch_size_start", None, "must be given when optim.batch_ramp_tokens is")
     if start is not None and optim.batch_ramp_tokens == 0:
         _refuse("optim.batch_ramp_tokens", 0, "must be above 0 when optim.batch_size_start is given")
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
 
-from dsv2.checkpoint import check, complete_checkpoints
+from dsv2.checkpoint_files import check, complete_checkpoints
 from dsv2.compose import from_plain
 from dsv2.config import Config
 from dsv2.errors import UserError

@@ -10,7 +10,7 @@ import torch.distributed.checkpoint as dcp
 from hydra import compose, initialize_config_dir
 from hypothesis import settings
 
-from dsv2.checkpoint import FORMAT
+from dsv2.checkpoint_files import FORMAT
 from dsv2.compose import register_schema, to_config, to_plain
 from dsv2.config import AttentionKind, BalanceConfig, Config, ModelConfig, RopeScalingConfig
 from dsv2.model.transformer import DeepseekV2

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from dsv2.checkpoint import FORMAT, CheckpointStore, check
+from dsv2.checkpoint import CheckpointStore
+from dsv2.checkpoint_files import FORMAT, check
 from dsv2.errors import UserError
 
 MODEL = {"hidden_size": 8, "balance": {"alpha_expert": 0.1}}

@@ -119,7 +119,7 @@ def test_too_small(name, low):
 @pytest.mark.parametrize("name", ABOVE_ZERO)
 @pytest.mark.parametrize("value", [0.0, -1.5])
 def test_must_be_above_zero(name, value):
-    assert refusal((name, value)) == f"{name}={value}: must be above 0"
+    assert refusal((name, value)) == f"{name}={value}: must be above 0 and finite"
 
 
 @pytest.mark.parametrize("name", FRACTIONS)
