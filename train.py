@@ -60,12 +60,11 @@ def train(config: Config) -> None:
     engine = Engine(build_model(config.model, parallel, config.seed, mesh), config.optim, parallel, mesh)
     stream = build_stream(config.data, config.model.vocab_size, rank, world_size, mesh.cpu_group)
     evaluator = Evaluator(engine, config)
-    state = RunState()
-    if found:
-        state = store.load(engine, found.path)
-        stream.load_state_dict(state.data or {})
+    state = store.load(engine, found) if found else RunState()
+    if state.data is not None:
+        stream.load_state_dict(state.data)
 
-    with Monitor(config, mesh, run_dir, state, found) as monitor, StopSignals(mesh) as stop:
+    with StopSignals(mesh) as stop, Monitor(config, mesh, run_dir, state, found) as monitor:
         for plan in plan_steps(config.optim, config.data.sequence_length, state.step, state.tokens):
             batches = share_of_step(stream, plan.batch_size, parallel.micro_batch_size, mesh)
             monitor.data_ready()
@@ -75,6 +74,7 @@ def train(config: Config) -> None:
             finished, stopped = state.step == monitor.total_steps, stop.requested()
             if due(config.eval.every, state.step) and not finished and not stopped:
                 monitor.evaluation(state.step, evaluator.evaluate())
+            # Asked again: an evaluation takes time, and who stops then should not wait for another step.
             last = finished or stopped or state.step == config.stop_step or stop.requested()
             if due(config.checkpoint.every, state.step) or last:
                 state.data, state.wandb_id = stream.state_dict(), monitor.wandb_id

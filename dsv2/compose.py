@@ -67,6 +67,22 @@ def to_plain(config: Config) -> dict[str, Any]:
     return plain  # type: ignore[return-value]
 
 
+def from_plain(plain: dict[str, Any]) -> Config:
+    """What `to_plain` made, typed again; a field that it lacks, being of an older version, has its default.
+
+    Raises:
+        UserError: a field that there is not, or a value of the wrong type.
+    """
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain))
+    except OmegaConfBaseException as error:
+        raise UserError(
+            f"a saved configuration does not fit this version: {str(error).splitlines()[0]}"
+        ) from error
+    assert isinstance(config, Config)
+    return config
+
+
 def to_yaml(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
@@ -78,8 +94,9 @@ def field_types() -> dict[str, Any]:
         found: dict[str, Any] = {}
         for name, hint in typing.get_type_hints(cls).items():
             found[prefix + name] = hint
-            if dataclasses.is_dataclass(hint):
-                found |= walk(typing.cast(type, hint), f"{prefix}{name}.")
+            for part in (hint, *typing.get_args(hint)):  # a section may be `Section | None`
+                if dataclasses.is_dataclass(part):
+                    found |= walk(typing.cast(type, part), f"{prefix}{name}.")
         return found
 
     return walk(Config, "")
@@ -123,9 +140,13 @@ def check_command_line(overrides: list[str]) -> None:
                 f"{override}: a job trains one model; start one for each, such as: "
                 "for lr in 1e-3 2e-3; do launch/local.sh name=lr-$lr optim.lr=$lr; done"
             )
-        found = re.fullmatch(r"[+~]*(model|data|optim|parallel|logging)=(.*)", override)
-        if found and not all(re.fullmatch(r"(?!null$)[A-Za-z]\w*", name) for name in found[2].split(",")):
+        found = re.fullmatch(r"[+~]*(model|rope_scaling|data|optim|parallel|logging)=(.*)", override)
+        if found and (override[0] in "+~" or not re.fullmatch(r"(?!null$)[A-Za-z]\w*", found[2])):
             raise UserError(f"{override}: must name a file of conf/{found[1]}, without .yaml")
+        if re.match(r"\+*model\.rope_scaling(\.\w+)?=(?!null$)", override) and not any(
+            re.match(r"rope_scaling=(?!none$)|experiment=", other) for other in overrides
+        ):
+            raise UserError(f"{override}: plain RoPE has no such field; choose rope_scaling=yarn too")
 
 
 def explain(error: Exception, overrides: list[str]) -> UserError:

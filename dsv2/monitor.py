@@ -42,6 +42,7 @@ class Monitor:
         self._window: RoutingStats | None = None
         self._window_steps = 0
         self._first_step = state.step
+        self._begun_from = found.path if found and found.step == 0 else None
         for warning in found.warnings if found else []:
             self.note(f"warning: {warning}")
 
@@ -68,6 +69,7 @@ class Monitor:
             layout=layout_text(config, self.mesh),
             run_dir=self.run_dir,
             resumed_step=resumed,
+            begun_from=self._begun_from,
             dashboard=self.tracker.dashboard_hint,
         ):
             self.note(line)
@@ -98,6 +100,8 @@ class Monitor:
                 self.note(line)
         else:
             self.status("failed")
+            if isinstance(error, Diverged):
+                self.tracker.alert(f"{self.config.name} diverged", str(error))
         self.tracker.close(exit_code=0 if error is None else 1)
 
     @property

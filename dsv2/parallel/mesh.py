@@ -42,6 +42,8 @@ def pick_device(config: ParallelConfig) -> torch.device:
     gpus, processes = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if config.device is Device.cpu or (config.device is Device.auto and gpus == 0):
         return torch.device("cpu")
+    if gpus == 0:
+        raise UserError("parallel.device=cuda: there is no GPU on this machine; use parallel.device=cpu")
     if processes > gpus:
         raise UserError(
             f"parallel.device={config.device.value}: {processes} processes on this machine, which has {gpus} "

@@ -7,7 +7,16 @@ import numpy as np
 import torch
 
 from data.stream import Batch
-from dsv2.config import BalanceConfig, ModelConfig, OptimConfig, ParallelConfig, Precision
+from dsv2.compose import to_plain
+from dsv2.config import (
+    BalanceConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    Precision,
+)
 
 SEQUENCE = 12  # tokens
 BATCH = 8  # sequences a step
@@ -41,7 +50,7 @@ def model_config(**changes: Any) -> ModelConfig:
     return replace(sizes, **{k: v for k, v in changes.items() if k not in balance})
 
 
-SETTINGS = {"model": {"vocab_size": 61}}  # as much of a configuration as a checkpoint wants
+SETTINGS = to_plain(Config(model=model_config(), data=DataConfig(path="nowhere")))
 OPTIM = OptimConfig(lr=3e-3, grad_clip=0.5, batch_size=BATCH)
 
 
@@ -235,6 +244,7 @@ def load_and_train(rank: int, world_size: int, path: str, steps: int, **layout: 
 
     engine = make_engine(rank, world_size, **layout)
     steps_of(engine, 100, 1, layout["micro_batch"])  # so that a tensor the load forgets shows
-    state = checkpoint.CheckpointStore(Path(path).parent, 3, SETTINGS).load(engine, Path(path))
+    found = checkpoint.Found(Path(path), 0, [], [])
+    state = checkpoint.CheckpointStore(Path(path).parent, 3, SETTINGS).load(engine, found)
     trace = steps_of(engine, state.step, steps - state.step, layout["micro_batch"])
     return state, trace, owned(engine, "fp32")
