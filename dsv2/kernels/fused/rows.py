@@ -32,7 +32,8 @@ def _sum(
         total = tl.zeros((BLOCK,), tl.float32)
         for j in tl.static_range(J):
             row = tl.load(place_TJ + token * J + j).to(tl.int64)
-            value = tl.load(y + row * D + d, mask=(d < D) & (row >= 0), other=0.0).to(tl.float32)
+            width = tl.where(row >= 0, D, 0)  # a slot without a row reads nothing
+            value = tl.load(y + row * D + d, mask=d < width, other=0.0).to(tl.float32)
             if HAS_WEIGHT:
                 value *= tl.load(weight + token * J + j)
             total += value
