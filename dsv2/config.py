@@ -34,6 +34,11 @@ class WandbMode(enum.Enum):
     disabled = "disabled"  # metrics.jsonl only
 
 
+class Kernels(enum.Enum):
+    reference = "reference"  # plain torch, on anything
+    fused = "fused"  # Triton, grouped products and cuDNN attention: NVIDIA GPUs, bf16
+
+
 class Device(enum.Enum):
     auto = "auto"  # CUDA if there is a GPU
     cpu = "cpu"
@@ -143,6 +148,7 @@ class ParallelConfig:
     precision: Precision = Precision.fp32
     activation_checkpointing: bool = False  # recompute each layer in backward
     device: Device = Device.auto
+    kernels: Kernels = Kernels.reference  # how the costly operations are computed
 
 
 @dataclass

@@ -16,10 +16,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from data.stream import Batch, Stream
-from dsv2.config import ModelConfig, OptimConfig, ParallelConfig, Precision
+from dsv2.config import Kernels, ModelConfig, OptimConfig, ParallelConfig, Precision
+from dsv2.kernels.library import REFERENCE, fused_kernels
 from dsv2.model.init import init_weights
 from dsv2.model.transformer import DeepseekV2, ModelOutput
 from dsv2.moe.balance import BalanceLosses
+from dsv2.moe.execution import Execution
 from dsv2.moe.stats import RoutingStats
 from dsv2.parallel.deepspeed_moe import (
     Fragment,
@@ -68,8 +70,10 @@ def deepspeed_config(optim: OptimConfig, parallel: ParallelConfig, world_size: i
 
 def build_model(config: ModelConfig, parallel: ParallelConfig, seed: int, mesh: Mesh) -> DeepseekV2:
     """This rank's share of the model on its device, in its precision, with its initial weights."""
+    kernels = fused_kernels() if parallel.kernels is Kernels.fused else REFERENCE
     with torch.device("meta"):  # so that memory is taken once, and in the precision it is used in
-        model = DeepseekV2(config, mesh.ep_group, parallel.activation_checkpointing, mesh.clock)
+        execution = Execution(mesh.ep_group, parallel.activation_checkpointing, kernels, mesh.clock)
+        model = DeepseekV2(config, execution)
     dtype = torch.bfloat16 if parallel.precision is Precision.bf16 else torch.float32
     model.to(dtype).to_empty(device=mesh.device)
     init_weights(model, config.initializer_range, seed)
@@ -100,6 +104,7 @@ class Engine:
             lr=optim.lr,
             betas=(optim.beta1, optim.beta2),
             eps=optim.eps,
+            fused=mesh.device.type == "cuda",
         )
         self.deepspeed: Any
         config = deepspeed_config(optim, parallel, mesh.world_size)

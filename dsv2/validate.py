@@ -6,6 +6,7 @@ from dsv2.config import (
     AttentionKind,
     Config,
     DataSource,
+    Kernels,
     ModelConfig,
     OptimConfig,
     Precision,
@@ -242,6 +243,8 @@ def _validate_parallel(config: Config, world_size: int) -> None:
             stage,
             "bf16 needs stage 1, 2 or 3, which keep fp32 master weights; or use parallel.precision=fp32",
         )
+    if parallel.kernels is Kernels.fused and parallel.precision is not Precision.bf16:
+        _refuse("parallel.kernels", "fused", "needs parallel.precision=bf16; or use reference")
     share = parallel.micro_batch_size * world_size
     sizes = {"optim.batch_size": optim.batch_size}
     if optim.batch_size_start is not None:

@@ -2,15 +2,16 @@
 one token after another (see dsv2/model/decode.py)."""
 
 from dsv2.config import AttentionKind, ModelConfig
+from dsv2.kernels.library import REFERENCE, KernelSet
 from dsv2.model.mha import GroupedQueryAttention
 from dsv2.model.mla import MultiHeadLatentAttention
 
 Attention = MultiHeadLatentAttention | GroupedQueryAttention
 
 
-def build_attention(config: ModelConfig) -> Attention:
+def build_attention(config: ModelConfig, kernels: KernelSet = REFERENCE) -> Attention:
     if config.attention is AttentionKind.mla:
-        return MultiHeadLatentAttention(config)
+        return MultiHeadLatentAttention(config, kernels)
     return GroupedQueryAttention(config)
 
 

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from dsv2.config import ModelConfig
 from dsv2.kernels.attention import causal_attention, masked_softmax
+from dsv2.kernels.rope import apply_rope
 from dsv2.model.flops import key_value_heads
-from dsv2.model.rope import apply_rope, softmax_scale
+from dsv2.model.rope import softmax_scale
 
 
 class GroupedQueryAttention(nn.Module):

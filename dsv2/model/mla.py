@@ -8,15 +8,18 @@ import torch
 from torch import Tensor, nn
 
 from dsv2.config import ModelConfig
-from dsv2.kernels.attention import causal_attention, masked_softmax
-from dsv2.model.rope import apply_rope, softmax_scale
+from dsv2.kernels.attention import masked_softmax
+from dsv2.kernels.library import REFERENCE, KernelSet
+from dsv2.kernels.rope import apply_rope
+from dsv2.model.rope import softmax_scale
 
 
 class MultiHeadLatentAttention(nn.Module):
     """Causal attention whose keys and values come from one compressed latent a token."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, kernels: KernelSet = REFERENCE):
         super().__init__()
+        self.kernels = kernels
         heads, nope, rope = config.num_attention_heads, config.qk_nope_head_dim, config.qk_rope_head_dim
         self.num_heads, self.nope_dim, self.rope_dim, self.v_dim = heads, nope, rope, config.v_head_dim
         self.kv_lora_rank = config.kv_lora_rank
@@ -36,36 +39,35 @@ class MultiHeadLatentAttention(nn.Module):
         self.kv_b_proj = nn.Linear(config.kv_lora_rank, heads * (nope + config.v_head_dim), bias=False)
         self.o_proj = nn.Linear(heads * config.v_head_dim, hidden, bias=False)
 
-    def _queries(self, x_BSD: Tensor, cos_SP: Tensor, sin_SP: Tensor) -> tuple[Tensor, Tensor]:
-        """Eqs. 37-39: [B, S, H, N], and turned [B, S, H, R]."""
+    def _queries(self, x_BSD: Tensor) -> Tensor:
+        """Eqs. 37-39 before rotation: [B, S, H, N + R]."""
         if hasattr(self, "q_proj"):
             q = self.q_proj(x_BSD)
         else:
             q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BSD)))
-        q = q.unflatten(-1, (self.num_heads, self.nope_dim + self.rope_dim))
-        q_nope_BSHN, q_rope_BSHR = q.split([self.nope_dim, self.rope_dim], dim=-1)
-        return q_nope_BSHN, apply_rope(q_rope_BSHR, cos_SP, sin_SP)
+        return q.unflatten(-1, (self.num_heads, self.nope_dim + self.rope_dim))
+
+    def _latent(self, x_BSD: Tensor) -> tuple[Tensor, Tensor]:
+        """c_kv after its norm [B, S, C], and the decoupled key of eq. 43 before rotation [B, S, R]."""
+        latent_BSC, k_rope_BSR = self.kv_a_proj_with_mqa(x_BSD).split(
+            [self.kv_lora_rank, self.rope_dim], dim=-1
+        )
+        return self.kv_a_layernorm(latent_BSC), k_rope_BSR
 
     def cached(self, x_BSD: Tensor, cos_SP: Tensor, sin_SP: Tensor) -> tuple[Tensor, Tensor]:
         """What decoding keeps of each token: c_kv after its norm [B, S, C], and the turned key [B, S, R].
 
         Eq. 43: ONE decoupled key, taken from h and shared by all heads.
         """
-        latent_BSC, k_rope_BSR = self.kv_a_proj_with_mqa(x_BSD).split(
-            [self.kv_lora_rank, self.rope_dim], dim=-1
-        )
-        k_rope_BS1R = apply_rope(k_rope_BSR.unsqueeze(2), cos_SP, sin_SP)
-        return self.kv_a_layernorm(latent_BSC), k_rope_BS1R.squeeze(2)
+        latent_BSC, k_rope_BSR = self._latent(x_BSD)
+        return latent_BSC, apply_rope(k_rope_BSR.unsqueeze(2), cos_SP, sin_SP).squeeze(2)
 
     def forward(self, x_BSD: Tensor, cos_SP: Tensor, sin_SP: Tensor) -> Tensor:
-        q_nope_BSHN, q_rope_BSHR = self._queries(x_BSD, cos_SP, sin_SP)
-        latent_BSC, k_rope_BSR = self.cached(x_BSD, cos_SP, sin_SP)
-        kv = self.kv_b_proj(latent_BSC).unflatten(-1, (self.num_heads, -1))
-        k_nope_BSHN, v_BSHV = kv.split([self.nope_dim, self.v_dim], dim=-1)
-        k_rope_BSHR = k_rope_BSR.unsqueeze(2).expand(-1, -1, self.num_heads, -1)
-        q = torch.cat((q_nope_BSHN, q_rope_BSHR), dim=-1)
-        k = torch.cat((k_nope_BSHN, k_rope_BSHR), dim=-1)
-        out_BSHV = causal_attention(q, k, v_BSHV, self.scale)
+        latent_BSC, k_rope_BSR = self._latent(x_BSD)
+        kv_BSHX = self.kv_b_proj(latent_BSC).unflatten(-1, (self.num_heads, -1))
+        out_BSHV = self.kernels.latent_attention(
+            self._queries(x_BSD), kv_BSHX, k_rope_BSR, cos_SP, sin_SP, self.scale
+        )
         return self.o_proj(out_BSHV.flatten(-2))
 
     def decode(
@@ -82,7 +84,9 @@ class MultiHeadLatentAttention(nn.Module):
         q_nope . (W_UK c) = (W_UK^T q_nope) . c, and W_UV moves behind the sum over tokens in the same
         way: no key and no value of any head is ever made (section 2.1.2).
         """
-        q_nope_BHN, q_rope_BHR = (q.squeeze(1) for q in self._queries(x_B1D, cos_B1P, sin_B1P))
+        q_nope_B1HN, q_rope_B1HR = self._queries(x_B1D).split([self.nope_dim, self.rope_dim], dim=-1)
+        q_nope_BHN = q_nope_B1HN.squeeze(1)
+        q_rope_BHR = apply_rope(q_rope_B1HR, cos_B1P, sin_B1P).squeeze(1)
         w_HXC = self.kv_b_proj.weight.unflatten(0, (self.num_heads, -1))
         w_uk_HNC, w_uv_HVC = w_HXC.split([self.nope_dim, self.v_dim], dim=1)
         q_latent_BHC = torch.einsum("bhn,hnc->bhc", q_nope_BHN, w_uk_HNC)

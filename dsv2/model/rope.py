@@ -1,7 +1,7 @@
-"""Rotary position embedding (arXiv 2405.04434, eqs. 39 and 43), plain or by YaRN (section 3.1.4).
+"""Angles of the rotary position embedding (arXiv 2405.04434, eqs. 39 and 43), plain or by YaRN (3.1.4).
 
-Shapes: B batch, S sequence, H heads, R rotary dimensions of a head, P = R / 2 pairs.
-The pairs are interleaved, (x0, x1), (x2, x3), ..., as in the published weights.
+Shapes: S sequence, P pairs of a head's rotary dimensions. The pairs are interleaved, (x0, x1), (x2, x3),
+..., as in the published weights; dsv2/kernels/rope.py turns them.
 """
 
 import math
@@ -61,16 +61,3 @@ def softmax_scale(head_width: int, scaling: RopeScalingConfig | None) -> float:
     """What scores are multiplied by: 1 / sqrt(width), under YaRN times m(mscale_all_dim)^2."""
     sharper = 1.0 if scaling is None else _magnitude(scaling.factor, scaling.mscale_all_dim) ** 2
     return head_width**-0.5 * sharper
-
-
-def apply_rope(x_BSHR: Tensor, cos_SP: Tensor, sin_SP: Tensor) -> Tensor:
-    """Turn each interleaved pair of x by its position's angle; computed in fp32, returned in x's dtype.
-
-    The tables are [S, P], or [B, S, P] where sequences stand at positions of their own.
-    """
-    even_BSHP, odd_BSHP = x_BSHR.float().unflatten(-1, (-1, 2)).unbind(-1)
-    cos_S1P, sin_S1P = cos_SP.unsqueeze(-2), sin_SP.unsqueeze(-2)
-    turned = torch.stack(
-        (even_BSHP * cos_S1P - odd_BSHP * sin_S1P, even_BSHP * sin_S1P + odd_BSHP * cos_S1P), dim=-1
-    )
-    return turned.flatten(-2).to(x_BSHR.dtype)

@@ -10,9 +10,6 @@ backward too. `start_dispatch` leaves the exchange under way, so that other work
 With one rank nothing moves, and the layer has no branch for expert parallelism.
 """
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,7 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dsv2.kernels.rows import RowMap, gather_rows, map_rows, sum_rows
+from dsv2.kernels.rows import RowMap, map_rows
+from dsv2.moe.execution import Execution, WaitClock
 
 
 @dataclass(frozen=True)
@@ -106,35 +104,6 @@ def bytes_per_row(hidden_size: int, top_k: int, element_bytes: int) -> int:
     return 4 * hidden_size * element_bytes + 2 * 2 * top_k * 4
 
 
-class WaitClock:
-    """How long the work stood still for exchanges: on a GPU its stream, else this process."""
-
-    def __init__(self) -> None:
-        self._host_ms = 0.0
-        self._device: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-
-    @contextmanager
-    def waiting(self, device: torch.device) -> Iterator[None]:
-        if device.type == "cuda":
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            yield
-            end.record()
-            self._device.append((start, end))
-        else:
-            begin = time.perf_counter()
-            yield
-            self._host_ms += (time.perf_counter() - begin) * 1e3
-
-    def take_ms(self) -> float:
-        """Milliseconds since the last call. On a GPU it waits for the last exchange to be over."""
-        total, self._host_ms = self._host_ms, 0.0
-        pairs, self._device = self._device, []
-        if pairs:
-            pairs[-1][1].synchronize()
-        return total + sum(start.elapsed_time(end) for start, end in pairs)
-
-
 class _Transfer:
     """One exchange of rows: at most one collective is under way, forwards or backwards."""
 
@@ -194,16 +163,17 @@ class _Finish(torch.autograd.Function):
 class Pending:
     """Rows on their way to their experts."""
 
-    def __init__(self, x_TD: Tensor, weights_TK: Tensor, plan: DispatchPlan, clock: WaitClock):
+    def __init__(self, x_TD: Tensor, weights_TK: Tensor, plan: DispatchPlan, execution: Execution):
         self._plan, exchange = plan, plan.exchange
         if exchange is None:
             self._here = Arrived(x_TD, plan.kept_ids_TK, weights_TK)
             return
         tokens_S = exchange.rows.tokens()
         choice_SK = torch.cat((weights_TK, plan.kept_ids_TK.float()), dim=1)[tokens_S]  # ids below 2^24
-        self._transfers = tuple(_Transfer(exchange, clock, homewards=False) for _ in range(2))
+        self._transfers = tuple(_Transfer(exchange, execution.clock, homewards=False) for _ in range(2))
         self._choice = _Launch.apply(choice_SK, self._transfers[0])
-        self._x = _Launch.apply(gather_rows(x_TD, exchange.rows), self._transfers[1])
+        rows_SD = execution.kernels.gather_rows(x_TD, exchange.rows)
+        self._x = _Launch.apply(rows_SD, self._transfers[1])
 
     def wait(self) -> Arrived:
         if self._plan.exchange is None:
@@ -216,16 +186,16 @@ class Pending:
         return Arrived(x_RD, ids_RK.masked_fill(absent_RK, -1), weights_RK)
 
 
-def start_dispatch(x_TD: Tensor, weights_TK: Tensor, plan: DispatchPlan, clock: WaitClock) -> Pending:
+def start_dispatch(x_TD: Tensor, weights_TK: Tensor, plan: DispatchPlan, execution: Execution) -> Pending:
     """Send each token to the ranks of its kept experts. Collective; `wait` on the result for the rows."""
-    return Pending(x_TD, weights_TK, plan, clock)
+    return Pending(x_TD, weights_TK, plan, execution)
 
 
-def combine(y_RD: Tensor, plan: DispatchPlan, clock: WaitClock) -> Tensor:
+def combine(y_RD: Tensor, plan: DispatchPlan, execution: Execution) -> Tensor:
     """Bring every row's answer home and add up each token's, in fp32: [T, D] in y's dtype. Collective."""
     exchange = plan.exchange
     if exchange is None:
         return y_RD
-    transfer = _Transfer(exchange, clock, homewards=True)
+    transfer = _Transfer(exchange, execution.clock, homewards=True)
     home_SD = _Finish.apply(_Launch.apply(y_RD, transfer), transfer)
-    return sum_rows(home_SD, None, exchange.rows, len(plan.kept_ids_TK))
+    return execution.kernels.sum_rows(home_SD, None, exchange.rows, len(plan.kept_ids_TK))

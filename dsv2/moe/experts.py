@@ -5,24 +5,23 @@ and an expert.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dsv2.kernels.experts import grouped_swiglu
-from dsv2.kernels.rows import gather_rows, map_rows, sum_rows
+from dsv2.kernels.library import REFERENCE, KernelSet
 
 
 class SwiGLU(nn.Module):
     """down(silu(gate x) * up x); the dense FFN and, as one wide network, the shared experts."""
 
-    def __init__(self, hidden_size: int, width: int):
+    def __init__(self, hidden_size: int, width: int, kernels: KernelSet = REFERENCE):
         super().__init__()
+        self.kernels = kernels
         self.gate_proj = nn.Linear(hidden_size, width, bias=False)
         self.up_proj = nn.Linear(hidden_size, width, bias=False)
         self.down_proj = nn.Linear(width, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.kernels.silu_mul(self.gate_proj(x), self.up_proj(x)))
 
 
 class RoutedExperts(nn.Module):
@@ -32,8 +31,17 @@ class RoutedExperts(nn.Module):
     parameter. `first_expert` is the whole layer's index of the first expert here.
     """
 
-    def __init__(self, hidden_size: int, width: int, n_experts: int, first_expert: int, n_local: int):
+    def __init__(
+        self,
+        hidden_size: int,
+        width: int,
+        n_experts: int,
+        first_expert: int,
+        n_local: int,
+        kernels: KernelSet = REFERENCE,
+    ):
         super().__init__()
+        self.kernels = kernels
         self.n_experts, self.first_expert, self.n_local = n_experts, first_expert, n_local
         self.w13 = nn.Parameter(torch.empty(n_local, 2 * width, hidden_size))  # gate above up
         self.w2 = nn.Parameter(torch.empty(n_local, hidden_size, width))
@@ -41,14 +49,8 @@ class RoutedExperts(nn.Module):
     def forward(
         self, x_RD: Tensor, expert_ids_RK: Tensor, weights_RK: Tensor, rows_of_expert: Tensor, n_pairs: int
     ) -> Tensor:
-        """sum_k weights[r, k] * FFN_ids[r, k](x_r), [R, D]; added up in fp32.
-
-        Args:
-            expert_ids_RK: counted from this rank's first expert; -1 adds nothing.
-            rows_of_expert: int64 [E], how often each expert is chosen.
-            n_pairs: their sum, or more: as many rows are made room for.
-        """
-        key_RK = expert_ids_RK.where(expert_ids_RK >= 0, self.n_local)
-        pairs = map_rows(key_RK, n_pairs)
-        y_PD = grouped_swiglu(gather_rows(x_RD, pairs), rows_of_expert, self.w13, self.w2)
-        return sum_rows(y_PD, weights_RK, pairs, len(x_RD))
+        """Each row's sum over its experts here, [R, D]; see dsv2/kernels/experts.py. Experts are counted
+        from this rank's first."""
+        return self.kernels.routed_experts(
+            x_RD, expert_ids_RK, weights_RK, rows_of_expert, n_pairs, self.w13, self.w2
+        )

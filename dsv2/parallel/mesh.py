@@ -12,9 +12,9 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from dsv2.config import Device, ParallelConfig
+from dsv2.config import Device, Kernels, ParallelConfig
 from dsv2.errors import UserError
-from dsv2.moe.dispatch import WaitClock
+from dsv2.moe.execution import WaitClock
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,12 @@ def pick_device(config: ParallelConfig) -> torch.device:
         UserError: more processes on this machine than GPUs.
     """
     gpus, processes = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if config.device is Device.cpu or (config.device is Device.auto and gpus == 0):
+    on_cpu = config.device is Device.cpu or (config.device is Device.auto and gpus == 0)
+    if on_cpu and config.kernels is Kernels.fused:
+        raise UserError(
+            "parallel.kernels=fused: needs an NVIDIA GPU; on the CPU use parallel.kernels=reference"
+        )
+    if on_cpu:
         return torch.device("cpu")
     if gpus == 0:
         raise UserError("parallel.device=cuda: there is no GPU on this machine; use parallel.device=cpu")

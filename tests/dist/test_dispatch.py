@@ -37,7 +37,8 @@ def exchange(
     rank: int, world_size: int, top_k: int, groups: int, limit: int, dropping: bool
 ) -> dict[str, Any]:
     """Dispatch, apply the experts, combine; forward and gradients."""
-    from dsv2.moe.dispatch import WaitClock, combine, plan_dispatch, start_dispatch
+    from dsv2.moe.dispatch import combine, plan_dispatch, start_dispatch
+    from dsv2.moe.execution import Execution
 
     x, ids, weights = _case(rank, top_k, groups, limit)
     keep = torch.from_numpy(np.random.default_rng(rank + 50).random(ids.shape) < 0.7) if dropping else None
@@ -45,15 +46,15 @@ def exchange(
     matrices = _matrices().requires_grad_()
     group = dist.group.WORLD
     plan = plan_dispatch(ids, keep, EXPERTS, group)
-    clock = WaitClock()
-    here = start_dispatch(x, weights.float(), plan, clock).wait()
+    execution = Execution()
+    here = start_dispatch(x, weights.float(), plan, execution).wait()
     local = matrices.unflatten(0, (world_size, -1))[rank]
     y = torch.zeros_like(here.x_RD)
     for k in range(top_k):
         chosen = here.expert_ids_RK[:, k]
         out = torch.einsum("rd,rdf->rf", here.x_RD, local[chosen.clamp(min=0)])
         y = y + (out * here.weights_RK[:, k : k + 1]).where((chosen >= 0).unsqueeze(-1), 0.0)
-    result = combine(y, plan, clock)
+    result = combine(y, plan, execution)
     result.mul(torch.linspace(-1, 1, result.numel()).view_as(result)).sum().backward()
     dist.all_reduce(matrices.grad)
     assert plan.exchange is not None
@@ -64,7 +65,7 @@ def exchange(
         "received": plan.exchange.received,
         "rows_out": plan.exchange.rows_out,
         "rows_in": plan.exchange.rows_in,
-        "waited": clock.take_ms(),
+        "waited": execution.clock.take_ms(),
         "pairs": plan.n_pairs,
         "keep": None if keep is None else keep.numpy(),
     }
@@ -123,9 +124,10 @@ def order_of_issue(rank: int, world_size: int) -> list[str]:
     """What a layer starts and waits for, forward and backward, in order."""
     from dsv2.model.init import init_weights
     from dsv2.moe import dispatch
+    from dsv2.moe.execution import Execution
     from dsv2.moe.layer import MoELayer
 
-    layer = MoELayer(jobs.model_config(n_group=2, topk_group=1), dist.group.WORLD)
+    layer = MoELayer(jobs.model_config(n_group=2, topk_group=1), Execution(dist.group.WORLD))
     init_weights(layer, 0.2, seed=0)
     seen: list[str] = []
     transfer = dispatch._Transfer

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsv2.kernels.rows import gather_rows, map_rows, sum_rows
-from dsv2.moe.dispatch import WaitClock, combine, plan_dispatch, start_dispatch
+from dsv2.moe.dispatch import combine, plan_dispatch, start_dispatch
+from dsv2.moe.execution import Execution
 from tests.unit.helpers import properties
 
 WIDTH = 3
@@ -62,14 +63,14 @@ def test_round_trip_against_the_loop(case):
     """Expert e multiplies by e + 1: the result and both gradients, pair by pair."""
     x, weights = case.x_TD.clone().requires_grad_(), case.weights_TK.clone().requires_grad_()
     plan = plan_dispatch(case.ids_TK, case.keep_TK, case.n_experts, None)
-    clock = WaitClock()
-    here = start_dispatch(x, weights, plan, clock).wait()
+    execution = Execution()
+    here = start_dispatch(x, weights, plan, execution).wait()
     pairs = map_rows(here.expert_ids_RK.where(here.expert_ids_RK >= 0, case.n_experts), plan.n_pairs)
     rows = gather_rows(here.x_RD, pairs)
     rest = torch.tensor([len(rows) - int(plan.rows_of_expert.sum())])
     factor = torch.tensor([*range(1, case.n_experts + 1), 0])  # dropped pairs stand behind all others
     factor = factor.repeat_interleave(torch.cat((plan.rows_of_expert, rest)))
-    out = combine(sum_rows(rows * factor.unsqueeze(-1), here.weights_RK, pairs, len(x)), plan, clock)
+    out = combine(sum_rows(rows * factor.unsqueeze(-1), here.weights_RK, pairs, len(x)), plan, execution)
     readout = torch.linspace(-1, 1, out.numel()).view_as(out)
     (out * readout).sum().backward()
 

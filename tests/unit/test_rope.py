@@ -12,7 +12,8 @@ from transformers.models.deepseek_v2.configuration_deepseek_v2 import DeepseekV2
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import yarn_apply_mscale
 
 from dsv2.config import RopeScalingConfig
-from dsv2.model.rope import apply_rope, rope_tables, softmax_scale
+from dsv2.kernels.rope import apply_rope
+from dsv2.model.rope import rope_tables, softmax_scale
 from tests.unit import reference
 from tests.unit.helpers import YARN, properties
 

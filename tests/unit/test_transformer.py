@@ -9,6 +9,7 @@ import torch
 from dsv2.config import BalanceConfig
 from dsv2.model.init import init_weights
 from dsv2.model.transformer import DeepseekV2, ModelOutput
+from dsv2.moe.execution import Execution
 from dsv2.moe.experts import SwiGLU
 from dsv2.moe.layer import MoELayer
 from dsv2.moe.stats import RoutingStats
@@ -20,7 +21,7 @@ SEQUENCES, LENGTH = 2, 9
 
 def make_model(recompute: bool = False, **changes) -> DeepseekV2:
     """fp64, with norms far from 1."""
-    model = DeepseekV2(tiny_config(**changes), recompute=recompute).double()
+    model = DeepseekV2(tiny_config(**changes), Execution(recompute=recompute)).double()
     init_weights(model, std=0.3, seed=0)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
