@@ -12,7 +12,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import hydra
 from omegaconf import DictConfig
@@ -29,6 +29,10 @@ from dsv2.compose import (
 from dsv2.config import Config
 from dsv2.errors import CheckpointError, Diverged, UserError
 from dsv2.validate import validate
+
+if TYPE_CHECKING:
+    from dsv2.checkpoint import CheckpointStore, Found
+    from dsv2.hf.weights import HFWeights
 
 
 def train(config: Config) -> None:
@@ -52,12 +56,11 @@ def train(config: Config) -> None:
     run_dir, parallel = Path(config.runs_dir) / config.name, config.parallel
     check_data(config.data, config.model.vocab_size, config.eval.sequences)
     store = CheckpointStore(run_dir / "checkpoints", config.checkpoint.keep, to_plain(config))
-    found = store.find(config.resume)
-    if found and config.stop_step is not None and found.step >= config.stop_step:
-        raise UserError(f"stop_step={config.stop_step}: the run is at step {found.step} already")
+    found, weights = starting_point(config, store)
 
     mesh = start_mesh(pick_device(parallel), rank, world_size, parallel.expert_parallel_size)
-    engine = Engine(build_model(config.model, parallel, config.seed, mesh), config.optim, parallel, mesh)
+    model = build_model(config.model, parallel, config.seed, mesh, weights)
+    engine = Engine(model, config.optim, parallel, mesh)
     stream = build_stream(config.data, config.model.vocab_size, rank, world_size, mesh.cpu_group)
     evaluator = Evaluator(engine, config)
     state = RunState()
@@ -91,6 +94,18 @@ def train(config: Config) -> None:
         if state.step == monitor.total_steps:
             monitor.finish(evaluator)
     end_process_group()
+
+
+def starting_point(config: Config, store: "CheckpointStore") -> tuple["Found | None", "HFWeights | None"]:
+    """The checkpoint to go on from, else the weights that init_from names; neither: a fresh start."""
+    from dsv2.hf.weights import HFWeights
+
+    found = store.find(config.resume)
+    if found is None:
+        return None, HFWeights(Path(config.init_from), config.model) if config.init_from else None
+    if config.stop_step is not None and found.step >= config.stop_step:
+        raise UserError(f"stop_step={config.stop_step}: the run is at step {found.step} already")
+    return found, None
 
 
 def due(every: int, step: int) -> bool:

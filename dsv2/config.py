@@ -150,6 +150,7 @@ class Config:
     name: str = "run"  # the run's files go to runs_dir/name
     runs_dir: str = "runs"
     seed: int = 0  # initial weights
+    init_from: str | None = None  # a Hugging Face folder to start from; a checkpoint that is found goes first
     resume: str = "auto"  # auto: newest complete checkpoint of this run; never; or a checkpoint's path
     stop_step: int | None = None  # save and stop after this step; the schedule stays that of the whole run
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -42,6 +42,8 @@ class Monitor:
         self._first_step = state.step
         for warning in found.warnings if found else []:
             self.note(f"warning: {warning}")
+        if found and config.init_from:
+            self.note(f"note: init_from={config.init_from} is not read: the run goes on from {found.path}")
 
     def __enter__(self) -> "Monitor":
         config = self.config
