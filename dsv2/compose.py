@@ -61,8 +61,9 @@ def field_types() -> dict[str, Any]:
         found: dict[str, Any] = {}
         for name, hint in typing.get_type_hints(cls).items():
             found[prefix + name] = hint
-            if dataclasses.is_dataclass(hint):
-                found |= walk(typing.cast(type, hint), f"{prefix}{name}.")
+            for part in (hint, *typing.get_args(hint)):  # a section may be `Section | None`
+                if dataclasses.is_dataclass(part):
+                    found |= walk(typing.cast(type, part), f"{prefix}{name}.")
         return found
 
     return walk(Config, "")
@@ -101,9 +102,13 @@ COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException)
 def check_group_choices(overrides: list[str]) -> None:
     """Refuse `model=null`, `+optim=1` and the like, which Hydra answers with a traceback."""
     for override in overrides:
-        found = re.fullmatch(r"[+~]*(model|data|optim|parallel|logging)=(.*)", override)
+        found = re.fullmatch(r"[+~]*(model|rope_scaling|data|optim|parallel|logging)=(.*)", override)
         if found and not all(re.fullmatch(r"(?!null$)[A-Za-z]\w*", name) for name in found[2].split(",")):
             raise UserError(f"{override}: must name a file of conf/{found[1]}, without .yaml")
+        if re.match(r"\+*model\.rope_scaling(\.\w+)?=(?!null$)", override) and not any(
+            re.match(r"rope_scaling=(?!none$)|experiment=", other) for other in overrides
+        ):
+            raise UserError(f"{override}: plain RoPE has no such field; choose rope_scaling=yarn too")
 
 
 def explain(error: Exception, overrides: list[str]) -> UserError:

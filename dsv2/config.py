@@ -46,6 +46,18 @@ class BalanceConfig:
 
 
 @dataclass
+class RopeScalingConfig:
+    """YaRN (arXiv 2309.00071) as DeepSeek-V2 uses it to reach longer contexts (section 3.1.4)."""
+
+    factor: float = 40.0  # s: the new longest context over the original one
+    original_max_position_embeddings: int = 4096  # the context trained on before, tokens
+    beta_fast: float = 32.0  # pairs that turn more often than this over the original context keep their speed
+    beta_slow: float = 1.0  # pairs that turn less often are slowed down s times; a ramp lies between the two
+    mscale: float = 0.707  # cos and sin are multiplied by m(mscale) / m(mscale_all_dim)
+    mscale_all_dim: float = 0.707  # the softmax scale by m(mscale_all_dim)^2; m(x) = 0.1 x ln s + 1
+
+
+@dataclass
 class ModelConfig:
     """Sizes under their names in the published configuration."""
 
@@ -69,7 +81,8 @@ class ModelConfig:
     routed_scaling_factor: float = 1.0
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
-    max_position_embeddings: int = 4096
+    rope_scaling: RopeScalingConfig | None = None  # None: plain RoPE
+    max_position_embeddings: int = 4096  # longest sequence, tokens
     initializer_range: float = 0.006  # standard deviation of every weight matrix at the start
     balance: BalanceConfig = field(default_factory=BalanceConfig)
 

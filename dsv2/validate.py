@@ -2,7 +2,7 @@
 
 import math
 
-from dsv2.config import Config, DataSource, ModelConfig, OptimConfig, Precision
+from dsv2.config import Config, DataSource, ModelConfig, OptimConfig, Precision, RopeScalingConfig
 from dsv2.errors import UserError
 
 
@@ -98,6 +98,31 @@ def _validate_model(model: ModelConfig) -> None:
             "model.first_k_dense_replace",
             model.first_k_dense_replace,
             f"must leave at least one MoE layer of model.num_hidden_layers={model.num_hidden_layers}",
+        )
+    if model.rope_scaling is not None:
+        _validate_rope_scaling(model, model.rope_scaling)
+
+
+def _validate_rope_scaling(model: ModelConfig, scaling: RopeScalingConfig) -> None:
+    section, original = "model.rope_scaling", scaling.original_max_position_embeddings
+    _require_positive(section, scaling, ["factor"])
+    _require_above_0(section, scaling, ["beta_slow", "mscale", "mscale_all_dim"])
+    if not scaling.beta_slow < scaling.beta_fast < math.inf:
+        _refuse(f"{section}.beta_fast", scaling.beta_fast, f"must be above beta_slow={scaling.beta_slow}")
+    if original < (least := math.ceil(2 * math.pi * scaling.beta_slow)):
+        _refuse(
+            f"{section}.original_max_position_embeddings",
+            original,
+            f"must be at least {least}, where the fastest pair turns beta_slow={scaling.beta_slow} times",
+        )
+    if model.rope_theta <= 1:
+        _refuse("model.rope_theta", model.rope_theta, "must be above 1 with model.rope_scaling")
+    if model.max_position_embeddings > scaling.factor * original:
+        _refuse(
+            "model.max_position_embeddings",
+            model.max_position_embeddings,
+            f"must be at most {scaling.factor * original:g} = {section}.factor x "
+            "original_max_position_embeddings",
         )
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dsv2.config import ModelConfig
 from dsv2.kernels.attention import causal_attention
-from dsv2.model.rope import apply_rope
+from dsv2.model.rope import apply_rope, softmax_scale
 
 
 class MultiHeadLatentAttention(nn.Module):
@@ -20,6 +20,8 @@ class MultiHeadLatentAttention(nn.Module):
         heads, nope, rope = config.num_attention_heads, config.qk_nope_head_dim, config.qk_rope_head_dim
         self.num_heads, self.nope_dim, self.rope_dim, self.v_dim = heads, nope, rope, config.v_head_dim
         self.kv_lora_rank = config.kv_lora_rank
+        # Eq. 46: the scale counts both parts of the head.
+        self.scale = softmax_scale(nope + rope, config.rope_scaling)
         hidden, eps = config.hidden_size, config.rms_norm_eps
         # Eqs. 37-39: W_DQ, then W_UQ and W_QR as one product; without compression both act on h itself.
         if config.q_lora_rank is None:
@@ -55,6 +57,5 @@ class MultiHeadLatentAttention(nn.Module):
         k_rope_BS1R = apply_rope(k_rope_BSR.unsqueeze(2), cos_SP, sin_SP)
         q = torch.cat((q_nope_BSHN, q_rope_BSHR), dim=-1)
         k = torch.cat((k_nope_BSHN, k_rope_BS1R.expand(-1, -1, self.num_heads, -1)), dim=-1)
-        # Eq. 46: the scale counts both parts of the head.
-        out_BSHV = causal_attention(q, k, v_BSHV, scale=(self.nope_dim + self.rope_dim) ** -0.5)
+        out_BSHV = causal_attention(q, k, v_BSHV, self.scale)
         return self.o_proj(out_BSHV.flatten(-2))

@@ -86,8 +86,9 @@ class DeepseekV2(nn.Module):
     ) -> tuple[Tensor, list[BalanceLosses], list[RoutingStats]]:
         """[B, S, D] after the last norm, with every MoE layer's losses and statistics."""
         x_BSD = self.model.embed_tokens(input_ids_BS)
+        config, positions_S = self.config, torch.arange(input_ids_BS.shape[1], device=x_BSD.device)
         cos_SP, sin_SP = rope_tables(
-            input_ids_BS.shape[1], self.config.qk_rope_head_dim, self.config.rope_theta, x_BSD.device
+            positions_S, config.qk_rope_head_dim, config.rope_theta, config.rope_scaling
         )
         losses, stats = [], []
         for layer in self.model.layers:

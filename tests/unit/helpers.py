@@ -8,12 +8,23 @@ from hydra import compose, initialize_config_dir
 from hypothesis import settings
 
 from dsv2.compose import register_schema, to_config
-from dsv2.config import BalanceConfig, Config, ModelConfig
+from dsv2.config import BalanceConfig, Config, ModelConfig, RopeScalingConfig
 
 REPO = Path(__file__).parents[2]
 
 # No deadline: the machine is shared. Derandomized: a commit must not fail by luck.
 properties = settings(max_examples=30, deadline=None, derandomize=True)
+
+
+# With 6 rotary dimensions and theta 100: one pair keeps its speed, one lies on the ramp, one is slowed down.
+YARN = RopeScalingConfig(
+    factor=3.0,
+    original_max_position_embeddings=64,
+    beta_fast=4.0,
+    beta_slow=1.0,
+    mscale=2.0,
+    mscale_all_dim=0.5,
+)
 
 
 def tiny_config(**changes: Any) -> ModelConfig:

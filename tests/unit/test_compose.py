@@ -37,6 +37,10 @@ MISTAKES = {
     # groups
     "model=lit": ["model=lit: there is no such option; did you mean lite?", "debug, lite, small, v2"],
     "experiment=nope": ["experiment=nope: there is no such option", "quickstart"],
+    "rope_scaling=yan": ["rope_scaling=yan: there is no such option; did you mean yarn?", "none, yarn"],
+    "rope_scaling=null": ["rope_scaling=null: must name a file of conf/rope_scaling"],
+    "model.rope_scaling.factor=2": ["plain RoPE has no such field; choose rope_scaling=yarn too"],
+    "model.rope_scaling={factor:2}": ["plain RoPE has no such field; choose rope_scaling=yarn too"],
     "optim=null": ["optim"],
     "data=local": ["data.path: must be given, as data.path=VALUE"],
     # syntax

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from dsv2.compose import field_types, to_plain, to_yaml
-from dsv2.config import Config, DataSource, Precision
+from dsv2.config import Config, DataSource, Precision, RopeScalingConfig
 from dsv2.errors import UserError
 from dsv2.validate import validate
 from tests.unit.helpers import REPO, compose_config
@@ -40,6 +40,7 @@ AT_LEAST_ONE = [
     "model.n_group",
     "model.topk_group",
     "model.max_position_embeddings",
+    "model.rope_scaling.factor",
     "data.sequence_length",
     "data.vocab_size",
     "data.lanes",
@@ -73,6 +74,9 @@ ABOVE_ZERO = [
     "model.rope_theta",
     "model.initializer_range",
     "model.routed_scaling_factor",
+    "model.rope_scaling.beta_slow",
+    "model.rope_scaling.mscale",
+    "model.rope_scaling.mscale_all_dim",
     "model.balance.capacity_factor",
     "optim.lr",
     "optim.eps",
@@ -86,6 +90,8 @@ def changed(*changes: tuple[str, Any]) -> Config:
     config = Config()
     for name, value in changes:
         *sections, field = name.split(".")
+        if "rope_scaling" in sections and config.model.rope_scaling is None:
+            config.model.rope_scaling = RopeScalingConfig()
         section = reduce(getattr, sections, config)
         assert hasattr(section, field), name
         setattr(section, field, value)
@@ -169,6 +175,24 @@ def test_a_moment_that_never_moves(name):
         (
             [("data.sequence_length", 4097)],
             "data.sequence_length=4097: must be at most model.max_position_embeddings=4096",
+        ),
+        (
+            [("model.rope_scaling.beta_fast", 1.0)],
+            "model.rope_scaling.beta_fast=1.0: must be above beta_slow=1.0",
+        ),
+        (
+            [("model.rope_scaling.original_max_position_embeddings", 6)],
+            "model.rope_scaling.original_max_position_embeddings=6: must be at least 7, where the fastest "
+            "pair turns beta_slow=1.0 times",
+        ),
+        (
+            [("model.rope_scaling.factor", 2.0), ("model.max_position_embeddings", 8193)],
+            "model.max_position_embeddings=8193: must be at most 8192 = model.rope_scaling.factor x "
+            "original_max_position_embeddings",
+        ),
+        (
+            [("model.rope_scaling.factor", 2.0), ("model.rope_theta", 1.0)],
+            "model.rope_theta=1.0: must be above 1 with model.rope_scaling",
         ),
         (
             [("optim.decay_at", [0.9, 0.6])],
@@ -262,6 +286,8 @@ def test_impossible_layouts(world_size, changes, message):
         (1, [("optim.decay_at", []), ("optim.warmup_steps", 0), ("eval.sample_tokens", 0)]),
         (1, [("data.sequence_length", 4096), ("stop_step", 1), ("name", "my.run-1_b")]),
         (1, [("parallel.zero_stage", 0)]),
+        (1, [("model.rope_scaling.factor", 2.0), ("model.max_position_embeddings", 8192)]),
+        (1, [("model.rope_scaling.factor", 1.0)]),
     ],
 )
 def test_limits_are_allowed(world_size, changes):
@@ -327,7 +353,7 @@ def test_published_sizes(preset, column):
 
 
 def test_plain_and_yaml_forms_hold_every_field():
-    config = compose_config("parallel.precision=bf16")
+    config = compose_config("parallel.precision=bf16", "rope_scaling=yarn")
     plain = to_plain(config)
     assert plain["parallel"]["precision"] == "bf16"
     assert plain["model"]["balance"]["alpha_expert"] == 0.003
@@ -343,6 +369,7 @@ def test_every_number_is_checked():
     free = {"model.balance.exempt_seed", "seed", "parallel.zero_stage", "optim.batch_size_start"}
     covered = {*AT_LEAST_ONE, *AT_LEAST_ZERO, *ABOVE_ZERO, *FRACTIONS, *free}
     covered |= {"model.num_hidden_layers", "model.first_k_dense_replace"}
+    covered |= {f"model.rope_scaling.{name}" for name in ("beta_fast", "original_max_position_embeddings")}
     numbers = {
         name
         for name, hint in field_types().items()

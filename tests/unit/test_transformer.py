@@ -13,7 +13,7 @@ from dsv2.moe.experts import SwiGLU
 from dsv2.moe.layer import MoELayer
 from dsv2.moe.stats import RoutingStats
 from tests.unit import reference
-from tests.unit.helpers import tiny_config
+from tests.unit.helpers import YARN, tiny_config
 
 SEQUENCES, LENGTH = 2, 9
 
@@ -35,9 +35,11 @@ def batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return ids[:, :-1], ids[:, 1:], torch.arange(SEQUENCES)
 
 
-@pytest.mark.parametrize("q_lora_rank", [None, 14])
-def test_logits_against_the_equations(q_lora_rank):
-    model = make_model(q_lora_rank=q_lora_rank).eval()
+@pytest.mark.parametrize(
+    "changes", [{"q_lora_rank": None}, {"q_lora_rank": 14}, {"rope_scaling": YARN, "rope_theta": 100.0}]
+)
+def test_logits_against_the_equations(changes):
+    model = make_model(**changes).eval()
     ids, _, sequence_ids = batch()
     logits = model(ids, None, sequence_ids)
     assert logits.dtype == torch.float32
