@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dsv2.config import AttentionKind, ModelConfig, RopeScalingConfig
+from dsv2.config import ModelConfig, RopeScalingConfig
 from dsv2.errors import UserError
 
 ARCHITECTURE = "DeepseekV2ForCausalLM"
@@ -50,7 +50,6 @@ _YARN = tuple(RopeScalingConfig.__dataclass_fields__)
 def check_exportable(model: ModelConfig) -> None:
     """Refuse a model that the published architecture has no words for; UserError names the field."""
     reasons = {
-        "attention": (model.attention is AttentionKind.mla, "only mla"),
         "n_shared_experts": (model.n_shared_experts > 0, "at least 1"),
         "hidden_size": (
             model.hidden_size % model.num_attention_heads == 0,
@@ -60,7 +59,7 @@ def check_exportable(model: ModelConfig) -> None:
     for name, (fits, wanted) in reasons.items():
         if not fits:
             raise UserError(
-                f"model.{name}={getattr(model, name)}: the Hugging Face architecture {ARCHITECTURE} takes {wanted}"
+                f"model.{name}={getattr(model, name)}: Hugging Face's {ARCHITECTURE} takes {wanted}"
             )
 
 

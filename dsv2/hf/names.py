@@ -39,7 +39,9 @@ def model_outline(config: ModelConfig) -> DeepseekV2:
         return DeepseekV2(config)
 
 
-def published_parts(model: DeepseekV2, stacked: bool = False) -> Iterator[tuple[str, nn.Parameter, list[Part]]]:
+def published_parts(
+    model: DeepseekV2, stacked: bool = False
+) -> Iterator[tuple[str, nn.Parameter, list[Part]]]:
     """Every parameter of this rank, with the parts that together cover it.
 
     Args:

@@ -52,7 +52,8 @@ class HFWeights:
         if not (self.folder / INDEX).exists():
             return [SINGLE]
         try:
-            return sorted(set(json.loads((self.folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+            index = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))
+            return sorted(set(index["weight_map"].values()))
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise UserError(f"init_from={self.folder}: {INDEX} cannot be read ({error!r})") from None
 
@@ -63,8 +64,8 @@ class HFWeights:
                     tensor = opened.get_slice(name)
                     if tensor.get_dtype() not in DTYPES:
                         raise UserError(
-                            f"init_from={self.folder}: {name} in {file} is of type {tensor.get_dtype()}, not one "
-                            f"of {', '.join(DTYPES)}"
+                            f"init_from={self.folder}: {name} in {file} is of type {tensor.get_dtype()}, "
+                            f"not one of {', '.join(DTYPES)}"
                         )
                     yield name, tuple(tensor.get_shape())
         except FileNotFoundError:
