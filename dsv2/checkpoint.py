@@ -7,6 +7,8 @@ expert-parallel size and ZeRO stage may change between save and load.
 
 It is written to `step-00000120.partial` and renamed at the end, after `state.json`, which records
 every file's size: a checkpoint that was cut short is never taken for a whole one.
+
+Nothing here imports DeepSpeed, which takes seconds: who only reads checkpoints does not need it.
 """
 
 import json
@@ -15,7 +17,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -30,10 +32,12 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-from dsv2.engine import Engine
 from dsv2.errors import CheckpointError, UserError
-from dsv2.parallel.deepspeed_moe import Fragment, base_optimizer, fragments, refresh_model_weights
 from dsv2.parallel.mesh import Mesh
+
+if TYPE_CHECKING:
+    from dsv2.engine import Engine
+    from dsv2.parallel.deepspeed_moe import Fragment
 
 FORMAT = "dsv2-checkpoint-1"
 STATE_FILE = "state.json"
@@ -96,19 +100,19 @@ class _LoadPlanner(DefaultLoadPlanner):
         return self.state_dict[index.fqn].local
 
 
-def _moment(optimizer: torch.optim.Optimizer, fragment: Fragment, key: str) -> Tensor:
+def _moment(optimizer: torch.optim.Optimizer, fragment: "Fragment", key: str) -> Tensor:
     state = optimizer.state[fragment.owner]
     if key not in state:  # before the first step Adam has no moments yet
         state[key] = torch.zeros_like(fragment.owner.detach())
     return state[key]
 
 
-def _ranges(engine: Engine) -> dict[str, _Range]:
+def _ranges(engine: "Engine") -> dict[str, _Range]:
     """What this rank owns, as views: writing to them loads a checkpoint."""
-    optimizer = base_optimizer(engine.deepspeed)
     ranges = {}
-    for fragment in fragments(engine.deepspeed):
-        tensors = {"fp32": fragment.owner} | {key: _moment(optimizer, fragment, key) for key in MOMENTS}
+    for fragment in engine.fragments():
+        tensors = {"fp32": fragment.owner}
+        tensors |= {key: _moment(engine.optimizer, fragment, key) for key in MOMENTS}
         for key, tensor in tensors.items():
             name = f"{key}/{fragment.name}"
             ranges[name] = _Range(fragment.view(tensor), fragment.offset, fragment.total)
@@ -127,7 +131,7 @@ class CheckpointStore:
     def __init__(self, folder: Path, keep: int, settings: dict[str, Any]):
         self.folder, self.keep, self.settings = folder, keep, settings
 
-    def save(self, engine: Engine, state: RunState) -> Path:
+    def save(self, engine: "Engine", state: RunState) -> Path:
         """Write `folder/step-N` and delete all but the newest `keep` complete checkpoints. Collective.
 
         Raises:
@@ -220,7 +224,7 @@ class CheckpointStore:
                 )
         return Found(path, content["run"]["step"], warnings)
 
-    def load(self, engine: Engine, path: Path) -> RunState:
+    def load(self, engine: "Engine", path: Path) -> RunState:
         """Load weights, optimizer and random state into a new engine of any layout. Collective.
 
         From a checkpoint of another run, this run starts with a W&B run of its own.
@@ -242,9 +246,9 @@ class CheckpointStore:
             raise UserError(
                 f"checkpoint {path}: cannot be read ({_root_cause(error)}); use an older one"
             ) from error
-        for state in base_optimizer(engine.deepspeed).state.values():
+        for state in engine.optimizer.state.values():
             state["step"] = torch.tensor(content["adam_step"])  # one tensor each: they count up in place
-        refresh_model_weights(engine.deepspeed)
+        engine.refresh_weights()
         rng = torch.load(path / "rng.pt", weights_only=True)
         if len(rng) == engine.mesh.world_size:
             torch.set_rng_state(rng[engine.mesh.rank])
@@ -254,7 +258,7 @@ class CheckpointStore:
         return state
 
 
-def _write_ranges(engine: Engine, partial: Path) -> None:
+def _write_ranges(engine: "Engine", partial: Path) -> None:
     try:
         dcp.save(
             _ranges(engine),
@@ -286,9 +290,9 @@ def _root_cause(error: dcp.api.CheckpointException) -> str:
     return str(failures[0][0]) if failures else str(error)
 
 
-def _write_state(partial: Path, state: RunState, config: dict[str, Any], engine: Engine) -> None:
+def _write_state(partial: Path, state: RunState, config: dict[str, Any], engine: "Engine") -> None:
     sizes = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
-    steps = [float(s["step"]) for s in base_optimizer(engine.deepspeed).state.values() if "step" in s]
+    steps = [float(s["step"]) for s in engine.optimizer.state.values() if "step" in s]
     content = {
         "format": FORMAT,
         "run": asdict(state),

@@ -50,6 +50,22 @@ def to_plain(config: Config) -> dict[str, Any]:
     return plain  # type: ignore[return-value]
 
 
+def from_plain(plain: dict[str, Any]) -> Config:
+    """What `to_plain` made, typed again; a field that it lacks, being of an older version, has its default.
+
+    Raises:
+        UserError: a field that there is not, or a value of the wrong type.
+    """
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain))
+    except OmegaConfBaseException as error:
+        raise UserError(
+            f"a saved configuration does not fit this version: {str(error).splitlines()[0]}"
+        ) from error
+    assert isinstance(config, Config)
+    return config
+
+
 def to_yaml(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 

@@ -7,7 +7,7 @@ gradient of the mean over the global batch, whatever the layout.
 
 import contextlib
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import deepspeed
@@ -22,7 +22,15 @@ from dsv2.model.init import init_weights
 from dsv2.model.transformer import DeepseekV2, ModelOutput
 from dsv2.moe.balance import BalanceLosses
 from dsv2.moe.stats import RoutingStats
-from dsv2.parallel.deepspeed_moe import adopt, is_expert, parameter_groups
+from dsv2.parallel.deepspeed_moe import (
+    Fragment,
+    adopt,
+    base_optimizer,
+    fragments,
+    is_expert,
+    parameter_groups,
+    refresh_model_weights,
+)
 from dsv2.parallel.mesh import Mesh
 
 
@@ -111,6 +119,19 @@ class Engine:
     @property
     def model(self) -> nn.Module:
         return self.deepspeed.module
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """Adam itself; its state is keyed by `Fragment.owner`."""
+        return base_optimizer(self.deepspeed)
+
+    def fragments(self) -> Iterator[Fragment]:
+        """Every range of fp32 weights that this rank owns."""
+        return fragments(self.deepspeed)
+
+    def refresh_weights(self) -> None:
+        """Bring the model up to date after the fp32 weights were written to."""
+        refresh_model_weights(self.deepspeed)
 
     def train_step(self, micro_batches: Sequence[Batch], lr: float) -> StepResult:
         """One optimizer step over this rank's micro-batches."""

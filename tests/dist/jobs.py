@@ -7,7 +7,16 @@ import numpy as np
 import torch
 
 from data.stream import Batch
-from dsv2.config import BalanceConfig, ModelConfig, OptimConfig, ParallelConfig, Precision
+from dsv2.compose import to_plain
+from dsv2.config import (
+    BalanceConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    Precision,
+)
 
 SEQUENCE = 12  # tokens
 BATCH = 8  # sequences a step
@@ -41,7 +50,7 @@ def model_config(**changes: Any) -> ModelConfig:
     return replace(sizes, **{k: v for k, v in changes.items() if k not in balance})
 
 
-SETTINGS = {"model": {"vocab_size": 61}}  # as much of a configuration as a checkpoint wants
+SETTINGS = to_plain(Config(model=model_config(), data=DataConfig(path="nowhere")))
 OPTIM = OptimConfig(lr=3e-3, grad_clip=0.5, batch_size=BATCH)
 
 
