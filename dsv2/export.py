@@ -61,13 +61,14 @@ def export(
     model = reader.config.model
     check_exportable(model)
     pieces = _tokenizer(reader, tokenizer)
-    ids = {"bos_token_id": pieces.bos_id, "eos_token_id": pieces.eos_id}
+    config = published_config(model, pieces.bos_id, pieces.eos_id, DTYPES[dtype])
     partial = out.with_name(f"{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
     try:
         partial.mkdir(parents=True)
         write_tokenizer(pieces, model.max_position_embeddings, partial)
-        _write_json(partial / "config.json", published_config(model, dtype=DTYPES[dtype], **ids))
+        _write_json(partial / "config.json", config)
+        ids = {name: config[name] for name in ("bos_token_id", "eos_token_id")}
         _write_json(partial / "generation_config.json", ids)
         _write_weights(reader, model_outline(model), DTYPES[dtype], int(shard_gb * GB), partial)
         os.rename(partial, out)

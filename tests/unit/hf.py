@@ -1,4 +1,4 @@
-"""What the tests of Hugging Face folders share: our model with odd weights, and the same in `transformers`."""
+"""What tests of Hugging Face folders share: our model with odd weights, and transformers' with the same."""
 
 from typing import Any
 

@@ -123,7 +123,9 @@ def test_speeds_and_scales_at_the_published_size(rope_scaling: RopeScalingConfig
 @pytest.mark.parametrize("rope_scaling", [None, YARN], ids=["plain", "yarn"])
 def test_their_angles_are_rounded_to_fp32(rope_scaling: RopeScalingConfig | None) -> None:
     """Far out that alone takes their logits beyond the bound: with exact angles they are within it."""
-    config = hf_tiny(num_hidden_layers=2, num_attention_heads=2, qk_rope_head_dim=16, rope_scaling=rope_scaling)
+    config = hf_tiny(
+        num_hidden_layers=2, num_attention_heads=2, qk_rope_head_dim=16, rope_scaling=rope_scaling
+    )
     ours = our_model(config).eval()
     theirs = their_model(ours)
     ids, first = tokens(config, 1, 63)[:, :-1], 100_000
