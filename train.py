@@ -63,10 +63,9 @@ def train(config: Config) -> None:
     engine = Engine(model, config.optim, parallel, mesh)
     stream = build_stream(config.data, config.model.vocab_size, rank, world_size, mesh.cpu_group)
     evaluator = Evaluator(engine, config)
-    state = RunState()
-    if found:
-        state = store.load(engine, found.path)
-        stream.load_state_dict(state.data or {})
+    state = store.load(engine, found.path) if found else RunState()
+    if state.data is not None:
+        stream.load_state_dict(state.data)
 
     with Monitor(config, mesh, run_dir, state, found) as monitor, StopSignals(mesh) as stop:
         for plan in plan_steps(config.optim, config.data.sequence_length, state.step, state.tokens):

@@ -320,7 +320,8 @@ def _check_fingerprint(there: dict[str, Any], here: dict[str, Any]) -> None:
     if keys:
         differences = "; ".join(f"data.{key} was {there.get(key)!r}, is {here.get(key)!r}" for key in keys)
         raise UserError(
-            f"the checkpoint is of other data: {differences}; use those again, or start a new run"
+            f"the checkpoint is of other data: {differences}; use those again, or start another run, "
+            "from this checkpoint's weights with resume=PATH new_stage=true name=NAME"
         )
 
 

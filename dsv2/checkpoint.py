@@ -32,6 +32,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
+from dsv2.compose import to_plain
+from dsv2.config import Config
 from dsv2.errors import CheckpointError, UserError
 from dsv2.parallel.mesh import Mesh
 
@@ -58,7 +60,7 @@ class Found(NamedTuple):
     """A checkpoint to go on from."""
 
     path: Path
-    step: int  # optimizer steps done
+    step: int  # the run's own optimizer steps done: 0 where a stage begins
     warnings: list[str]  # about damaged ones that were passed over
 
 
@@ -126,6 +128,7 @@ class CheckpointStore:
         folder: where they lie.
         keep: newest complete checkpoints that stay when another is saved.
         settings: the run's whole configuration, plain; saved along, and its model's sizes compared.
+            With its `new_stage`, another run's checkpoint gives weights and moments only.
     """
 
     def __init__(self, folder: Path, keep: int, settings: dict[str, Any]):
@@ -190,7 +193,7 @@ class CheckpointStore:
         if resume != "auto":
             given = Path(resume)
             content = check(given)
-            is_own = given.resolve().parent == self.folder.resolve()
+            is_own = self._is_own(given)
             if is_own and given.name != present[0].name:
                 raise UserError(
                     f"resume={resume}: this run has the newer {present[0].name}, which would be overwritten; "
@@ -213,21 +216,32 @@ class CheckpointStore:
             )
         return None
 
+    def _is_own(self, path: Path) -> bool:
+        return path.resolve().parent == self.folder.resolve()
+
+    def _begins_stage(self, path: Path) -> bool:
+        return bool(self.settings.get("new_stage")) and not self._is_own(path)
+
     def _found(self, path: Path, content: dict[str, Any], warnings: list[str]) -> Found:
-        """Refuse a checkpoint of another model; the balance recipe and the longest length may change."""
-        saved = content["config"]["model"]
+        """Refuse a checkpoint of another model. The balance recipe and the longest length may change; RoPE's
+        scaling at the start of a new stage."""
+        stage = self._begins_stage(path)
+        may_change = {"balance", "max_position_embeddings"} | ({"rope_scaling"} if stage else set())
+        saved = to_plain(Config())["model"] | content["config"]["model"]  # older ones have fewer fields
         for key, value in self.settings["model"].items():
-            if key not in ("balance", "max_position_embeddings") and saved.get(key) != value:
+            if key not in may_change and saved.get(key) != value:
                 raise UserError(
                     f"model.{key}={value}: the checkpoint {path} was saved with {saved.get(key)}; "
                     "use that, or start another run with name=NAME"
+                    + (", from its weights with new_stage=true" if key == "rope_scaling" else "")
                 )
-        return Found(path, content["run"]["step"], warnings)
+        return Found(path, 0 if stage else content["run"]["step"], warnings)
 
     def load(self, engine: "Engine", path: Path) -> RunState:
         """Load weights, optimizer and random state into a new engine of any layout. Collective.
 
-        From a checkpoint of another run, this run starts with a W&B run of its own.
+        From a checkpoint of another run, this run starts with a W&B run of its own, and in a new stage
+        with no steps, tokens and data behind it.
 
         Raises:
             UserError: damaged.
@@ -252,8 +266,8 @@ class CheckpointStore:
         rng = torch.load(path / "rng.pt", weights_only=True)
         if len(rng) == engine.mesh.world_size:
             torch.set_rng_state(rng[engine.mesh.rank])
-        state = RunState(**content["run"])
-        if path.parent.resolve() != self.folder.resolve():
+        state = RunState() if self._begins_stage(path) else RunState(**content["run"])
+        if not self._is_own(path):
             state.wandb_id = None
         return state
 

@@ -165,6 +165,9 @@ class Config:
     seed: int = 0  # initial weights
     init_from: str | None = None  # a Hugging Face folder to start from; a checkpoint that is found goes first
     resume: str = "auto"  # auto: newest complete checkpoint of this run; never; or a checkpoint's path
+    # With resume=PATH of another run: only its weights and Adam's moments are taken. Steps, tokens, schedule
+    # and data start at the beginning, so all of them may be others, and so may model.rope_scaling.
+    new_stage: bool = False
     stop_step: int | None = None  # save and stop after this step; the schedule stays that of the whole run
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -40,6 +40,7 @@ class Monitor:
         self._peak = peak_flops(torch.cuda.get_device_name(mesh.device)) if on_gpu else None
         self._window: RoutingStats | None = None
         self._first_step = state.step
+        self._begun_from = found.path if found and found.step == 0 else None
         for warning in found.warnings if found else []:
             self.note(f"warning: {warning}")
         if found and config.init_from:
@@ -68,6 +69,7 @@ class Monitor:
             layout=layout_text(config, self.mesh),
             run_dir=self.run_dir,
             resumed_step=resumed,
+            begun_from=self._begun_from,
             dashboard=self.tracker.dashboard_hint,
         ):
             self.note(line)

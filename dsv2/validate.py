@@ -67,6 +67,8 @@ def validate(config: Config, world_size: int) -> None:
     _require_positive("checkpoint", config.checkpoint, ["keep"])
     if not config.name or "/" in config.name or config.name.startswith("."):
         _refuse("name", repr(config.name), "must be a plain folder name, such as my-run")
+    if config.new_stage and config.resume in ("auto", "never"):
+        _refuse("resume", config.resume, "must be the path of a checkpoint to start from with new_stage=true")
     if config.stop_step is not None and config.stop_step < 1:
         _refuse("stop_step", config.stop_step, "must be at least 1, or null")
 

@@ -294,6 +294,39 @@ def test_start_from_another_runs_checkpoint(command, tmp_path):
     assert ids[0] != ids[1], "another run is another W&B run"
 
 
+def test_long_context_stage(command, tmp_path):
+    """YaRN at twice the length: weights and moments come along; steps, tokens and data start anew."""
+    run(command("short", "stop_step=12"))
+    source = tmp_path / "short" / "checkpoints" / "step-00000012"
+    lr = 1e-4
+    stage = ["experiment=long_context", "model=debug", "parallel=default", f"resume={source}"]
+    stage += ["model.max_position_embeddings=64", "data.sequence_length=64", "optim.warmup_steps=0"]
+    stage += ["model.rope_scaling.original_max_position_embeddings=32", "model.rope_scaling.factor=2"]
+    stage += ["optim.total_tokens=4096", f"optim.lr={lr}", "optim.decay_at=[]", "checkpoint.every=1"]
+    output = run(command("long", *stage, "stop_step=2"))
+    assert f"begun with the weights of {source}" in output
+    before, after = weights(tmp_path / "short", 12), weights(tmp_path / "long", 1)
+    assert before.keys() == after.keys()
+    for name, tensor in after.items():
+        if name.startswith("fp32/"):
+            assert (tensor - before[name]).abs().max() < 10 * lr, f"{name}: one step away"
+        if name.startswith("exp_avg_sq/"):
+            assert (tensor >= 0.949 * before[name]).all(), f"{name}: 0.95 of it, and a new square"
+    assert any((before[name] > 0).any() for name in before if name.startswith("exp_avg_sq/"))
+
+    assert "resumed after step 2" in run(command("long", *stage))
+    long = tmp_path / "long"
+    assert list(scalars(long, "train/tokens").values()) == [512 * step for step in range(1, 9)]
+    assert set(scalars(long, "train/lr").values()) == {lr}
+    state = json.loads((long / "checkpoints" / "step-00000008" / "state.json").read_text())
+    assert state["adam_step"] == 12 + 8
+    assert state["run"]["data"]["consumed"] == 8 * 8
+    assert state["run"]["data"]["fingerprint"]["sequence_length"] == 64
+    # Twice the length and other frequencies cost little: the loss is far from where pretraining began.
+    short_losses, long_losses = scalars(tmp_path / "short", "train/loss"), scalars(long, "train/loss")
+    assert abs(long_losses[1] - short_losses[12]) < 0.25 * (short_losses[1] - short_losses[12])
+
+
 def test_damaged_checkpoint_falls_back_and_resume_never_overwrites_nothing(command, tmp_path):
     run(command("torn", "stop_step=6"))
     newest = tmp_path / "torn" / "checkpoints" / "step-00000006"

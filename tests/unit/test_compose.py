@@ -42,6 +42,7 @@ MISTAKES = {
     "model.rope_scaling.factor=2": ["plain RoPE has no such field; choose rope_scaling=yarn too"],
     "model.rope_scaling={factor:2}": ["plain RoPE has no such field; choose rope_scaling=yarn too"],
     "optim=null": ["optim"],
+    "experiment=long_context": ["data.path: must be given, as data.path=VALUE"],
     "data=local": ["data.path: must be given, as data.path=VALUE"],
     # syntax
     "optim.lr": ["optim.lr"],

@@ -2,6 +2,7 @@
 
 import dataclasses
 import typing
+from dataclasses import replace
 from functools import reduce
 from typing import Any
 
@@ -22,6 +23,7 @@ EXPERIMENTS = sorted(path.stem for path in (REPO / "conf/experiment").glob("*.ya
 NEEDED = {  # what a shipped choice leaves to the user
     "data=local": ["data.path=somewhere"],
     "data=hf_stream": ["data.dataset=json", "data.tokenizer=somewhere.model"],
+    "experiment=long_context": ["resume=somewhere", "data.path=somewhere"],
 }
 
 AT_LEAST_ONE = [
@@ -305,7 +307,29 @@ def test_every_shipped_choice_is_valid(choice):
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_is_valid(experiment):
-    validate(compose_config(f"experiment={experiment}"), 2)
+    choice = f"experiment={experiment}"
+    validate(compose_config(choice, *NEEDED.get(choice, [])), 2)
+
+
+def test_long_context_is_the_papers_stage():
+    """Section 3.1.4: 1000 steps of 576 sequences of 32K tokens; the context grows from 4K to 160K."""
+    config = compose_config("experiment=long_context", *NEEDED["experiment=long_context"])
+    assert config.optim.total_tokens == 1000 * 576 * config.data.sequence_length == 1000 * 576 * 2**15
+    assert config.optim.batch_size == 576
+    assert config.model == replace(
+        compose_config("model=v2").model,
+        rope_scaling=RopeScalingConfig(),
+        max_position_embeddings=160 * 2**10,
+    )
+    lite = compose_config("experiment=long_context", "model=lite", *NEEDED["experiment=long_context"]).model
+    assert (lite.hidden_size, lite.max_position_embeddings) == (2048, 160 * 2**10)
+
+
+@pytest.mark.parametrize("resume", ["auto", "never"])
+def test_a_new_stage_needs_a_checkpoint(resume):
+    """Else it would train random weights for a long context."""
+    message = refusal(("new_stage", True), ("resume", resume))
+    assert message.startswith(f"resume={resume}: must be the path of a checkpoint")
 
 
 def test_shipped_values_arrive():

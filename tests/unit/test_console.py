@@ -117,6 +117,8 @@ def test_start_lines():
     resumed = start_lines(**facts, resumed_step=120)
     assert resumed[3] == "  files   runs/quickstart, resumed after step 120"
     assert resumed[:3] + resumed[4:] == fresh[:3] + fresh[4:]
+    begun = start_lines(**facts, resumed_step=None, begun_from=Path("runs/a/checkpoints/step-9"))
+    assert begun[3] == "  files   runs/quickstart, begun with the weights of runs/a/checkpoints/step-9"
 
 
 @pytest.mark.parametrize(
