@@ -129,8 +129,9 @@ def _write_weights(
         shard = dict(next(tensors) for _ in names)
         assert list(shard) == names
         save_file(shard, folder / file, metadata={"format": "pt"})
+        shutil.copymode(folder / "config.json", folder / file)  # it makes files that only their owner reads
         weight_map |= dict.fromkeys(names, file)
-        print(f"{file}: {len(names)} tensors, {sum(sizes[name] for name in names) / GB:.3f} GB", flush=True)
+        print(f"{file}: {len(names)} tensors, {sum(sizes[name] for name in names) / 1e6:.1f} MB", flush=True)
         del shard  # before the next one is gathered
     total = {"total_parameters": sum(numbers.values()), "total_size": sum(sizes.values())}
     _write_json(folder / "model.safetensors.index.json", {"metadata": total, "weight_map": weight_map})

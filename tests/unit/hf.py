@@ -1,22 +1,29 @@
 """What tests of Hugging Face folders share: our model with odd weights, and transformers' with the same."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
 
-from dsv2.config import ModelConfig
+from data.tokenizer import train_tokenizer
+from dsv2.config import Config, DataConfig, DataSource, ModelConfig
+from dsv2.export import export
 from dsv2.hf.config import published_config
 from dsv2.hf.names import published_parts
 from dsv2.model.init import init_weights
 from dsv2.model.transformer import DeepseekV2
-from tests.unit.helpers import tiny_config
+from tests.unit.helpers import save_checkpoint, tiny_config
+from tests.unit.test_data_tokenizer import SENTENCES
+
+TOKENIZER_PIECES = 320
 
 
 def hf_tiny(**changes: Any) -> ModelConfig:
     """Every size different; `transformers` wants hidden_size to be a multiple of the heads."""
-    return tiny_config(**{"hidden_size": 24, "max_position_embeddings": 163840} | changes)
+    sizes = {"hidden_size": 24, "max_position_embeddings": 163840, "vocab_size": 324}
+    return tiny_config(**sizes | changes)
 
 
 def our_model(config: ModelConfig) -> DeepseekV2:
@@ -56,3 +63,27 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     missing = [name for name, gradient in found.items() if gradient is None]
     assert not missing, missing
     return {name: gradient for name, gradient in found.items() if gradient is not None}
+
+
+def published_checkpoint(folder: Path, model: DeepseekV2, step: int = 7) -> Path:
+    """A checkpoint of the model, `folder/step-N`, whose run had the tokenizer beside it."""
+    tokenizer = folder / "tokenizer.model"
+    data = DataConfig(source=DataSource.hf_stream, path="", dataset="json", tokenizer=str(tokenizer))
+    if not tokenizer.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        train_tokenizer(SENTENCES * 5, TOKENIZER_PIECES, tokenizer)
+    return save_checkpoint(folder / f"step-{step:08d}", model, Config(model=model.config, data=data))
+
+
+def exported_folder(folder: Path, model: DeepseekV2, dtype: str = "fp32", **options: Any) -> Path:
+    """The model as `python -m dsv2.export` writes it."""
+    export(published_checkpoint(folder / "saved", model), folder / "exported", dtype, **options)
+    return folder / "exported"
+
+
+def assert_same_weights(one: nn.Module, other: nn.Module) -> None:
+    parameters = dict(other.named_parameters())
+    assert len(parameters) > 20
+    for name, parameter in one.named_parameters():
+        assert torch.equal(parameter, parameters.pop(name)), name
+    assert not parameters
