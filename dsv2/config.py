@@ -20,6 +20,14 @@ class DataSource(enum.Enum):
     hf_stream = "hf_stream"  # a Hugging Face hub dataset, streamed and tokenised on the fly
 
 
+class AttentionKind(enum.Enum):
+    mla = "mla"  # Multi-head Latent Attention (section 2.1)
+    # What the paper measures it against (appendix D): heads as wide as qk_nope_head_dim, RoPE on all of that.
+    mha = "mha"  # a key and a value head for every query head
+    gqa = "gqa"  # num_key_value_heads of them, each shared by as many query heads
+    mqa = "mqa"  # one of each
+
+
 class WandbMode(enum.Enum):
     auto = "auto"  # online if logged in, else offline; never a prompt
     offline = "offline"
@@ -64,11 +72,13 @@ class ModelConfig:
     vocab_size: int = 4096
     hidden_size: int = 192
     num_hidden_layers: int = 4
+    attention: AttentionKind = AttentionKind.mla
     num_attention_heads: int = 4
-    q_lora_rank: int | None = None  # None: queries come straight from the hidden state
-    kv_lora_rank: int = 64
+    num_key_value_heads: int | None = None  # gqa only, and given there
+    q_lora_rank: int | None = None  # mla only; None: queries come straight from the hidden state
+    kv_lora_rank: int = 64  # mla only
     qk_nope_head_dim: int = 32
-    qk_rope_head_dim: int = 16
+    qk_rope_head_dim: int = 16  # mla only
     v_head_dim: int = 32
     intermediate_size: int = 512  # width of the dense FFN
     moe_intermediate_size: int = 96  # width of one expert

@@ -2,7 +2,15 @@
 
 import math
 
-from dsv2.config import Config, DataSource, ModelConfig, OptimConfig, Precision, RopeScalingConfig
+from dsv2.config import (
+    AttentionKind,
+    Config,
+    DataSource,
+    ModelConfig,
+    OptimConfig,
+    Precision,
+    RopeScalingConfig,
+)
 from dsv2.errors import UserError
 
 
@@ -101,8 +109,38 @@ def _validate_model(model: ModelConfig) -> None:
             model.first_k_dense_replace,
             f"must leave at least one MoE layer of model.num_hidden_layers={model.num_hidden_layers}",
         )
+    _validate_attention(model)
     if model.rope_scaling is not None:
         _validate_rope_scaling(model, model.rope_scaling)
+
+
+def _validate_attention(model: ModelConfig) -> None:
+    kind, heads, groups = model.attention, model.num_attention_heads, model.num_key_value_heads
+    if kind is AttentionKind.gqa:
+        if groups is None or groups < 1 or heads % groups:
+            _refuse(
+                "model.num_key_value_heads",
+                groups,
+                f"must divide model.num_attention_heads={heads} with model.attention=gqa: "
+                f"one of {_divisors(heads)}",
+            )
+    elif groups is not None:
+        _refuse("model.num_key_value_heads", groups, "must be null but with model.attention=gqa")
+    if kind is AttentionKind.mla:
+        return
+    if model.v_head_dim != model.qk_nope_head_dim:
+        _refuse(
+            "model.v_head_dim",
+            model.v_head_dim,
+            f"must be model.qk_nope_head_dim={model.qk_nope_head_dim} with model.attention={kind.value}: "
+            "its heads have one width",
+        )
+    if model.qk_nope_head_dim % 2:
+        _refuse(
+            "model.qk_nope_head_dim",
+            model.qk_nope_head_dim,
+            f"must be even with model.attention={kind.value}: RoPE turns pairs of the whole head",
+        )
 
 
 def _validate_rope_scaling(model: ModelConfig, scaling: RopeScalingConfig) -> None:

@@ -1,10 +1,17 @@
 """Causal softmax attention with a head width of queries and keys that may differ from the values'.
 
-Shapes: B batch, S sequence, H heads, Q width of a query and key head, V width of a value head.
+Shapes: B batch, S sequence, T cached places, H heads, Q width of a query and key head, V width of a
+value head.
 """
 
 import torch.nn.functional as F
 from torch import Tensor
+
+
+def masked_softmax(scores_BHT: Tensor, visible_BT: Tensor) -> Tensor:
+    """Softmax over the places that are visible (bool), in fp32, returned in the scores' dtype."""
+    hidden_B1T = ~visible_BT.unsqueeze(1)
+    return scores_BHT.float().masked_fill(hidden_B1T, float("-inf")).softmax(dim=-1).to(scores_BHT.dtype)
 
 
 def causal_attention(q_BSHQ: Tensor, k_BSHQ: Tensor, v_BSHV: Tensor, scale: float) -> Tensor:

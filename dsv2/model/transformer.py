@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dsv2.config import ModelConfig
-from dsv2.model.mla import MultiHeadLatentAttention
+from dsv2.model.attention import build_attention, rotary_width
 from dsv2.model.rope import rope_tables
 from dsv2.moe.balance import BalanceLosses
 from dsv2.moe.experts import SwiGLU
@@ -27,7 +27,7 @@ class DecoderLayer(nn.Module):
     def __init__(self, config: ModelConfig, dense: bool, ep_group: dist.ProcessGroup | None):
         super().__init__()
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.self_attn = MultiHeadLatentAttention(config)
+        self.self_attn = build_attention(config)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = (
             SwiGLU(config.hidden_size, config.intermediate_size) if dense else MoELayer(config, ep_group)
@@ -37,6 +37,12 @@ class DecoderLayer(nn.Module):
         self, x_BSD: Tensor, cos_SP: Tensor, sin_SP: Tensor, sequence_ids_B: Tensor
     ) -> tuple[Tensor, BalanceLosses | None, RoutingStats | None]:
         x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), cos_SP, sin_SP)
+        return self.feed_forward(x_BSD, sequence_ids_B)
+
+    def feed_forward(
+        self, x_BSD: Tensor, sequence_ids_B: Tensor
+    ) -> tuple[Tensor, BalanceLosses | None, RoutingStats | None]:
+        """What follows the attention."""
         normed_BSD = self.post_attention_layernorm(x_BSD)
         if isinstance(self.mlp, MoELayer):
             out = self.mlp(normed_BSD, sequence_ids_B)
@@ -81,15 +87,17 @@ class DeepseekV2(nn.Module):
         self.model = Decoder(config, ep_group)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
+    def rope_tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin for tokens at these positions, fp32 [..., P]."""
+        config = self.config
+        return rope_tables(positions, rotary_width(config), config.rope_theta, config.rope_scaling)
+
     def hidden_states(
         self, input_ids_BS: Tensor, sequence_ids_B: Tensor
     ) -> tuple[Tensor, list[BalanceLosses], list[RoutingStats]]:
         """[B, S, D] after the last norm, with every MoE layer's losses and statistics."""
         x_BSD = self.model.embed_tokens(input_ids_BS)
-        config, positions_S = self.config, torch.arange(input_ids_BS.shape[1], device=x_BSD.device)
-        cos_SP, sin_SP = rope_tables(
-            positions_S, config.qk_rope_head_dim, config.rope_theta, config.rope_scaling
-        )
+        cos_SP, sin_SP = self.rope_tables(torch.arange(input_ids_BS.shape[1], device=x_BSD.device))
         losses, stats = [], []
         for layer in self.model.layers:
             if self.recompute and self.training:

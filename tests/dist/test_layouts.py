@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dsv2.config import AttentionKind
 from tests.dist import jobs
 
 STEPS = 4
@@ -104,6 +105,15 @@ def test_dropping_ranks_over_the_whole_ep_group(train):
 def test_expert_groups_are_independent_of_the_layout(train, n_group, topk_group, ep):
     changes = {"n_group": n_group, "topk_group": topk_group}
     got = train(4, ep=ep, stage=1, micro_batch=1, **changes)
+    _assert_same(got, _reference(1, tuple(changes.items())))
+
+
+@pytest.mark.parametrize(("ep", "stage"), [(2, 1), (2, 3)])
+def test_grouped_query_attention_equals_one_process(train, ep, stage):
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "v_head_dim": 8}
+    changes: dict[str, Any] = {"attention": AttentionKind.gqa} | heads
+    got = train(2, ep=ep, stage=stage, micro_batch=2, **changes)
+    assert got.weights["model.layers.1.self_attn.k_proj.weight"].size == 2 * 8 * 24
     _assert_same(got, _reference(1, tuple(changes.items())))
 
 

@@ -12,7 +12,7 @@ from hypothesis import settings
 
 from dsv2.checkpoint import FORMAT
 from dsv2.compose import register_schema, to_config, to_plain
-from dsv2.config import BalanceConfig, Config, ModelConfig, RopeScalingConfig
+from dsv2.config import AttentionKind, BalanceConfig, Config, ModelConfig, RopeScalingConfig
 from dsv2.model.transformer import DeepseekV2
 
 REPO = Path(__file__).parents[2]
@@ -30,6 +30,21 @@ YARN = RopeScalingConfig(
     mscale=2.0,
     mscale_all_dim=0.5,
 )
+
+
+# Every kind of attention, as changes to `tiny_config`. gqa: 2 keys for 6 heads, so 2 groups of 3.
+KINDS: dict[str, dict[str, Any]] = {
+    "mla": {},
+    "mla without query compression": {"q_lora_rank": None},
+    "mha": {"attention": AttentionKind.mha, "v_head_dim": 8},
+    "gqa": {
+        "attention": AttentionKind.gqa,
+        "v_head_dim": 8,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+    },
+    "mqa": {"attention": AttentionKind.mqa, "v_head_dim": 8},
+}
 
 
 def tiny_config(**changes: Any) -> ModelConfig:

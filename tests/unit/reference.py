@@ -107,6 +107,27 @@ def mla(h: Array, w: Weights, config) -> Array:
     return np.array(outputs)
 
 
+def gqa(h: Array, w: Weights, config) -> Array:
+    """Heads of one width, of which query head i reads key and value head i * G // H; tokens h [S, D]."""
+    heads, width = config.num_attention_heads, config.qk_nope_head_dim
+    groups = {"mha": heads, "gqa": config.num_key_value_heads, "mqa": 1}[config.attention.value]
+    turning = (config.rope_theta, config.rope_scaling)
+    w_q = w["q_proj.weight"].reshape(heads, width, -1)
+    w_k, w_v = (w[f"{name}_proj.weight"].reshape(groups, width, -1) for name in "kv")
+    outputs = []
+    for t in range(len(h)):
+        out_of_heads = []
+        for i in range(heads):
+            g = i * groups // heads
+            q = rope(w_q[i] @ h[t], t, *turning)
+            scale = softmax_scale(width, config.rope_scaling)
+            scores = [q @ rope(w_k[g] @ h[j], j, *turning) * scale for j in range(t + 1)]
+            values = np.array([w_v[g] @ h[j] for j in range(t + 1)])
+            out_of_heads.append(softmax(np.array(scores)) @ values)
+        outputs.append(w["o_proj.weight"] @ np.concatenate(out_of_heads))
+    return np.array(outputs)
+
+
 def swiglu(u: Array, gate: Array, up: Array, down: Array) -> Array:
     g = gate @ u
     return down @ (g / (1 + np.exp(-g)) * (up @ u))
@@ -185,7 +206,8 @@ def transformer(ids: Sequence[int], w: Weights, config) -> Array:
     for layer in range(config.num_hidden_layers):
         lw = below(w, f"model.layers.{layer}.")
         normed = np.array([rms_norm(row, lw["input_layernorm.weight"], eps) for row in x])
-        x = x + mla(normed, below(lw, "self_attn."), config)
+        attention = mla if config.attention.value == "mla" else gqa
+        x = x + attention(normed, below(lw, "self_attn."), config)
         normed = np.array([rms_norm(row, lw["post_attention_layernorm.weight"], eps) for row in x])
         ffn = below(lw, "mlp.")
         if layer < config.first_k_dense_replace:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dsv2.compose import field_types, to_plain, to_yaml
-from dsv2.config import Config, DataSource, Precision, RopeScalingConfig
+from dsv2.config import AttentionKind, Config, DataSource, Precision, RopeScalingConfig
 from dsv2.errors import UserError
 from dsv2.validate import validate
 from tests.unit.helpers import REPO, compose_config
@@ -179,6 +179,39 @@ def test_a_moment_that_never_moves(name):
             "data.sequence_length=4097: must be at most model.max_position_embeddings=4096",
         ),
         (
+            [("model.attention", AttentionKind.gqa)],
+            "model.num_key_value_heads=None: must divide model.num_attention_heads=4 with "
+            "model.attention=gqa: one of 1, 2, 4",
+        ),
+        (
+            [("model.attention", AttentionKind.gqa), ("model.num_key_value_heads", 3)],
+            "model.num_key_value_heads=3: must divide model.num_attention_heads=4 with "
+            "model.attention=gqa: one of 1, 2, 4",
+        ),
+        (
+            [("model.attention", AttentionKind.gqa), ("model.num_key_value_heads", 0)],
+            "model.num_key_value_heads=0: must divide model.num_attention_heads=4 with "
+            "model.attention=gqa: one of 1, 2, 4",
+        ),
+        (
+            [("model.attention", AttentionKind.mqa), ("model.num_key_value_heads", 2)],
+            "model.num_key_value_heads=2: must be null but with model.attention=gqa",
+        ),
+        (
+            [("model.attention", AttentionKind.mha), ("model.v_head_dim", 16)],
+            "model.v_head_dim=16: must be model.qk_nope_head_dim=32 with model.attention=mha: its heads have "
+            "one width",
+        ),
+        (
+            [
+                ("model.attention", AttentionKind.mha),
+                ("model.v_head_dim", 7),
+                ("model.qk_nope_head_dim", 7),
+            ],
+            "model.qk_nope_head_dim=7: must be even with model.attention=mha: RoPE turns pairs of the whole "
+            "head",
+        ),
+        (
             [("model.rope_scaling.beta_fast", 1.0)],
             "model.rope_scaling.beta_fast=1.0: must be above beta_slow=1.0",
         ),
@@ -290,6 +323,8 @@ def test_impossible_layouts(world_size, changes, message):
         (1, [("parallel.zero_stage", 0)]),
         (1, [("model.rope_scaling.factor", 2.0), ("model.max_position_embeddings", 8192)]),
         (1, [("model.rope_scaling.factor", 1.0)]),
+        (1, [("model.attention", AttentionKind.gqa), ("model.num_key_value_heads", 2)]),
+        (1, [("model.attention", AttentionKind.mqa), ("model.q_lora_rank", None)]),
     ],
 )
 def test_limits_are_allowed(world_size, changes):
@@ -393,6 +428,7 @@ def test_every_number_is_checked():
     free = {"model.balance.exempt_seed", "seed", "parallel.zero_stage", "optim.batch_size_start"}
     covered = {*AT_LEAST_ONE, *AT_LEAST_ZERO, *ABOVE_ZERO, *FRACTIONS, *free}
     covered |= {"model.num_hidden_layers", "model.first_k_dense_replace"}
+    covered |= {"model.num_key_value_heads"}
     covered |= {f"model.rope_scaling.{name}" for name in ("beta_fast", "original_max_position_embeddings")}
     numbers = {
         name

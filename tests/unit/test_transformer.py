@@ -13,7 +13,7 @@ from dsv2.moe.experts import SwiGLU
 from dsv2.moe.layer import MoELayer
 from dsv2.moe.stats import RoutingStats
 from tests.unit import reference
-from tests.unit.helpers import YARN, tiny_config
+from tests.unit.helpers import KINDS, YARN, tiny_config
 
 SEQUENCES, LENGTH = 2, 9
 
@@ -35,11 +35,10 @@ def batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return ids[:, :-1], ids[:, 1:], torch.arange(SEQUENCES)
 
 
-@pytest.mark.parametrize(
-    "changes", [{"q_lora_rank": None}, {"q_lora_rank": 14}, {"rope_scaling": YARN, "rope_theta": 100.0}]
-)
-def test_logits_against_the_equations(changes):
-    model = make_model(**changes).eval()
+@pytest.mark.parametrize("scaling", [None, YARN])
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_against_the_equations(kind, scaling):
+    model = make_model(**KINDS[kind], rope_scaling=scaling, rope_theta=100.0).eval()
     ids, _, sequence_ids = batch()
     logits = model(ids, None, sequence_ids)
     assert logits.dtype == torch.float32
@@ -47,8 +46,9 @@ def test_logits_against_the_equations(changes):
     for b in range(SEQUENCES):
         expected = reference.transformer(ids[b].tolist(), weights, model.config)
         assert np.abs(expected).max() > 1
-        # Rotation, affinities and the experts' sum are fp32, and errors pass through three layers.
-        np.testing.assert_allclose(logits[b].detach().numpy(), expected, atol=2e-5)
+        # Rotation, affinities and the experts' sum are fp32, and errors pass through three layers
+        # and softmaxes, which YaRN makes sharper.
+        np.testing.assert_allclose(logits[b].detach().numpy(), expected, atol=5e-5)
 
 
 def test_loss_is_cross_entropy_plus_balance_summed_over_layers():
@@ -108,9 +108,10 @@ def test_causality():
     assert ((before - after)[:, 5:].abs().amax(dim=-1) > 1e-3).all()
 
 
-def test_every_parameter_has_a_finite_gradient():
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_parameter_has_a_finite_gradient(kind):
     """Not zero either, but for words that do not occur and experts without a token."""
-    model = make_model()
+    model = make_model(**KINDS[kind])
     out = model(*batch())
     out.loss.backward()
     for name, p in model.named_parameters():
