@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dsv2.config import ModelConfig, RopeScalingConfig
+from dsv2.config import AttentionKind, ModelConfig, RopeScalingConfig
 from dsv2.errors import UserError
 
 ARCHITECTURE = "DeepseekV2ForCausalLM"
@@ -49,18 +49,19 @@ _YARN = tuple(RopeScalingConfig.__dataclass_fields__)
 
 def check_exportable(model: ModelConfig) -> None:
     """Refuse a model that the published architecture has no words for; UserError names the field."""
-    reasons = {
-        "n_shared_experts": (model.n_shared_experts > 0, "at least 1"),
-        "hidden_size": (
-            model.hidden_size % model.num_attention_heads == 0,
-            f"a multiple of model.num_attention_heads={model.num_attention_heads}",
-        ),
-    }
-    for name, (fits, wanted) in reasons.items():
+    attention, shared, hidden, heads = (
+        model.attention,
+        model.n_shared_experts,
+        model.hidden_size,
+        model.num_attention_heads,
+    )
+    for fits, given, wanted in (
+        (attention is AttentionKind.mla, f"attention={attention.value}", "mla only"),
+        (shared > 0, f"n_shared_experts={shared}", "at least 1"),
+        (hidden % heads == 0, f"hidden_size={hidden}", f"a multiple of num_attention_heads={heads}"),
+    ):
         if not fits:
-            raise UserError(
-                f"model.{name}={getattr(model, name)}: Hugging Face's {ARCHITECTURE} takes {wanted}"
-            )
+            raise UserError(f"model.{given}: Hugging Face's {ARCHITECTURE} takes {wanted}")
 
 
 def published_config(model: ModelConfig, bos_id: int, eos_id: int, dtype: str) -> dict[str, Any]:
@@ -128,9 +129,9 @@ def compare_config(content: dict[str, Any], model: ModelConfig, folder: Path) ->
     Raises:
         UserError: names the field of config.json, its value, and that of this run.
     """
-    theirs = {name: content.get(name) for name in _SAME}
+    theirs = {"attention": AttentionKind.mla.value} | {name: content.get(name) for name in _SAME}
     theirs |= {name: content.get(name, usual) for name, usual in _ALWAYS.items()}
-    ours = {name: getattr(model, name) for name in _SAME} | _ALWAYS
+    ours = {"attention": model.attention.value} | {name: getattr(model, name) for name in _SAME} | _ALWAYS
     theirs["num_key_value_heads"] = content.get("num_key_value_heads") or theirs["num_attention_heads"]
     ours["num_key_value_heads"] = model.num_attention_heads
     theirs["topk_method"], ours["topk_method"] = content.get("topk_method", "greedy"), _topk_method(model)

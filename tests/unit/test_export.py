@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV2ForCausa
 
 from data.tokenizer import load_tokenizer, train_tokenizer
 from dsv2 import export as export_module
-from dsv2.config import ModelConfig, RopeScalingConfig
+from dsv2.config import AttentionKind, ModelConfig, RopeScalingConfig
 from dsv2.errors import UserError
 from dsv2.export import export, main, plan_shards
 from dsv2.hf.config import check_exportable, compare_config, published_config
@@ -227,8 +227,12 @@ def test_the_published_configurations(name: str, published: dict[str, Any]) -> N
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
+        (
+            {"attention": AttentionKind.mqa, "qk_nope_head_dim": 6, "v_head_dim": 6},
+            r"model\.attention=mqa: .* takes mla only",
+        ),
         ({"n_shared_experts": 0}, r"model\.n_shared_experts=0: .* takes at least 1"),
-        ({"hidden_size": 25}, r"model\.hidden_size=25: .* takes a multiple of model\.num_attention_heads=3"),
+        ({"hidden_size": 25}, r"model\.hidden_size=25: .* takes a multiple of num_attention_heads=3"),
     ],
 )
 def test_models_that_it_has_no_words_for(changes: dict[str, Any], said: str) -> None:

@@ -3,6 +3,7 @@
 import json
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import DeepseekV2Config
 
-from dsv2.config import ModelConfig, RopeScalingConfig
+from dsv2.config import AttentionKind, ModelConfig, RopeScalingConfig
 from dsv2.errors import UserError
 from dsv2.hf import weights as weights_module
 from dsv2.hf.config import compare_config, published_config
@@ -259,6 +260,13 @@ def test_what_transformers_makes_of_it_fits_too(config: ModelConfig, tmp_path: P
     content = json.loads((tmp_path / "config.json").read_text())
     assert "rope_theta" in content["rope_parameters"]
     compare_config(content, config, tmp_path)
+
+
+def test_published_weights_are_of_latent_attention() -> None:
+    content = published_config(CONFIG, 1, 2, "float32")
+    other = replace(CONFIG, attention=AttentionKind.mha)
+    with pytest.raises(UserError, match=r"config\.json has attention=mla, this run's model attention=mha"):
+        compare_config(content, other, Path("there"))
 
 
 def test_plain_top_k_needs_no_groups() -> None:
