@@ -5,8 +5,10 @@ import difflib
 import os
 import re
 import typing
+from pathlib import Path
 from typing import Any
 
+from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
@@ -14,6 +16,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dsv2.config import Config
 from dsv2.errors import UserError
+
+CONF = Path(__file__).parents[1] / "conf"
 
 
 def launched_ranks() -> tuple[int, int]:
@@ -41,6 +45,21 @@ def to_config(composed: DictConfig) -> Config:
     config = OmegaConf.to_object(composed)
     assert isinstance(config, Config)
     return config
+
+
+def compose_config(overrides: list[str]) -> Config:
+    """The configuration that train.py would have under these overrides; for other command lines.
+
+    Raises:
+        UserError: a mistake in them.
+    """
+    register_schema()
+    check_group_choices(overrides)
+    try:
+        with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+            return to_config(compose("config", overrides=overrides))
+    except COMPOSITION_ERRORS as error:
+        raise explain(error, overrides) from error
 
 
 def to_plain(config: Config) -> dict[str, Any]:
