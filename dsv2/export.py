@@ -22,7 +22,6 @@ from dsv2.errors import CheckpointError, UserError
 if TYPE_CHECKING:
     import torch
 
-    from data.tokenizer import Tokenizer
     from dsv2.model.transformer import DeepseekV2
     from dsv2.weights import CheckpointReader
 
@@ -51,7 +50,7 @@ def export(
     from dsv2.hf.config import check_exportable, published_config
     from dsv2.hf.names import model_outline
     from dsv2.hf.tokenizer import write_tokenizer
-    from dsv2.weights import CheckpointReader, find_checkpoint
+    from dsv2.weights import CheckpointReader, find_checkpoint, run_tokenizer
 
     if shard_gb <= 0:
         raise UserError(f"--shard-gb {shard_gb}: must be above 0")
@@ -60,7 +59,7 @@ def export(
     reader = CheckpointReader(find_checkpoint(checkpoint))
     model = reader.config.model
     check_exportable(model)
-    pieces = _tokenizer(reader, tokenizer)
+    pieces = run_tokenizer(reader.config, tokenizer)
     config = published_config(model, pieces.bos_id, pieces.eos_id, DTYPES[dtype])
     partial = out.with_name(f"{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
@@ -76,20 +75,6 @@ def export(
         raise CheckpointError(f"{out} could not be written: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _tokenizer(reader: "CheckpointReader", given: str | None) -> "Tokenizer":
-    from data.stream import tokenizer_of
-    from data.tokenizer import load_tokenizer
-
-    try:
-        pieces = load_tokenizer(given) if given else tokenizer_of(reader.config.data)
-    except UserError as error:
-        raise UserError(f"{error}; --tokenizer FILE names the one that the run was trained with") from error
-    limit = reader.config.model.vocab_size
-    if pieces.vocab_size > limit:
-        raise UserError(f"{pieces.path} has {pieces.vocab_size} pieces, the model model.vocab_size={limit}")
-    return pieces
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -41,6 +41,8 @@ class Monitor:
         self._window: RoutingStats | None = None
         self._first_step = state.step
         self._begun_from = found.path if found and found.step == 0 else None
+        if found is None and config.init_from:
+            self._begun_from = Path(config.init_from)
         for warning in found.warnings if found else []:
             self.note(f"warning: {warning}")
         if found and config.init_from:

@@ -381,6 +381,7 @@ def test_export_and_start_from_it(command, tmp_path):
     assert f"wrote {out}" in said
     start = [f"init_from={out}", "optim.lr=1e-20", "optim.weight_decay=0", *TWO, "parallel.zero_stage=3"]
     output = run(command("two", *start, "stop_step=6", launcher=TORCHRUN))
+    assert f"begun with the weights of {out}" in output
     assert "note:" not in output
     end, begin = scalars(tmp_path / "one", "val/loss")[STEPS], scalars(tmp_path / "two", "val/loss")[6]
     assert begin == pytest.approx(end, rel=1e-6)

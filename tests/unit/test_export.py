@@ -272,7 +272,7 @@ def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tokenizer = tmp_path / "saved" / "tokenizer.model"
     train_tokenizer(SENTENCES * 5, 340, tmp_path / "large.model")
     said = refused(capsys, path, out, "--tokenizer", tmp_path / "large.model")
-    assert "large.model has 340 pieces, the model model.vocab_size=324" in said
+    assert "large.model: has 340 pieces, and the model's vocab_size is 324" in said
     tokenizer.rename(tmp_path / "moved.model")
     said = refused(capsys, path, out)
     assert f"there is no file {tokenizer}; --tokenizer FILE names the one" in said
