@@ -101,7 +101,7 @@ def starting_point(config: Config, store: "CheckpointStore") -> tuple["Found | N
 
     found = store.find(config.resume)
     if found is None:
-        return None, HFWeights(Path(config.init_from), config.model) if config.init_from else None
+        return None, None if config.init_from is None else HFWeights(Path(config.init_from), config.model)
     if config.stop_step is not None and found.step >= config.stop_step:
         raise UserError(f"stop_step={config.stop_step}: the run is at step {found.step} already")
     return found, None
