@@ -69,7 +69,7 @@ def generate(
 
     device = model.lm_head.weight.device
     lengths = [len(prompt) for prompt in prompts]
-    padded = [[*prompt, *[eos_id] * (max(lengths) - len(prompt))] for prompt in prompts]
+    padded = [[*prompt, *[0] * (max(lengths) - len(prompt))] for prompt in prompts]
     generators = [torch.Generator().manual_seed(sampling.seed) for _ in prompts]
     ended = [False] * len(prompts)
     logits_BV, cache = prefill(
