@@ -10,82 +10,15 @@ does not depend on the others. Nothing is dropped, whatever the balance recipe (
 import argparse
 import math
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dsv2.errors import UserError
 
-if TYPE_CHECKING:  # torch takes seconds to import: --help and mistakes are answered without it
-    import torch
-
+if TYPE_CHECKING:  # what takes seconds to import waits: --help and mistakes are answered without it
     from data.tokenizer import Tokenizer
     from dsv2.config import Config
-    from dsv2.model.transformer import DeepseekV2
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How a token is drawn from its logits."""
-
-    temperature: float = 0.0  # 0: always the likeliest token
-    top_p: float = 1.0  # only the likeliest tokens that together have this probability
-    seed: int = 0  # of each prompt's own generator
-
-    def draw(self, logits_V: "torch.Tensor", generator: "torch.Generator") -> int:
-        """One token's id; logits fp32 on the CPU."""
-        import torch
-
-        if self.temperature == 0:
-            return int(logits_V.argmax())
-        # Less the largest one first: a temperature near 0 would overflow.
-        shares_V = ((logits_V.double() - logits_V.max()) / self.temperature).softmax(dim=-1)
-        shares_V, ids_V = shares_V.sort(descending=True, stable=True)
-        before_V = shares_V.cumsum(dim=-1) - shares_V
-        shares_V = shares_V.masked_fill(before_V >= self.top_p, 0.0)  # the first always stays
-        return int(ids_V[torch.multinomial(shares_V, 1, generator=generator)])
-
-
-def generate(
-    model: "DeepseekV2",
-    prompts: Sequence[Sequence[int]],
-    max_tokens: int,
-    sampling: Sampling,
-    eos_id: int,
-    vocab_size: int,
-) -> Iterator[list[int | None]]:
-    """Decode all prompts together: at each step every sequence's next id, None once it has ended.
-
-    Args:
-        model: in eval mode, with all experts.
-        prompts: ids, at least one each.
-        max_tokens: steps at most; it ends earlier when all sequences have drawn `eos_id`.
-        vocab_size: ids the tokenizer knows; the model may have embeddings for more.
-    """
-    import torch
-
-    from dsv2.model.decode import decode, prefill
-
-    device = model.lm_head.weight.device
-    lengths = [len(prompt) for prompt in prompts]
-    padded = [[*prompt, *[eos_id] * (max(lengths) - len(prompt))] for prompt in prompts]
-    generators = [torch.Generator().manual_seed(sampling.seed) for _ in prompts]
-    ended = [False] * len(prompts)
-    logits_BV, cache = prefill(
-        model,
-        torch.tensor(padded, device=device),
-        torch.tensor(lengths, device=device),
-        max(lengths) + max_tokens,
-    )
-    for step in range(max_tokens):
-        logits_BV = logits_BV[:, :vocab_size].cpu()
-        ids = [sampling.draw(row, own) for row, own in zip(logits_BV, generators, strict=True)]
-        ended = [was or token == eos_id for was, token in zip(ended, ids, strict=True)]
-        yield [None if over else token for over, token in zip(ended, ids, strict=True)]
-        if all(ended) or step == max_tokens - 1:
-            return
-        logits_BV = decode(model, torch.tensor(ids, device=device), cache)
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -126,14 +59,9 @@ def encode_prompts(
     """Their ids behind the beginning of a document.
 
     Raises:
-        UserError: prompt and answer do not fit into the model's context; the tokenizer is another model's.
+        UserError: prompt and answer do not fit into the model's context.
     """
-    context, vocab_size = config.model.max_position_embeddings, config.model.vocab_size
-    if tokenizer.vocab_size > vocab_size:
-        raise UserError(
-            f"tokenizer {tokenizer.path}: has {tokenizer.vocab_size} pieces, and the model's vocab_size is "
-            f"{vocab_size}; give the one it was trained with as --tokenizer FILE"
-        )
+    context = config.model.max_position_embeddings
     prompts = [[tokenizer.bos_id, *ids] for ids in tokenizer.encode_batch(texts)]
     longest = max(map(len, prompts))
     if longest >= context:
@@ -180,15 +108,14 @@ def run(arguments: argparse.Namespace) -> None:
     check_arguments(arguments)
     import torch
 
-    from data.stream import tokenizer_of
-    from data.tokenizer import load_tokenizer
-    from dsv2.weights import CheckpointReader, find_checkpoint, load_model
+    from dsv2.model.sampling import Sampling, generate
+    from dsv2.weights import CheckpointReader, find_checkpoint, load_model, run_tokenizer
 
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: there is no GPU here; use --device cpu")
     path = find_checkpoint(arguments.checkpoint)
     config = CheckpointReader(path).config
-    tokenizer = load_tokenizer(arguments.tokenizer) if arguments.tokenizer else tokenizer_of(config.data)
+    tokenizer = run_tokenizer(config, arguments.tokenizer)
     prompts = encode_prompts(arguments.prompt, tokenizer, config, arguments.max_tokens)
     on_gpu = arguments.device == "cuda" or (arguments.device == "auto" and torch.cuda.is_available())
     dtype = torch.bfloat16 if arguments.precision == "bf16" else torch.float32

@@ -327,6 +327,10 @@ def test_long_context_stage(command, tmp_path):
     short_losses, long_losses = scalars(tmp_path / "short", "train/loss"), scalars(long, "train/loss")
     assert abs(long_losses[1] - short_losses[12]) < 0.25 * (short_losses[1] - short_losses[12])
 
+    text = run([PYTHON, "-m", "dsv2.generate", str(long), "--prompt", "alpha beta", "--max-tokens", "8"])
+    assert f"{long / 'checkpoints' / 'step-00000008'}, fp32, " in text
+    assert "\nalpha beta" in text
+
 
 def test_damaged_checkpoint_falls_back_and_resume_never_overwrites_nothing(command, tmp_path):
     run(command("torn", "stop_step=6"))
