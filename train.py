@@ -12,7 +12,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import hydra
 from omegaconf import DictConfig
@@ -30,6 +30,10 @@ from dsv2.config import Config
 from dsv2.errors import CheckpointError, Diverged, UserError
 from dsv2.rundir import claim
 from dsv2.validate import validate
+
+if TYPE_CHECKING:
+    from dsv2.checkpoint import CheckpointStore, Found
+    from dsv2.hf.weights import HFWeights
 
 
 def train(config: Config) -> None:
@@ -54,10 +58,11 @@ def train(config: Config) -> None:
     check_data(config.data, config.model.vocab_size, config.eval.sequences)
     _lock = claim(run_dir) if rank == 0 else None
     store = CheckpointStore(run_dir / "checkpoints", config.checkpoint.keep, to_plain(config))
-    found = store.find(config.resume, config.stop_step)
+    found, weights = starting_point(config, store)
 
     mesh = start_mesh(pick_device(parallel), rank, world_size, parallel.expert_parallel_size)
-    engine = Engine(build_model(config.model, parallel, config.seed, mesh), config.optim, parallel, mesh)
+    model = build_model(config.model, parallel, config.seed, mesh, weights)
+    engine = Engine(model, config.optim, parallel, mesh)
     stream = build_stream(config.data, config.model.vocab_size, rank, world_size, mesh.cpu_group)
     evaluator = Evaluator(engine, config)
     state = store.load(engine, found) if found else RunState()
@@ -91,6 +96,16 @@ def train(config: Config) -> None:
         if state.step == monitor.total_steps:
             monitor.finish(evaluator)
     end_process_group()
+
+
+def starting_point(config: Config, store: "CheckpointStore") -> tuple["Found | None", "HFWeights | None"]:
+    """The checkpoint to go on from, else the weights that init_from names; neither: a fresh start."""
+    from dsv2.hf.weights import HFWeights
+
+    found = store.find(config.resume, config.stop_step)
+    if found is not None or config.init_from is None:
+        return found, None
+    return None, HFWeights(Path(config.init_from), config.model)
 
 
 def due(every: int, step: int) -> bool:

@@ -8,7 +8,7 @@ import typing
 from pathlib import Path
 from typing import Any
 
-import hydra
+from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
@@ -16,6 +16,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dsv2.config import Config
 from dsv2.errors import UserError
+
+CONF = Path(__file__).parents[1] / "conf"
 
 
 def launched_ranks() -> tuple[int, int]:
@@ -46,7 +48,7 @@ def to_config(composed: DictConfig) -> Config:
 
 
 def compose_config(overrides: list[str]) -> Config:
-    """The configuration that train.py would compose from these overrides, for other command lines.
+    """The configuration that train.py would have under these overrides; for other command lines.
 
     Raises:
         UserError: one message for whatever is wrong with them.
@@ -54,8 +56,8 @@ def compose_config(overrides: list[str]) -> Config:
     register_schema()
     try:
         check_command_line(overrides)
-        with hydra.initialize_config_dir(str(Path(__file__).parents[1] / "conf"), version_base="1.3"):
-            return to_config(hydra.compose("config", overrides=overrides))
+        with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+            return to_config(compose("config", overrides=overrides))
     except COMPOSITION_ERRORS as error:
         raise explain(error, overrides) from None
 

@@ -179,6 +179,7 @@ class Config:
     name: str = "run"  # the run's files go to runs_dir/name
     runs_dir: str = "runs"
     seed: int = 0  # initial weights
+    init_from: str | None = None  # a Hugging Face folder to start from; a checkpoint that is found goes first
     resume: str = "auto"  # auto: newest complete checkpoint of this run; never; or a checkpoint's path
     # With resume=PATH of another run: only its weights and Adam's moments are taken. Steps, tokens, schedule
     # and data start at the beginning, so all of them may be others, and so may model.rope_scaling.

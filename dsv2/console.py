@@ -87,7 +87,7 @@ def start_lines(
         active_parameters: those one token uses.
         layout: the ranks and how they split the work, such as "2 x cpu, expert parallel 2, ZeRO-1, fp32".
         resumed_step: the checkpoint's step, None for a fresh start.
-        begun_from: the checkpoint of another run that a new stage begins with.
+        begun_from: the checkpoint of another run, or the Hugging Face folder, that this one begins with.
         dashboard: `Tracker.dashboard_hint`.
     """
     resumed = "" if resumed_step is None else f", resumed after step {resumed_step}"

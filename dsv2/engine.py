@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from data.stream import Batch, Stream
 from dsv2.config import Kernels, ModelConfig, OptimConfig, ParallelConfig, Precision
+from dsv2.hf.weights import HFWeights
 from dsv2.kernels.library import REFERENCE, fused_kernels
 from dsv2.model.init import init_weights
 from dsv2.model.transformer import DeepseekV2, ModelOutput
@@ -68,15 +69,24 @@ def deepspeed_config(optim: OptimConfig, parallel: ParallelConfig, world_size: i
     return config
 
 
-def build_model(config: ModelConfig, parallel: ParallelConfig, seed: int, mesh: Mesh) -> DeepseekV2:
-    """This rank's share of the model on its device, in its precision, with its initial weights."""
+def build_model(
+    config: ModelConfig,
+    parallel: ParallelConfig,
+    seed: int,
+    mesh: Mesh,
+    weights: HFWeights | None = None,
+) -> DeepseekV2:
+    """This rank's share of the model on its device, in its precision: fresh, or with the weights given."""
     kernels = fused_kernels() if parallel.kernels is Kernels.fused else REFERENCE
     with torch.device("meta"):  # so that memory is taken once, and in the precision it is used in
         execution = Execution(mesh.ep_group, parallel.activation_checkpointing, kernels, mesh.clock)
         model = DeepseekV2(config, execution)
     dtype = torch.bfloat16 if parallel.precision is Precision.bf16 else torch.float32
     model.to(dtype).to_empty(device=mesh.device)
-    init_weights(model, config.initializer_range, seed)
+    if weights is None:
+        init_weights(model, config.initializer_range, seed)
+    else:
+        weights.fill(model)
     return model
 
 

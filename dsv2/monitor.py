@@ -43,8 +43,12 @@ class Monitor:
         self._window_steps = 0
         self._first_step = state.step
         self._begun_from = found.path if found and found.step == 0 else None
+        if found is None and config.init_from is not None:
+            self._begun_from = Path(config.init_from)
         for warning in found.warnings if found else []:
             self.note(f"warning: {warning}")
+        if found and config.init_from is not None:
+            self.note(f"note: init_from={config.init_from} is not read: the run goes on from {found.path}")
 
     def __enter__(self) -> "Monitor":
         config = self.config

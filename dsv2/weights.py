@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
 
+from data.stream import tokenizer_of
+from data.tokenizer import Tokenizer, load_tokenizer
 from dsv2.checkpoint_files import check, complete_checkpoints
 from dsv2.compose import from_plain
 from dsv2.config import Config
@@ -25,6 +27,24 @@ def find_checkpoint(path: Path) -> Path:
     if found := complete_checkpoints(path / "checkpoints"):
         return found[0]
     raise UserError(f"run {path}: no checkpoint in {path / 'checkpoints'} is whole")
+
+
+def run_tokenizer(config: Config, given: str | None) -> Tokenizer:
+    """The tokenizer of a run: the file `given`, else the one that its data was made with.
+
+    Raises:
+        UserError: it is not there, or has more pieces than the model.
+    """
+    try:
+        tokenizer = load_tokenizer(given) if given else tokenizer_of(config.data)
+    except UserError as error:
+        raise UserError(f"{error}; --tokenizer FILE names the one that the run was trained with") from error
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise UserError(
+            f"tokenizer {tokenizer.path}: has {tokenizer.vocab_size} pieces, and the model's vocab_size is "
+            f"{config.model.vocab_size}; give the one it was trained with as --tokenizer FILE"
+        )
+    return tokenizer
 
 
 class CheckpointReader:

@@ -79,7 +79,7 @@ class OutputHead(nn.Linear):
         super().__init__(hidden_size, vocab_size, bias=False)
         self.kernels = kernels
 
-    def forward(self, hidden: Tensor, labels_T: Tensor | None) -> Tensor:
+    def forward(self, hidden: Tensor, labels_T: Tensor | None = None) -> Tensor:
         """[..., vocab] for hidden states [..., D]; with labels the mean cross-entropy, for [T, D]."""
         if labels_T is None:
             return super().forward(hidden)
@@ -130,7 +130,7 @@ class DeepseekV2(nn.Module):
         """The training loss of B sequences, or, without labels, the fp32 logits [B, S, vocab]."""
         hidden_BSD, losses, stats = self.hidden_states(input_ids_BS, sequence_ids_B)
         if labels_BS is None:
-            return self.lm_head(hidden_BSD, None).float()
+            return self.lm_head(hidden_BSD).float()
         lm_loss = self.lm_head(hidden_BSD.flatten(0, 1), labels_BS.flatten())
         balance = BalanceLosses(*(torch.stack(parts) for parts in zip(*losses, strict=True)))
         recipe = self.config.balance

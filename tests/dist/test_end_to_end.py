@@ -2,6 +2,7 @@
 
 import json
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -357,6 +358,10 @@ def test_long_context_stage(command, tmp_path):
     short_losses, long_losses = scalars(tmp_path / "short", "train/loss"), scalars(long, "train/loss")
     assert abs(long_losses[1] - short_losses[12]) < 0.25 * (short_losses[1] - short_losses[12])
 
+    text = run([PYTHON, "-m", "dsv2.generate", str(long), "--prompt", "alpha beta", "--max-tokens", "8"])
+    assert f"{long / 'checkpoints' / 'step-00000008'}, fp32, " in text
+    assert "\nalpha beta" in text
+
 
 def test_damaged_checkpoint_falls_back_and_resume_never_overwrites_nothing(command, tmp_path):
     run(command("torn", "stop_step=6"))
@@ -401,3 +406,29 @@ def test_streamed_dataset_stops_resumes_and_is_exact(command, corpus, tmp_path):
     whole, stopped = scalars(tmp_path / "whole", "train/loss"), scalars(tmp_path / "stopped", "train/loss")
     assert {s: stopped[s] for s in range(1, 8)} == {s: whole[s] for s in range(1, 8)}
     np.testing.assert_allclose([stopped[s] for s in whole], list(whole.values()), rtol=2e-6)
+
+
+def test_export_and_start_from_it(command, tmp_path):
+    """A run, exported in fp32: another run starts where that one ended, then goes on from its checkpoint."""
+    run(command("one"))
+    out = tmp_path / "exported"
+    said = run([PYTHON, "-m", "dsv2.export", str(tmp_path / "one"), str(out), "--dtype", "fp32"])
+    assert f"wrote {out}" in said
+    start = [f"init_from={out}", "optim.lr=1e-20", "optim.weight_decay=0", *TWO, "parallel.zero_stage=3"]
+    output = run(command("two", *start, "stop_step=6", launcher=TORCHRUN))
+    assert f"begun with the weights of {out}" in output
+    assert "note:" not in output
+    end, begin = scalars(tmp_path / "one", "val/loss")[STEPS], scalars(tmp_path / "two", "val/loss")[6]
+    assert begin == pytest.approx(end, rel=1e-6)
+    shutil.rmtree(out)
+    output = run(command("two", *start, launcher=TORCHRUN))
+    path = tmp_path / "two" / "checkpoints" / "step-00000006"
+    assert f"note: init_from={out} is not read: the run goes on from {path}" in output
+    assert "resumed after step 6" in output
+
+
+def test_a_bad_folder_to_start_from_stops_the_run(command, tmp_path):
+    output = run(command("bad", f"init_from={tmp_path / 'gone'}", *TWO, launcher=TORCHRUN), expect=1)
+    assert output.count(f"error: init_from={tmp_path / 'gone'}: there is no such folder") == 1
+    assert 'train.py", line' not in output, "a traceback of ours, not torchrun's"
+    assert not (tmp_path / "bad").exists()

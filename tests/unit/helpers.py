@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed.checkpoint as dcp
-from hydra import compose, initialize_config_dir
 from hypothesis import settings
 
+from dsv2 import compose
 from dsv2.checkpoint_files import FORMAT
-from dsv2.compose import register_schema, to_config, to_plain
 from dsv2.config import AttentionKind, BalanceConfig, Config, ModelConfig, RopeScalingConfig
 from dsv2.model.transformer import DeepseekV2
 
@@ -74,9 +73,7 @@ def tiny_config(**changes: Any) -> ModelConfig:
 
 def compose_config(*overrides: str) -> Config:
     """The shipped configuration under these overrides."""
-    register_schema()
-    with initialize_config_dir(version_base="1.3", config_dir=str(REPO / "conf")):
-        return to_config(compose("config", overrides=list(overrides)))
+    return compose.compose_config(list(overrides))
 
 
 def save_checkpoint(path: Path, model: DeepseekV2, config: Config) -> Path:
@@ -90,7 +87,7 @@ def save_checkpoint(path: Path, model: DeepseekV2, config: Config) -> Path:
         "format": FORMAT,
         "run": {"step": 7, "tokens": 0, "data": None, "wandb_id": None},
         "adam_step": 7,
-        "config": to_plain(config),
+        "config": compose.to_plain(config),
         "files": {file.name: file.stat().st_size for file in path.iterdir()},
     }
     (path / "state.json").write_text(json.dumps(content))

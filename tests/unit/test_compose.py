@@ -37,7 +37,10 @@ MISTAKES = {
     "model.balance=3": ["model.balance=3:", "BalanceConfig"],
     "optim.lr=${nowhere}": ["optim.lr=${nowhere}:", "nowhere"],
     # groups
-    "model=lit": ["model=lit: there is no such option; did you mean lite?", "debug, lite, small, v2"],
+    "model=lit": [
+        "model=lit: there is no such option; did you mean lite?",
+        "debug, lite, lite_slice, small, v2",
+    ],
     "experiment=nope": ["experiment=nope: there is no such option", "quickstart"],
     "rope_scaling=yan": ["rope_scaling=yan: there is no such option; did you mean yarn?", "none, yarn"],
     "rope_scaling=null": ["rope_scaling=null: must name a file of conf/rope_scaling"],
@@ -76,7 +79,7 @@ def test_other_ranks_keep_silent(mistake, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["--help"], "model: debug, lite, small, v2"),
+        (["--help"], "model: debug, lite, lite_slice, small, v2"),
         (["--cfg", "job"], "batch_size_start: null"),
         (["--cfg", "job", "experiment=quickstart"], "name: quickstart"),
     ],
