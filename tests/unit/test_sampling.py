@@ -26,6 +26,8 @@ def test_shares_of_drawn_tokens():
     assert shares(temperature=1.0, top_p=0.7)[2:] == [0, 0]
     assert shares(temperature=1.0, top_p=0.5) == [1, 0, 0, 0]
     assert shares(temperature=0.0) == [1, 0, 0, 0]
+    halves = [Sampling(1.0, 0.5).draw(torch.zeros(2), generator) for _ in range(50)]
+    assert halves == [0] * 50, "one half alone reaches 0.5"
 
 
 def test_a_sequence_ends_with_eos_and_the_others_go_on():
