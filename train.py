@@ -12,28 +12,25 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 import hydra
 from omegaconf import DictConfig
 
+from dsv2.check import find_start
 from dsv2.compose import (
     COMPOSITION_ERRORS,
     check_command_line,
     explain,
     launched_ranks,
+    local_processes,
     register_schema,
     to_config,
-    to_plain,
 )
 from dsv2.config import Config
 from dsv2.errors import CheckpointError, Diverged, UserError
 from dsv2.rundir import claim
 from dsv2.validate import validate
-
-if TYPE_CHECKING:
-    from dsv2.checkpoint import CheckpointStore, Found
-    from dsv2.hf.weights import HFWeights
 
 
 def train(config: Config) -> None:
@@ -42,8 +39,8 @@ def train(config: Config) -> None:
     validate(config, world_size)
     # Torch and DeepSpeed take seconds to import: they wait until the configuration makes sense.
     logging.disable(logging.WARNING)  # or every rank is told that it has no GPU
-    from data.stream import build_stream, check_data
-    from dsv2.checkpoint import CheckpointStore, RunState
+    from data.stream import build_stream
+    from dsv2.checkpoint import RunState
     from dsv2.engine import Engine, build_model, share_of_step
     from dsv2.evaluate import Evaluator
     from dsv2.monitor import Monitor
@@ -55,12 +52,10 @@ def train(config: Config) -> None:
     logging.disable(logging.NOTSET)
     # What may be wrong with the files is found before any process group is made.
     run_dir, parallel = Path(config.runs_dir) / config.name, config.parallel
-    check_data(config.data, config.model.vocab_size, config.eval.sequences)
+    device, (store, found, weights) = pick_device(parallel, local_processes()), find_start(config)
     _lock = claim(run_dir) if rank == 0 else None
-    store = CheckpointStore(run_dir / "checkpoints", config.checkpoint.keep, to_plain(config))
-    found, weights = starting_point(config, store)
 
-    mesh = start_mesh(pick_device(parallel), rank, world_size, parallel.expert_parallel_size)
+    mesh = start_mesh(device, rank, world_size, parallel.expert_parallel_size)
     model = build_model(config.model, parallel, config.seed, mesh, weights)
     engine = Engine(model, config.optim, parallel, mesh)
     stream = build_stream(config.data, config.model.vocab_size, rank, world_size, mesh.cpu_group)
@@ -96,16 +91,6 @@ def train(config: Config) -> None:
         if state.step == monitor.total_steps:
             monitor.finish(evaluator)
     end_process_group()
-
-
-def starting_point(config: Config, store: "CheckpointStore") -> tuple["Found | None", "HFWeights | None"]:
-    """The checkpoint to go on from, else the weights that init_from names; neither: a fresh start."""
-    from dsv2.hf.weights import HFWeights
-
-    found = store.find(config.resume, config.stop_step)
-    if found is not None or config.init_from is None:
-        return found, None
-    return None, HFWeights(Path(config.init_from), config.model)
 
 
 def due(every: int, step: int) -> bool:

@@ -1,26 +1,56 @@
-"""Would this job start? `python -m dsv2.check PROCESSES [overrides...]` answers before torchrun does.
+"""What is looked at before any process group is made; and, as a command, by itself:
 
-torchrun buries a mistake under a report of its own and always exits with 1; the launchers ask here
-first, so that a mistake is one line and exit code 2.
+    python -m dsv2.check PROCESSES [overrides...]
+
+torchrun buries a mistake under a report of its own and always exits with 1, so launch/local.sh asks
+here first: then a mistake is one line and exit code 2.
 """
 
 import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from dsv2.compose import compose_config
-from dsv2.config import DataSource
+from dsv2.compose import compose_config, to_plain
+from dsv2.config import Config
 from dsv2.errors import UserError
+from dsv2.rundir import claim, let_go
 from dsv2.validate import validate
+
+if TYPE_CHECKING:
+    from dsv2.checkpoint import CheckpointStore, Found
+    from dsv2.hf.weights import HFWeights
+
+
+def find_start(config: Config) -> tuple["CheckpointStore", "Found | None", "HFWeights | None"]:
+    """The run's checkpoints, and where it starts: at one of them, else at init_from's weights, else afresh.
+
+    Raises:
+        UserError: the data, the checkpoint or the weights are not what the configuration needs.
+    """
+    from data.stream import check_data
+    from dsv2.checkpoint import CheckpointStore
+    from dsv2.hf.weights import HFWeights
+
+    check_data(config.data, config.model.vocab_size, config.eval.sequences)
+    folder = Path(config.runs_dir) / config.name / "checkpoints"
+    store = CheckpointStore(folder, config.checkpoint.keep, to_plain(config))
+    found = store.find(config.resume, config.stop_step)
+    if found is not None or config.init_from is None:
+        return store, found, None
+    return store, None, HFWeights(Path(config.init_from), config.model)
 
 
 def main(processes: str, *overrides: str) -> int:
-    """0, or 2 with one message: what train.py itself would refuse in the configuration or the data."""
+    """0, or 2 with one message: what train.py would refuse on a machine with that many processes."""
     try:
         config = compose_config(list(overrides))
         validate(config, int(processes))
-        if config.data.source is not DataSource.stdlib:  # that one is prepared by the job itself
-            from data.stream import check_data
+        from dsv2.parallel.mesh import pick_device
 
-            check_data(config.data, config.model.vocab_size, config.eval.sequences)
+        pick_device(config.parallel, int(processes))
+        find_start(config)
+        run_dir = Path(config.runs_dir) / config.name
+        let_go(claim(run_dir), run_dir)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -25,6 +25,11 @@ def launched_ranks() -> tuple[int, int]:
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def local_processes() -> int:
+    """Number of the job's processes on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def register_schema() -> None:
     """Make the dataclasses known to Hydra as the node `schema`, which conf/config.yaml starts from."""
     ConfigStore.instance().store(name="schema", node=Config)
@@ -138,10 +143,9 @@ def check_command_line(overrides: list[str]) -> None:
     """Refuse `model=null`, `+optim=1` and the like, which Hydra answers with a traceback, and sweeps."""
     for override in overrides:
         if override in ("-m", "--multirun"):
-            raise UserError(
-                f"{override}: a job trains one model; start one for each, such as: "
-                "for lr in 1e-3 2e-3; do launch/local.sh name=lr-$lr optim.lr=$lr; done"
-            )
+            raise UserError(f"{override}: {ONE_RUN}")
+        if override[:1] not in ("-", "~") and "=" not in override:
+            raise UserError(f"{override}: must be written as name=value, such as experiment=quickstart")
         found = re.fullmatch(r"[+~]*(model|rope_scaling|data|optim|parallel|logging)=(.*)", override)
         if found and (override[0] in "+~" or not re.fullmatch(r"(?!null$)[A-Za-z]\w*", found[2])):
             raise UserError(f"{override}: must name a file of conf/{found[1]}, without .yaml")
@@ -149,6 +153,12 @@ def check_command_line(overrides: list[str]) -> None:
             re.match(r"rope_scaling=(?!none$)|experiment=", other) for other in overrides
         ):
             raise UserError(f"{override}: plain RoPE has no such field; choose rope_scaling=yarn too")
+
+
+ONE_RUN = (
+    "a job trains one model; start one for each value, such as: "
+    "for lr in 1e-3 2e-3; do launch/local.sh name=lr-$lr optim.lr=$lr; done"
+)
 
 
 def explain(error: Exception, overrides: list[str]) -> UserError:
@@ -166,6 +176,8 @@ def explain(error: Exception, overrides: list[str]) -> UserError:
             f"{group}={option}: there is no such option; {hint}one of {', '.join(error.options)}"
         )
     text = f"{error}\n{error.__cause__ or ''}"
+    if "--multirun" in text:
+        return UserError(f"{next((o for o in overrides if ',' in o), 'overrides')}: {ONE_RUN}")
     found = re.search(r"Could not override '([^'@]+)", text) or re.search(r"full_key: (\S+)", text)
     if found is None:
         return UserError(" ".join(str(error).split("\nSee https")[0].split()))

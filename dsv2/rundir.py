@@ -47,6 +47,16 @@ def claim(run_dir: Path) -> FileLock:
     return lock
 
 
+def let_go(lock: FileLock, run_dir: Path) -> None:
+    """Undo a claim; a folder with nothing else in it is removed."""
+    others = [path for path in run_dir.iterdir() if path.name not in (LOCK, OWNER)]
+    if not others:
+        for name in (OWNER, LOCK):
+            (run_dir / name).unlink(missing_ok=True)
+        run_dir.rmdir()
+    lock.release()
+
+
 def _owner(run_dir: Path) -> str:
     try:
         return (run_dir / OWNER).read_text().strip()

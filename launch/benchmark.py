@@ -18,7 +18,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from dsv2.compose import compose_config, launched_ranks
+from dsv2.compose import compose_config, launched_ranks, local_processes
 from dsv2.config import Config
 from dsv2.errors import UserError
 from dsv2.validate import validate
@@ -57,7 +57,9 @@ def measure(config: Config, steps: int, warmup: int, profile: str | None) -> dic
 
     rank, world_size = launched_ranks()
     parallel, length = config.parallel, config.data.sequence_length
-    mesh = start_mesh(pick_device(parallel), rank, world_size, parallel.expert_parallel_size)
+    mesh = start_mesh(
+        pick_device(parallel, local_processes()), rank, world_size, parallel.expert_parallel_size
+    )
     engine = Engine(build_model(config.model, parallel, config.seed, mesh), config.optim, parallel, mesh)
     on_gpu = mesh.device.type == "cuda"
     generator = torch.Generator().manual_seed(rank)

@@ -25,7 +25,9 @@ if [[ $processes == 1 && "$*" != *parallel.expert_parallel_size=* ]]; then
     extra=(parallel.expert_parallel_size=1)
 fi
 # A mistake is one line and exit code 2 here; torchrun would add its own report and exit with 1.
-if [[ " $*" != *" -"* ]] && command -v "$PYTHON" >/dev/null; then
-    "$PYTHON" -m dsv2.check "$processes" "$@" "${extra[@]}"
+command -v "$PYTHON" >/dev/null || die "no $PYTHON: run 'make train', or activate an environment"
+if [[ ${1:-} == -* ]]; then
+    exec "$PYTHON" train.py "$@" # a question to Hydra, such as --cfg job
 fi
+"$PYTHON" -m dsv2.check "$processes" "$@" "${extra[@]}"
 run_torchrun "$processes" --standalone --nproc_per_node="$processes" train.py "$@" "${extra[@]}"

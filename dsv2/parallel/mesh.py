@@ -33,13 +33,13 @@ class Mesh:
         return self.rank == 0
 
 
-def pick_device(config: ParallelConfig) -> torch.device:
-    """This process's device: one GPU a process, by torchrun's local rank.
+def pick_device(config: ParallelConfig, processes: int) -> torch.device:
+    """This process's device: one GPU a process, by torchrun's local rank; `processes` are on this machine.
 
     Raises:
         UserError: more processes on this machine than GPUs.
     """
-    gpus, processes = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    gpus = torch.cuda.device_count()
     on_cpu = config.device is Device.cpu or (config.device is Device.auto and gpus == 0)
     if on_cpu and config.kernels is Kernels.fused:
         raise UserError(
@@ -48,7 +48,7 @@ def pick_device(config: ParallelConfig) -> torch.device:
     if on_cpu:
         return torch.device("cpu")
     if gpus == 0:
-        raise UserError("parallel.device=cuda: there is no GPU on this machine; use parallel.device=cpu")
+        raise UserError("parallel.device=cuda: there is no GPU on this machine; leave out parallel=gpu")
     if processes > gpus:
         raise UserError(
             f"parallel.device={config.device.value}: {processes} processes on this machine, which has {gpus} "
