@@ -34,7 +34,16 @@ def test_one_gpu_a_process_by_local_rank(machine, gpus, processes, device, expec
     assert str(pick_device(ParallelConfig(device=device))) == expected
 
 
-@pytest.mark.parametrize(("gpus", "device"), [(1, Device.auto), (0, Device.cuda)])
+def test_cuda_without_a_gpu(machine):
+    machine(gpus=0, processes=1)
+    with pytest.raises(UserError) as refusal:
+        pick_device(ParallelConfig(device=Device.cuda))
+    assert str(refusal.value) == (
+        "parallel.device=cuda: there is no GPU on this machine; use parallel.device=cpu"
+    )
+
+
+@pytest.mark.parametrize(("gpus", "device"), [(1, Device.auto), (1, Device.cuda)])
 def test_more_processes_than_gpus(machine, gpus, device):
     machine(gpus, processes=2)
     with pytest.raises(UserError, match=rf"parallel.device={device.value}: 2 processes .* has {gpus} GPUs"):
