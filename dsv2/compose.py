@@ -35,9 +35,7 @@ def to_config(composed: DictConfig) -> Config:
         UserError: a key that no field has (Hydra itself lets `+key=value` through), or a field
             without a value.
     """
-    for key in _keys(composed):
-        if key not in field_types():
-            raise UserError(unknown_key(key, f"+{key}={OmegaConf.select(composed, key)}"))
+    _check_keys(composed)
     if missing := sorted(OmegaConf.missing_keys(composed)):
         raise UserError(f"{missing[0]}: must be given, as {missing[0]}=VALUE")
     config = OmegaConf.to_object(composed)
@@ -54,10 +52,30 @@ def compose_config(overrides: list[str]) -> Config:
     register_schema()
     try:
         check_command_line(overrides)
-        with hydra.initialize_config_dir(str(Path(__file__).parents[1] / "conf"), version_base="1.3"):
-            return to_config(hydra.compose("config", overrides=overrides))
+        return to_config(_compose(overrides))
     except COMPOSITION_ERRORS as error:
         raise explain(error, overrides) from None
+
+
+def check_shown(arguments: list[str]) -> None:
+    """Refuse unknown keys with `--cfg`, which Hydra answers by itself.
+
+    Args:
+        arguments: train.py's whole command line.
+    """
+    if any(argument == "-c" or argument.startswith("--cfg") for argument in arguments):
+        _check_keys(_compose([a for a in arguments if "=" in a and not a.startswith("-")]))
+
+
+def _compose(overrides: list[str]) -> DictConfig:
+    with hydra.initialize_config_dir(str(Path(__file__).parents[1] / "conf"), version_base="1.3"):
+        return hydra.compose("config", overrides=overrides)
+
+
+def _check_keys(composed: DictConfig) -> None:
+    for key in _keys(composed):
+        if key not in field_types():
+            raise UserError(unknown_key(key, f"+{key}={OmegaConf.select(composed, key)}"))
 
 
 def to_plain(config: Config) -> dict[str, Any]:
