@@ -21,6 +21,7 @@ from dsv2.check import find_start
 from dsv2.compose import (
     COMPOSITION_ERRORS,
     check_command_line,
+    check_shown,
     explain,
     launched_ranks,
     local_processes,
@@ -134,6 +135,7 @@ if __name__ == "__main__":
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hand errors of composition to us in place of printing them
     try:
         check_command_line(sys.argv[1:])
+        check_shown(sys.argv[1:])
         command_line()
     except COMPOSITION_ERRORS as mistake:
         fail(explain(mistake, sys.argv[1:]), 2)

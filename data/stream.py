@@ -204,12 +204,7 @@ def build_stream(
     if config.source is not DataSource.hf_stream:
         sequences = PackedTokens(config.path, "train", config.sequence_length, model_vocab_size)
         return MapStream(sequences, config.seed, load_manifest(config.path).fingerprint)
-    tokenizer = tokenizer_of(config)
-    dataset = _open(config, config.split)
-    if config.lanes > dataset.num_shards:
-        raise UserError(
-            f"data.lanes={config.lanes} must be at most {dataset.num_shards}, the files of {config.dataset}"
-        )
+    tokenizer, dataset = tokenizer_of(config), _open_training(config)
 
     def tokens_of(row: dict[str, Any]) -> list[int]:
         text = _text(config, row)
@@ -234,13 +229,17 @@ def build_stream(
 def check_data(config: DataConfig, model_vocab_size: int, validation: int = 0) -> None:
     """Find mistakes in the data before any process group is made; prepare the stdlib folder on first use.
 
-    `validation` sequences will be wanted of the validation split; a streamed one is not looked at.
+    `validation` sequences will be wanted of the validation split; of a streamed dataset, whose splits are
+    opened and not read, they are not counted.
 
     Raises:
         UserError: names the field, its value and what would be right.
     """
     if config.source is DataSource.hf_stream:
         _check_vocabulary(tokenizer_of(config).vocab_size, model_vocab_size, "data.tokenizer")
+        _open_training(config)
+        if config.val_split != config.split:
+            _open_validation(config)
         return
     if config.source is DataSource.stdlib:
         _check_vocabulary(config.vocab_size, model_vocab_size, "data.vocab_size")
@@ -346,6 +345,23 @@ def _open(config: DataConfig, split: str) -> Any:
     return open_stream(config.dataset, config.subset, config.data_files, split)
 
 
+def _open_training(config: DataConfig) -> Any:
+    dataset = _open(config, config.split)
+    if config.lanes > dataset.num_shards:
+        raise UserError(
+            f"data.lanes={config.lanes} must be at most {dataset.num_shards}, the files of {config.dataset}"
+        )
+    return dataset
+
+
+def _open_validation(config: DataConfig) -> Any:
+    try:
+        return _open(config, config.val_split)
+    except UserError as error:
+        hint = f"data.val_split={config.split} holds out one document in {HELD_OUT}"
+        raise UserError(f"data.val_split={config.val_split}: {error}; {hint}") from error
+
+
 def _text(config: DataConfig, row: dict[str, Any]) -> str:
     return text_of(row, config.text_column, "data.text_column", config.dataset or "")
 
@@ -359,12 +375,7 @@ def _validates(config: DataConfig, text: str) -> bool:
 
 
 def _validation_texts(config: DataConfig) -> Iterator[str]:
-    try:
-        rows = _open(config, config.val_split)
-    except UserError as error:
-        hint = f"data.val_split={config.split} holds out one document in {HELD_OUT}"
-        raise UserError(f"data.val_split={config.val_split}: {error}; {hint}") from error
-    for row in rows:
+    for row in _open_validation(config):
         text = _text(config, row)
         if config.val_split != config.split or _validates(config, text):
             yield text

@@ -42,9 +42,7 @@ def to_config(composed: DictConfig) -> Config:
         UserError: a key that no field has (Hydra itself lets `+key=value` through), or a field
             without a value.
     """
-    for key in _keys(composed):
-        if key not in field_types():
-            raise UserError(unknown_key(key, f"+{key}={OmegaConf.select(composed, key)}"))
+    _check_keys(composed)
     if missing := sorted(OmegaConf.missing_keys(composed)):
         raise UserError(f"{missing[0]}: must be given, as {missing[0]}=VALUE")
     config = OmegaConf.to_object(composed)
@@ -61,10 +59,30 @@ def compose_config(overrides: list[str]) -> Config:
     register_schema()
     try:
         check_command_line(overrides)
-        with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-            return to_config(compose("config", overrides=overrides))
+        return to_config(_compose(overrides))
     except COMPOSITION_ERRORS as error:
         raise explain(error, overrides) from None
+
+
+def check_shown(arguments: list[str]) -> None:
+    """Refuse unknown keys with `--cfg`, which Hydra answers by itself.
+
+    Args:
+        arguments: train.py's whole command line.
+    """
+    if any(argument == "-c" or argument.startswith("--cfg") for argument in arguments):
+        _check_keys(_compose([a for a in arguments if "=" in a and not a.startswith("-")]))
+
+
+def _compose(overrides: list[str]) -> DictConfig:
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        return compose("config", overrides=overrides)
+
+
+def _check_keys(composed: DictConfig) -> None:
+    for key in _keys(composed):
+        if key not in field_types():
+            raise UserError(unknown_key(key, f"+{key}={OmegaConf.select(composed, key)}"))
 
 
 def to_plain(config: Config) -> dict[str, Any]:
@@ -141,10 +159,11 @@ COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException)
 
 def check_command_line(overrides: list[str]) -> None:
     """Refuse `model=null`, `+optim=1` and the like, which Hydra answers with a traceback, and sweeps."""
+    asks_hydra = any(override.startswith("-") for override in overrides)  # such as --cfg job
     for override in overrides:
         if override in ("-m", "--multirun"):
             raise UserError(f"{override}: {ONE_RUN}")
-        if override[:1] not in ("-", "~") and "=" not in override:
+        if not asks_hydra and "=" not in override and not override.startswith("~"):
             raise UserError(f"{override}: must be written as name=value, such as experiment=quickstart")
         found = re.fullmatch(r"[+~]*(model|rope_scaling|data|optim|parallel|logging)=(.*)", override)
         if found and (override[0] in "+~" or not re.fullmatch(r"(?!null$)[A-Za-z]\w*", found[2])):

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Train on this machine: one process a GPU, or two processes on the CPU where there is none.
+# Train on this machine: one process a GPU, or two processes on the CPU where there is none. The quickstart
+# takes 1, 2, 4 or 8 GPUs, which its batch of 8 sequences can be shared among.
 #
 # Usage:    [NPROC=N] launch/local.sh [overrides...]
 # Example:  launch/local.sh experiment=quickstart name=first optim.lr=3e-4
@@ -19,6 +20,13 @@ if [[ ${1:-} == --help || ${1:-} == -h ]]; then
 fi
 
 processes=$(count_processes "$@")
+if [[ -z ${NPROC:-} && " $* " == *" experiment=quickstart "* ]]; then
+    gpus=$processes
+    for processes in 8 4 2 1; do
+        ((processes > gpus)) || break
+    done
+    ((processes == gpus)) || echo "quickstart: $processes processes on $gpus GPUs; NPROC=N starts N"
+fi
 extra=()
 if [[ $processes == 1 && "$*" != *parallel.expert_parallel_size=* ]]; then
     echo "one process: appending parallel.expert_parallel_size=1, whatever the experiment says"

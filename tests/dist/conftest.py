@@ -1,7 +1,11 @@
-from collections.abc import Iterator
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
+import numpy as np
 import pytest
 
+from tests.dist.end_to_end import PYTHON, ROOT, TINY, kill_hard
 from tests.dist.pool import Pool
 
 
@@ -26,3 +30,40 @@ def pools() -> Iterator[Pools]:
     started = Pools()
     yield started
     started.close()
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prepared folder of small made-up sources."""
+    folder, out = tmp_path_factory.mktemp("corpus"), tmp_path_factory.mktemp("prepared")
+    rng = np.random.default_rng(0)
+    words = ["alpha", "beta", "gamma", "delta", "return", "import", "def", "class", "=", "+", "(", ")", "\n"]
+    for index in range(40):
+        (folder / f"{index:02d}.txt").write_text(" ".join(rng.choice(words, 400)))
+    prepare = [PYTHON, "-m", "data.prepare", "files", str(folder), "--out", str(out)]
+    settings = ["--vocab-size", "300", "--val-fraction", "0.2"]
+    subprocess.run([*prepare, *settings], cwd=ROOT, check=True, capture_output=True)
+    return out
+
+
+@pytest.fixture
+def command(corpus: Path, tmp_path: Path) -> Callable[..., list[str]]:
+    def build(name: str, *overrides: str, launcher: list[str] | None = None) -> list[str]:
+        where = [f"data.path={corpus}", f"runs_dir={tmp_path}", f"name={name}"]
+        return [*(launcher or [PYTHON]), "train.py", *TINY, *where, *overrides]
+
+    return build
+
+
+@pytest.fixture
+def started() -> Iterator[Callable[[list[str]], subprocess.Popen[bytes]]]:
+    """Start a job, which is gone after the test."""
+    jobs: list[subprocess.Popen[bytes]] = []
+
+    def start(command: list[str]) -> subprocess.Popen[bytes]:
+        jobs.append(subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL))
+        return jobs[-1]
+
+    yield start
+    for job in jobs:
+        kill_hard(job)

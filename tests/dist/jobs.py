@@ -253,26 +253,33 @@ def assert_same(got: Trace, want: Trace) -> None:
 
 
 def train_and_save(rank: int, world_size: int, folder: str, save_at: int, steps: int, **layout: Any) -> tuple:
-    """Train `steps` steps and save after `save_at` of them: (trace, final weights' parts)."""
+    """Train `steps` steps and save after `save_at` of them: (trace, final weights' parts, random state)."""
     from dsv2 import checkpoint
 
     engine = make_engine(rank, world_size, **layout)
     trace = steps_of(engine, 0, save_at, layout["micro_batch"])
+    torch.manual_seed(1000 + rank)  # every rank's own
+    random_state = torch.get_rng_state().numpy()
     state = checkpoint.RunState(
         step=save_at, tokens=save_at * BATCH * SEQUENCE, data={"consumed": 1}, wandb_id="w"
     )
     checkpoint.CheckpointStore(Path(folder), 3, SETTINGS).save(engine, state)
     trace.losses += steps_of(engine, save_at, steps - save_at, layout["micro_batch"]).losses
-    return trace, owned(engine, "fp32")
+    return trace, owned(engine, "fp32"), random_state
 
 
 def load_and_train(rank: int, world_size: int, path: str, steps: int, **layout: Any) -> tuple:
-    """Load into a fresh engine whose weights differ and train on: (state, trace, final weights' parts)."""
+    """Load into a fresh engine whose weights differ and train on.
+
+    Returns the state, the trace, the final weights' parts, the random state after the load.
+    """
     from dsv2 import checkpoint
 
     engine = make_engine(rank, world_size, **layout)
     steps_of(engine, 100, 1, layout["micro_batch"])  # so that a tensor the load forgets shows
+    torch.manual_seed(0)
     found = checkpoint.Found(Path(path), 0, [], [])
     state = checkpoint.CheckpointStore(Path(path).parent, 3, SETTINGS).load(engine, found)
+    random_state = torch.get_rng_state().numpy()
     trace = steps_of(engine, state.step, steps - state.step, layout["micro_batch"])
-    return state, trace, owned(engine, "fp32")
+    return state, trace, owned(engine, "fp32"), random_state

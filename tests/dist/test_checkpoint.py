@@ -11,26 +11,26 @@ from dsv2.weights import CheckpointReader, load_model
 from tests.dist import jobs
 
 SAVE_AT, STEPS = 2, 5
+# Losses after the save, whole weights, and each rank's random state at the save.
+Outcome = tuple[list[float], dict[str, np.ndarray], list[np.ndarray]]
 
 
-def _save(
-    pools: Any, folder: Path, world_size: int, save_at: int = SAVE_AT, **layout: Any
-) -> tuple[list[float], dict[str, np.ndarray]]:
+def _save(pools: Any, folder: Path, world_size: int, save_at: int = SAVE_AT, **layout: Any) -> Outcome:
     results = pools[world_size].run(
         "tests.dist.jobs:train_and_save", folder=str(folder), save_at=save_at, steps=STEPS, **layout
     )
-    return results[0][0].losses, jobs.whole([parts for _, parts in results])
+    losses = results[0][0].losses[save_at:]
+    return losses, jobs.whole([parts for _, parts, _ in results]), [rng for _, _, rng in results]
 
 
-def _load(
-    pools: Any, folder: Path, world_size: int, **layout: Any
-) -> tuple[list[float], dict[str, np.ndarray]]:
+def _load(pools: Any, folder: Path, world_size: int, **layout: Any) -> Outcome:
     path = folder / f"step-{SAVE_AT:08d}"
     results = pools[world_size].run("tests.dist.jobs:load_and_train", path=str(path), steps=STEPS, **layout)
     state = results[0][0]
     assert (state.step, state.tokens) == (SAVE_AT, SAVE_AT * jobs.BATCH * jobs.SEQUENCE)
     assert (state.data, state.wandb_id) == ({"consumed": 1}, "w")
-    return results[0][1].losses, jobs.whole([parts for _, _, parts in results])
+    parts, random_states = [result[2] for result in results], [result[3] for result in results]
+    return results[0][1].losses, jobs.whole(parts), random_states
 
 
 def _layout(world_size: int, ep: int, stage: int, bf16: bool = False) -> dict[str, Any]:
@@ -53,9 +53,9 @@ def _layout(world_size: int, ep: int, stage: int, bf16: bool = False) -> dict[st
     ],
 )
 def test_continues_on_another_layout(pools, tmp_path, saved_on, loaded_on):
-    losses, weights = _save(pools, tmp_path, **_layout(*saved_on))
-    resumed_losses, resumed_weights = _load(pools, tmp_path, **_layout(*loaded_on))
-    np.testing.assert_allclose(resumed_losses, losses[SAVE_AT:], rtol=1e-6)
+    losses, weights, _ = _save(pools, tmp_path, **_layout(*saved_on))
+    resumed_losses, resumed_weights, _ = _load(pools, tmp_path, **_layout(*loaded_on))
+    np.testing.assert_allclose(resumed_losses, losses, rtol=1e-6)
     assert resumed_weights.keys() == weights.keys()
     for name, want in weights.items():
         assert np.linalg.norm(resumed_weights[name] - want) / np.linalg.norm(want) < 2e-5, name
@@ -76,9 +76,11 @@ def test_continues_on_another_layout(pools, tmp_path, saved_on, loaded_on):
 )
 def test_same_layout_is_exact_to_the_bit(pools, tmp_path, world_size, ep, stage, bf16):
     layout = _layout(world_size, ep, stage, bf16)
-    losses, weights = _save(pools, tmp_path, **layout)
-    resumed_losses, resumed_weights = _load(pools, tmp_path, **layout)
-    assert resumed_losses == losses[SAVE_AT:]
+    losses, weights, random_states = _save(pools, tmp_path, **layout)
+    resumed_losses, resumed_weights, resumed_random_states = _load(pools, tmp_path, **layout)
+    assert resumed_losses == losses
+    assert len({state.tobytes() for state in random_states}) == world_size, "every rank has its own"
+    np.testing.assert_array_equal(resumed_random_states, random_states)
     for name, want in weights.items():
         assert np.array_equal(resumed_weights[name], want), name
 
@@ -88,7 +90,7 @@ def test_same_layout_is_exact_to_the_bit(pools, tmp_path, world_size, ep, stage,
 )
 def test_one_process_reads_the_whole_model(pools, tmp_path, world_size, ep, stage, bf16):
     """Without DeepSpeed or process group: every expert, and the fp32 masters."""
-    _, trained = _save(pools, tmp_path, save_at=STEPS, **_layout(world_size, ep, stage, bf16))
+    _, trained, _ = _save(pools, tmp_path, save_at=STEPS, **_layout(world_size, ep, stage, bf16))
     path = tmp_path / f"step-{STEPS:08d}"
     model = load_model(path)
     assert not model.training

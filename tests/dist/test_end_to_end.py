@@ -5,162 +5,33 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 
-from dsv2.tracker import read_metrics
+from tests.dist.end_to_end import (
+    MANY,
+    ROOT,
+    STEPS,
+    TORCHRUN,
+    TWO,
+    assert_same_bits,
+    kill_hard,
+    read_wandb,
+    run,
+    scalars,
+    wait_for_step,
+    weights,
+)
 
-ROOT = Path(__file__).parents[2]
-PYTHON = sys.executable
-TORCHRUN = [PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-TINY = [
-    "model.hidden_size=32",
-    "model.num_hidden_layers=2",
-    "model.vocab_size=600",
-    "model.num_attention_heads=2",
-    "model.kv_lora_rank=16",
-    "model.qk_nope_head_dim=8",
-    "model.qk_rope_head_dim=8",
-    "model.v_head_dim=8",
-    "model.intermediate_size=48",
-    "model.moe_intermediate_size=16",
-    "data=local",
-    "data.sequence_length=32",
-    "optim.batch_size=8",
-    "optim.total_tokens=6144",  # 24 steps
-    "optim.warmup_steps=2",
-    "optim.lr=3e-3",
-    "parallel.micro_batch_size=2",
-    "eval.sequences=5",
-    "eval.every=6",
-    "eval.sample_tokens=4",
-    "logging.every=2",
-    "logging.wandb=offline",
-    "checkpoint.every=4",
-]
-STEPS = 24
-MANY = "optim.total_tokens=38400"  # 150 steps, for jobs that are to be interrupted on their way
-VOCABULARY = ["--vocab-size", "300", "--val-fraction", "0.2"]
 pytestmark = [
     pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),  # `weights` wants it so
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(1800),
 ]
-
-
-@pytest.fixture(scope="session")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A prepared folder of small made-up sources."""
-    folder, out = tmp_path_factory.mktemp("corpus"), tmp_path_factory.mktemp("prepared")
-    rng = np.random.default_rng(0)
-    words = ["alpha", "beta", "gamma", "delta", "return", "import", "def", "class", "=", "+", "(", ")", "\n"]
-    for index in range(40):
-        (folder / f"{index:02d}.txt").write_text(" ".join(rng.choice(words, 400)))
-    subprocess.run(
-        [
-            PYTHON,
-            "-m",
-            "data.prepare",
-            "files",
-            str(folder),
-            "--out",
-            str(out),
-            "--vocab-size",
-            "300",
-            "--val-fraction",
-            "0.2",
-        ],
-        cwd=ROOT,
-        check=True,
-        capture_output=True,
-    )
-    return out
-
-
-@pytest.fixture
-def command(corpus: Path, tmp_path: Path) -> Callable[..., list[str]]:
-    def build(name: str, *overrides: str, launcher: list[str] | None = None) -> list[str]:
-        where = [f"data.path={corpus}", f"runs_dir={tmp_path}", f"name={name}"]
-        return [*(launcher or [PYTHON]), "train.py", *TINY, *where, *overrides]
-
-    return build
-
-
-TWO = ["parallel.expert_parallel_size=2"]
-
-
-def run(command: list[str], expect: int = 0, **options: object) -> str:
-    """Run to the end; its output. `expect` is the exit code."""
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=200,
-        **options,  # type: ignore[call-overload]
-    )
-    assert done.returncode == expect, done.stdout
-    return done.stdout
-
-
-def kill_hard(job: subprocess.Popen[bytes]) -> None:
-    """SIGKILL to the job and, first, to all that it started: torchrun's workers outlive torchrun."""
-    if job.poll() is None:
-        parent = psutil.Process(job.pid)
-        parent.suspend()  # or it would see its workers die
-        for process in [*parent.children(recursive=True), parent]:
-            process.kill()
-    job.wait()
-
-
-@pytest.fixture
-def started() -> Iterator[Callable[[list[str]], subprocess.Popen[bytes]]]:
-    """Start a job, which is gone after the test."""
-    jobs: list[subprocess.Popen[bytes]] = []
-
-    def start(command: list[str]) -> subprocess.Popen[bytes]:
-        jobs.append(subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL))
-        return jobs[-1]
-
-    yield start
-    for job in jobs:
-        kill_hard(job)
-
-
-def wait_for_step(run_dir: Path, step: int) -> None:
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        if (run_dir / "metrics.jsonl").exists() and any(m["step"] >= step for m in read_metrics(run_dir)):
-            return
-        time.sleep(0.02)
-    raise TimeoutError(f"{run_dir} did not reach step {step}")
-
-
-def scalars(run_dir: Path, name: str) -> dict[int, float]:
-    return {int(m["step"]): m[name] for m in read_metrics(run_dir) if name in m}
-
-
-def weights(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint, read whole in this process."""
-    reader = dcp.FileSystemReader(run_dir / "checkpoints" / f"step-{step:08d}")
-    tensors = {name: torch.empty(m.size) for name, m in reader.read_metadata().state_dict_metadata.items()}
-    dcp.load(tensors, storage_reader=reader, no_dist=True)
-    return tensors
-
-
-def assert_same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
-    assert one.keys() == other.keys()
-    assert len(one) > 30
-    for name in one:
-        assert torch.equal(one[name], other[name]), name
 
 
 def test_killed_run_resumes_to_the_bit_and_reads_back(command, started, tmp_path):
@@ -178,7 +49,7 @@ def test_killed_run_resumes_to_the_bit_and_reads_back(command, started, tmp_path
     wait_for_step(tmp_path / "killed", 60)
     for process in [*psutil.Process(job.pid).children(recursive=True), job]:
         process.send_signal(signal.SIGINT)
-    job.wait(120)
+    job.wait(300)
     status = json.loads((tmp_path / "killed" / "status.json").read_text())
     assert status["state"] == "stopped"
     assert 60 <= status["step"] < 150
@@ -196,33 +67,38 @@ def test_killed_run_resumes_to_the_bit_and_reads_back(command, started, tmp_path
     assert json.loads((killed / "status.json").read_text())["state"] == "finished"
     assert [p.name for p in sorted((whole / "checkpoints").iterdir())] == ["step-00000148", "step-00000150"]
     assert "n_routed_experts: 16" in (whole / "config.yaml").read_text()
-    _read_wandb(whole)
+    _read_whole_wandb(whole)
+    read_wandb(killed, sessions=3)
 
 
-def _read_wandb(run_dir: Path) -> None:
+def _read_whole_wandb(run_dir: Path) -> None:
     """The offline W&B run holds what metrics.jsonl mirrors."""
-    folders = list((run_dir / "wandb").glob("offline-run-*"))
-    assert len(folders) == 1
-    wandb = Path(PYTHON).with_name("wandb")
-    shown = run([str(wandb), "leet", "inspect", "--json", str(folders[0])])
+    shown = read_wandb(run_dir, sessions=1)[0]
     for name in ("train/loss_lm", "moe/aux_device", "vio/L01", "comm/devs_per_tok", "val/bpb"):
         assert f'"{name}"' in shown, name
     assert "n_routed_experts" in shown, "the configuration is logged"
-    pictures = folders[0] / "files" / "media" / "images" / "map"
-    assert {p.name.split("_1")[0] for p in pictures.iterdir()} >= {"expert_load", "dev_load", "dev_recv"}
+    pictures = list(run_dir.glob("wandb/offline-run-*/files/media/images/map/*"))
+    assert {p.name.split("_1")[0] for p in pictures} >= {"expert_load", "dev_load", "dev_recv"}
 
 
 def test_signal_saves_and_exits_0_then_another_layout_continues(command, started, tmp_path):
-    """SIGTERM to one process; two processes with EP 2 and ZeRO-3 finish what it began."""
+    """SIGTERM to one process, then to torchrun alone; EP 2 and ZeRO-3 finish what they began."""
     run(command("whole", MANY))
     job = started(command("stopped", MANY, "checkpoint.every=0"))
     wait_for_step(tmp_path / "stopped", 2)
     job.send_signal(signal.SIGTERM)
-    assert job.wait(60) == 0
+    assert job.wait(300) == 0
     status = json.loads((tmp_path / "stopped" / "status.json").read_text())
     assert status["state"] == "stopped"
     assert 2 <= status["step"] < 150
     layout = [*TWO, MANY, "parallel.zero_stage=3", "parallel.micro_batch_size=1"]
+    job = started(command("stopped", *layout, "checkpoint.every=0", launcher=TORCHRUN))
+    wait_for_step(tmp_path / "stopped", status["step"] + 20)
+    job.send_signal(signal.SIGTERM)  # as a scheduler does; torchrun passes it on and reports it by its code
+    assert job.wait(300) == 1
+    before, status = status, json.loads((tmp_path / "stopped" / "status.json").read_text())
+    assert status["state"] == "stopped"
+    assert before["step"] + 20 <= status["step"] < 150
     output = run(command("stopped", *layout, launcher=TORCHRUN))
     assert f"resumed after step {status['step']}" in output
     losses, whole = scalars(tmp_path / "stopped", "train/loss"), scalars(tmp_path / "whole", "train/loss")
@@ -261,7 +137,7 @@ def test_a_second_job_in_the_same_folder_is_refused(command, tmp_path):
         assert len(output.splitlines()) == 1
     finally:
         job.send_signal(signal.SIGTERM)
-        job.communicate(timeout=60)
+        job.communicate(timeout=300)
     assert job.returncode == 0
 
 
@@ -273,7 +149,7 @@ def test_interrupted_before_training(command, tmp_path):
         assert job.poll() is None
         time.sleep(0.01)
     job.send_signal(signal.SIGINT)
-    output = job.communicate(timeout=60)[0]
+    output = job.communicate(timeout=300)[0]
     assert (job.returncode, output) == (
         130,
         "error: interrupted before training began; nothing was changed\n",

@@ -1,12 +1,13 @@
 """What is taken for a checkpoint, and which one a run goes on from; nothing here is trained."""
 
 import json
+import zlib
 from pathlib import Path
 
 import pytest
 
 from dsv2.checkpoint import CheckpointStore
-from dsv2.checkpoint_files import FORMAT, check
+from dsv2.checkpoint_files import FORMAT, check, checksum, complete_checkpoints, damaged_file
 from dsv2.errors import UserError
 
 MODEL = {"hidden_size": 8, "balance": {"alpha_expert": 0.1}}
@@ -182,3 +183,36 @@ def test_a_field_that_the_checkpoint_is_older_than_had_its_default(tmp_path):
     assert CheckpointStore(tmp_path, 2, {"model": MODEL | {"rope_scaling": None}}).find("auto") is not None
     with pytest.raises(UserError, match=r"model.rope_theta=5.0: the checkpoint .* was saved with 10000.0"):
         CheckpointStore(tmp_path, 2, {"model": MODEL | {"rope_theta": 5.0}}).find("auto")
+
+
+def test_checksum_is_crc_32_of_the_whole_file(tmp_path):
+    file = tmp_path / "file"
+    file.write_bytes(b"123456789")
+    assert checksum(file) == 0xCBF43926, "the check value in every description of CRC-32"
+    content = bytes(range(256)) * (1 << 17)  # 32 MiB, read in blocks of 16
+    file.write_bytes(content)
+    assert checksum(file) == zlib.crc32(content)
+
+
+def test_damaged_file_names_the_first_that_differs(tmp_path):
+    sums = {}
+    for name in ("a", "b", "c"):
+        (tmp_path / name).write_bytes(name.encode() * 10)
+        sums[name] = checksum(tmp_path / name)
+    assert damaged_file(tmp_path, ["a", "b", "c"], sums) is None
+    (tmp_path / "b").write_bytes(b"bbbbbcbbbb")
+    (tmp_path / "c").unlink()
+    problem = "b does not hold what was written (its checksum differs)"
+    assert damaged_file(tmp_path, ["a", "b", "c"], sums) == problem
+    assert damaged_file(tmp_path, ["a"], sums) is None, "only those asked for are read"
+    assert damaged_file(tmp_path, ["c"], sums) == "c cannot be read (No such file or directory)"
+    assert damaged_file(tmp_path, ["a"], {}) is not None, "without a checksum nothing vouches for it"
+
+
+def test_one_that_was_set_aside_is_no_checkpoint(tmp_path):
+    older = make(tmp_path, 3)
+    make(tmp_path, 7).rename(tmp_path / "step-00000007.damaged")
+    assert complete_checkpoints(tmp_path) == [older]
+    found = store(tmp_path).find("auto")
+    assert found is not None
+    assert (found.path, found.warnings) == (older, [])

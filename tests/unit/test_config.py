@@ -133,9 +133,7 @@ FLOATS = [name for name, hint in field_types().items() if hint is float]
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [(name, float("nan")) for name in FLOATS]
-    # An infinite grad_clip is a way to say "no clipping".
-    + [(name, float("inf")) for name in FLOATS if name != "optim.grad_clip"],
+    [(name, float(value)) for name in FLOATS for value in ("nan", "inf")],
 )
 def test_not_a_finite_number(name, value):
     """NaN passes every comparison written the wrong way round."""
@@ -248,6 +246,10 @@ def test_a_moment_that_never_moves(name):
         (
             [("optim.batch_size_start", 4)],
             "optim.batch_ramp_tokens=0: must be above 0 when optim.batch_size_start is given",
+        ),
+        (
+            [("optim.batch_ramp_tokens", 9)],
+            "optim.batch_size_start=None: must be given when optim.batch_ramp_tokens is",
         ),
         ([("parallel.zero_stage", 4)], "parallel.zero_stage=4: must be 0, 1, 2 or 3"),
         (

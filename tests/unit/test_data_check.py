@@ -70,13 +70,38 @@ def test_check_data_compares_the_streams_tokenizer(folder: Path) -> None:
         check_data(streamed(folder), 299)
 
 
-def test_streams_that_cannot_be(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lanes": 6}, rf"data\.lanes=6 must be at most {FILES}, the files of json"),
+        ({"split": "dev", "val_split": "dev"}, r"split 'dev'.* cannot be opened: Bad split"),
+        ({"data_files": ["/nowhere/none.jsonl"]}, "cannot be opened: Unable to find"),
+        ({"data_files": None}, "dataset 'json' reads files: data_files must name them"),
+        (
+            {"val_split": "validation"},
+            r"data\.val_split=validation: .* cannot be opened: Bad split.*data\.val_split=train holds out",
+        ),
+    ],
+)
+def test_mistakes_in_a_stream_are_found_before_it_is_built(folder: Path, changes: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        check_data(streamed(folder, **changes), 300)
+
+
+def test_a_validation_split_that_is_there(folder: Path, tmp_path: Path) -> None:
+    for number, split in enumerate(("train", "validation")):
+        shutil.copy(folder / f"{number}.jsonl", tmp_path / f"{split}.jsonl")
+    here = {"dataset": str(tmp_path), "data_files": None, "lanes": 1}
+    check_data(streamed(folder, **here, val_split="validation"), 300)
+    with pytest.raises(UserError, match=r"data\.val_split=test: .*cannot be opened: Bad split"):
+        check_data(streamed(folder, **here, val_split="test"), 300)
+
+
+def test_streams_that_cannot_be(folder: Path) -> None:
     with pytest.raises(UserError, match=rf"data\.lanes=6 must be at most {FILES}"):
         build(streamed(folder, lanes=6))
     with pytest.raises(UserError, match=r"split 'dev'.* cannot be opened: Bad split"):
         build(streamed(folder, split="dev"))
-    with pytest.raises(UserError, match="cannot be opened: Unable to find"):
-        build(streamed(folder, data_files=[str(tmp_path / "none.jsonl")]))
     with pytest.raises(UserError, match=r"data\.text_column 'body' is not in json; it has 'text', 'other'"):
         build(streamed(folder, text_column="body")).take(1, 0, 1)
     with pytest.raises(UserError, match=r"data\.text_column 'other' of json holds int, not text"):

@@ -141,6 +141,28 @@ def test_local_processes_and_threads(box, env, overrides, processes, threads):
     assert box.recorded_env()["OMP_NUM_THREADS"] == threads
 
 
+QUICKSTART = "experiment=quickstart"
+
+
+@pytest.mark.parametrize(
+    ("gpus", "processes"),
+    [(1, 1), (2, 2), (3, 2), (4, 4), (5, 4), (6, 4), (7, 4), (8, 8), (9, 8), (16, 8)],
+)
+def test_the_quickstart_starts_as_many_processes_as_fit_its_batch(box, gpus, processes):
+    done = box.run("launch/local.sh", QUICKSTART, GPUS=str(gpus))
+    assert box.recorded("torchrun")[1] == f"--nproc_per_node={processes}"
+    assert (f"quickstart: {processes} processes on {gpus} GPUs" in done.stdout) == (processes < gpus)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "env", "processes"),
+    [([QUICKSTART], {"NPROC": "6"}, 6), (["experiment=other"], {}, 7), ([f"name={QUICKSTART}"], {}, 7)],
+)
+def test_who_gives_the_processes_or_trains_something_else_gets_all(box, overrides, env, processes):
+    box.run("launch/local.sh", *overrides, GPUS="7", **env)
+    assert box.recorded("torchrun")[1] == f"--nproc_per_node={processes}"
+
+
 @pytest.mark.parametrize("env", [{"NPROC": "1"}, {"GPUS": "1"}])
 def test_local_with_one_process_turns_expert_parallelism_off_and_says_so(box, env):
     done = box.run("launch/local.sh", "experiment=quickstart", **env)
@@ -278,10 +300,24 @@ def test_slurm_finds_the_status_below_another_runs_dir(box):
     assert run_slurm(box, "runs_dir=elsewhere", "name=lite", TORCHRUN_DOES=does) == 0
 
 
-def test_slurm_restart_resumes_in_a_rendezvous_of_its_own(box):
-    assert run_slurm(box, "name=lite", "resume=never", SLURM_RESTART_COUNT="2") == 0
+@pytest.mark.parametrize(
+    ("given", "appended"),
+    [
+        (["resume=never"], ["resume=auto"]),
+        (["resume=runs/base/checkpoints/step-00000100"], []),  # before the first save there is no other
+        (["resume=auto"], []),
+        ([], []),
+    ],
+)
+def test_slurm_restart_resumes_in_a_rendezvous_of_its_own(box, given, appended):
+    assert run_slurm(box, "name=lite", *given, SLURM_RESTART_COUNT="2") == 0
     arguments = box.recorded("torchrun")
-    assert arguments[4:] == ["--rdzv_id=61234-2", "train.py", "name=lite", "resume=never", "resume=auto"]
+    assert arguments[4:] == ["--rdzv_id=61234-2", "train.py", "name=lite", *given, *appended]
+
+
+def test_slurm_first_start_appends_nothing(box):
+    assert run_slurm(box, "name=lite", "resume=never") == 0
+    assert box.recorded("torchrun")[5:] == ["train.py", "name=lite", "resume=never"]
 
 
 def test_slurm_needs_a_name(box):
@@ -338,6 +374,8 @@ def test_make_train_installs_prepares_and_trains(make):
         "torchrun --standalone --nproc_per_node=2 train.py experiment=quickstart optim.lr=1e-3 name=x",
     ]
     assert "installing requirements.txt into .venv" in done.stdout
+    for env, processes in (({"GPUS": "6"}, 4), ({"GPUS": "6", "NPROC": "3"}, 3)):
+        assert f"--nproc_per_node={processes} " in make("train", **env)[1][-1]
 
 
 def test_make_test_checks_format_and_lint_first(make):

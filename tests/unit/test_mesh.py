@@ -10,11 +10,10 @@ from dsv2.parallel.mesh import pick_device
 
 @pytest.fixture
 def machine(monkeypatch):
-    """A machine with so many GPUs and processes, seen by one of the latter."""
+    """A machine with so many GPUs, seen by one of its processes."""
 
-    def describe(gpus: int, processes: int, local_rank: int = 0) -> None:
+    def describe(gpus: int, local_rank: int = 0) -> None:
         monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
         monkeypatch.setenv("LOCAL_RANK", str(local_rank))
 
     return describe
@@ -30,12 +29,21 @@ def machine(monkeypatch):
     ],
 )
 def test_one_gpu_a_process_by_local_rank(machine, gpus, processes, device, expected):
-    machine(gpus, processes, local_rank=3)
-    assert str(pick_device(ParallelConfig(device=device))) == expected
+    machine(gpus, local_rank=3)
+    assert str(pick_device(ParallelConfig(device=device), processes)) == expected
 
 
-@pytest.mark.parametrize(("gpus", "device"), [(1, Device.auto), (0, Device.cuda)])
+def test_cuda_without_a_gpu(machine):
+    machine(gpus=0)
+    with pytest.raises(UserError) as refusal:
+        pick_device(ParallelConfig(device=Device.cuda), 1)
+    assert str(refusal.value) == (
+        "parallel.device=cuda: there is no GPU on this machine; leave out parallel=gpu"
+    )
+
+
+@pytest.mark.parametrize(("gpus", "device"), [(1, Device.auto), (1, Device.cuda)])
 def test_more_processes_than_gpus(machine, gpus, device):
-    machine(gpus, processes=2)
+    machine(gpus)
     with pytest.raises(UserError, match=rf"parallel.device={device.value}: 2 processes .* has {gpus} GPUs"):
-        pick_device(ParallelConfig(device=device))
+        pick_device(ParallelConfig(device=device), 2)

@@ -1,0 +1,106 @@
+"""What the tests of train.py share: its command lines, runs of it, and what these leave behind."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import torch
+import torch.distributed.checkpoint as dcp
+
+from dsv2.tracker import read_metrics
+
+ROOT = Path(__file__).parents[2]
+PYTHON = sys.executable
+TORCHRUN = [PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+TINY = [
+    "model.hidden_size=32",
+    "model.num_hidden_layers=2",
+    "model.vocab_size=600",
+    "model.num_attention_heads=2",
+    "model.kv_lora_rank=16",
+    "model.qk_nope_head_dim=8",
+    "model.qk_rope_head_dim=8",
+    "model.v_head_dim=8",
+    "model.intermediate_size=48",
+    "model.moe_intermediate_size=16",
+    "data=local",
+    "data.sequence_length=32",
+    "optim.batch_size=8",
+    "optim.total_tokens=6144",  # 24 steps
+    "optim.warmup_steps=2",
+    "optim.lr=3e-3",
+    "parallel.micro_batch_size=2",
+    "eval.sequences=5",
+    "eval.every=6",
+    "eval.sample_tokens=4",
+    "logging.every=2",
+    "logging.wandb=offline",
+    "checkpoint.every=4",
+]
+STEPS = 24
+TWO = ["parallel.expert_parallel_size=2"]
+MANY = "optim.total_tokens=38400"  # 150 steps, for jobs that are to be interrupted on their way
+
+
+def run(command: list[str], expect: int = 0, **options: object) -> str:
+    """Run to the end; its output. `expect` is the exit code."""
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=900,
+        **options,  # type: ignore[call-overload]
+    )
+    assert done.returncode == expect, done.stdout
+    return done.stdout
+
+
+def kill_hard(job: subprocess.Popen[bytes]) -> None:
+    """SIGKILL to the job and, first, to all that it started: torchrun's workers outlive torchrun."""
+    if job.poll() is None:
+        parent = psutil.Process(job.pid)
+        parent.suspend()  # or it would see its workers die
+        for process in [*parent.children(recursive=True), parent]:
+            process.kill()
+    job.wait()
+
+
+def wait_for_step(run_dir: Path, step: int) -> None:
+    deadline = time.monotonic() + 900
+    while time.monotonic() < deadline:
+        if (run_dir / "metrics.jsonl").exists() and any(m["step"] >= step for m in read_metrics(run_dir)):
+            return
+        time.sleep(0.02)
+    raise TimeoutError(f"{run_dir} did not reach step {step}")
+
+
+def scalars(run_dir: Path, name: str) -> dict[int, float]:
+    return {int(m["step"]): m[name] for m in read_metrics(run_dir) if name in m}
+
+
+def weights(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, read whole in this process."""
+    reader = dcp.FileSystemReader(run_dir / "checkpoints" / f"step-{step:08d}")
+    tensors = {name: torch.empty(m.size) for name, m in reader.read_metadata().state_dict_metadata.items()}
+    dcp.load(tensors, storage_reader=reader, no_dist=True)
+    return tensors
+
+
+def assert_same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert len(one) > 30
+    for name in one:
+        assert torch.equal(one[name], other[name]), name
+
+
+def read_wandb(run_dir: Path, sessions: int) -> list[str]:
+    """What `wandb leet` reads in each of the run's offline folders, which are all of one W&B run."""
+    folders = sorted((run_dir / "wandb").glob("offline-run-*"))
+    assert len(folders) == sessions
+    assert len({folder.name.split("-")[-1] for folder in folders}) == 1, "one run has one id"
+    wandb = str(Path(PYTHON).with_name("wandb"))
+    return [run([wandb, "leet", "inspect", "--json", str(folder)]) for folder in folders]
