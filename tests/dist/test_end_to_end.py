@@ -304,7 +304,7 @@ def test_export_and_start_from_it(command, tmp_path):
 
 
 def test_a_bad_folder_to_start_from_stops_the_run(command, tmp_path):
-    output = run(command("bad", f"init_from={tmp_path / 'gone'}", *TWO, launcher=TORCHRUN), expect=1)
-    assert output.count(f"error: init_from={tmp_path / 'gone'}: there is no such folder") == 1
-    assert 'train.py", line' not in output, "a traceback of ours, not torchrun's"
+    output = run(command("bad", f"init_from={tmp_path / 'gone'}"), expect=2)
+    assert output.startswith(f"error: init_from={tmp_path / 'gone'}: there is no such folder")
+    assert len(output.splitlines()) == 1
     assert not (tmp_path / "bad").exists()
