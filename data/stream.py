@@ -347,10 +347,8 @@ def _open(config: DataConfig, split: str) -> Any:
 
 def _open_training(config: DataConfig) -> Any:
     dataset = _open(config, config.split)
-    if config.lanes > dataset.num_shards:
-        raise UserError(
-            f"data.lanes={config.lanes} must be at most {dataset.num_shards}, the files of {config.dataset}"
-        )
+    if config.lanes > (files := dataset.num_shards):
+        raise UserError(f"data.lanes={config.lanes} must be at most {files}, the files of {config.dataset}")
     return dataset
 
 

@@ -40,17 +40,21 @@ def find_start(config: Config) -> tuple["CheckpointStore", "Found | None", "HFWe
     return store, None, HFWeights(Path(config.init_from), config.model)
 
 
+def _look(config: Config, processes: int) -> None:
+    from dsv2.parallel.mesh import pick_device
+
+    pick_device(config.parallel, processes)
+    find_start(config)
+    run_dir = Path(config.runs_dir) / config.name
+    let_go(claim(run_dir), run_dir)
+
+
 def main(processes: str, *overrides: str) -> int:
     """0, or 2 with one message: what train.py would refuse on a machine with that many processes."""
     try:
         config = compose_config(list(overrides))
         validate(config, int(processes))
-        from dsv2.parallel.mesh import pick_device
-
-        pick_device(config.parallel, int(processes))
-        find_start(config)
-        run_dir = Path(config.runs_dir) / config.name
-        let_go(claim(run_dir), run_dir)
+        _look(config, int(processes))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

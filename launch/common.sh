@@ -15,9 +15,14 @@ die() {
 }
 
 if [[ -x .venv/bin/torchrun ]]; then
-    TORCHRUN=.venv/bin/torchrun PYTHON=.venv/bin/python
+    TORCHRUN=.venv/bin/torchrun
 else
-    TORCHRUN=torchrun PYTHON=python
+    TORCHRUN=torchrun
+fi
+if [[ -x .venv/bin/python ]]; then
+    PYTHON=.venv/bin/python
+else
+    PYTHON=python
 fi
 
 # Number of GPUs that train.py will use on this machine: 0 where the overrides say parallel.device=cpu.

@@ -15,6 +15,7 @@ import torch
 
 from tests.dist.end_to_end import (
     MANY,
+    PYTHON,
     ROOT,
     STEPS,
     TORCHRUN,
