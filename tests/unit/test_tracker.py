@@ -21,6 +21,7 @@ import dsv2.tracker
 from dsv2.config import LoggingConfig, WandbMode
 from dsv2.errors import UserError
 from dsv2.tracker import Tracker, heat_map, open_tracker, read_metrics
+from tests.unit.helpers import wandb_history
 
 ROOT = Path(__file__).parents[2]
 KEY = "0123456789" * 4  # W&B looks at a key's length before it asks the server
@@ -76,9 +77,9 @@ def start(
 def history(session: Path) -> dict[int, dict]:
     """step -> the metrics that `wandb leet inspect --json` finds in a session's folder."""
     command = [str(Path(sys.executable).with_name("wandb")), "leet", "inspect", "--json", str(session)]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
-    records = [json.loads(line) for line in printed.splitlines()]
-    return {r["history"]["step"]["num"]: r["history"]["item"] for r in records if r["type"] == "history"}
+    return wandb_history(
+        subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    )
 
 
 def session_process(run_dir: Path, *args: str, **env: str) -> subprocess.CompletedProcess:
