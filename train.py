@@ -111,6 +111,11 @@ def command_line(composed: DictConfig) -> None:
         fail(UserError("interrupted before training began; nothing was changed"), 130)
     except (CheckpointError, Diverged) as error:
         fail(error, 3 if isinstance(error, Diverged) else 1, together=True)
+    except RuntimeError as error:
+        if " by peer" not in str(error):  # gloo's words for a process that is gone
+            raise
+        # That one has said why; a hundred lines on where this one waited for it would bury that.
+        fail(RuntimeError(f"another process has ended; its own message says why ({error})"), 1)
 
 
 def fail(error: Exception, code: int, together: bool = False) -> NoReturn:

@@ -75,7 +75,9 @@ def load_manifest(folder: str | Path) -> Manifest:
     """
     folder = Path(folder)
     path = folder / MANIFEST
-    make = f"make one with: python -m data.prepare stdlib --out {folder} (or files, jsonl, parquet, hub)"
+    make = f"make one with: python -m data.prepare files TEXTS --out {folder} (or jsonl, parquet, hub)"
+    if (folder / "progress.json").is_file():
+        make = "it was interrupted: run the command that began it again, and it continues"
     if not path.is_file():
         there = "holds no finished preparation" if folder.is_dir() else "does not exist"
         raise UserError(f"data.path={folder}: that folder {there}; {make}")

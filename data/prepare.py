@@ -262,7 +262,8 @@ def _finish(
             discard(out, progress)  # or it would stand in the way of better arguments
             raise UserError(
                 f"no document fell into the {split} split with --val-fraction {settings.val_fraction}: "
-                "change it, or cut long files into more documents (files --document-lines N)"
+                "change it, or give more documents"
+                + (" (--document-lines N cuts files into some)" if source.kind == "files" else "")
             )
     train_counts, validation_counts = (
         count_tokens((out / shard.file for shard in shards), tokenizer.vocab_size)

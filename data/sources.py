@@ -130,7 +130,8 @@ class JsonlSource(Source):
                 except UserError:
                     raise
                 except ValueError as error:
-                    _bad(f"line {number} of {path}", str(error), name, self.on_bad_file, skipped)
+                    why = str(error) if type(error) is ValueError else f"not JSON in UTF-8 ({error})"
+                    _bad(f"line {number} of {path}", why, name, self.on_bad_file, skipped)
                     continue
                 if text:
                     yield name, text

@@ -336,7 +336,7 @@ def _check_count(count: int, available: int, config: DataConfig) -> None:
     if available < count:
         raise UserError(
             f"eval.sequences={count} must be at most {available}, the validation sequences of "
-            f"data.sequence_length={config.sequence_length}"
+            f"data.sequence_length={config.sequence_length}; lower either"
         )
 
 
@@ -381,16 +381,8 @@ def _validation_texts(config: DataConfig) -> Iterator[str]:
 
 def _stream_fingerprint(config: DataConfig, tokenizer: Tokenizer) -> dict[str, Any]:
     """What the global order depends on; named as in the configuration."""
-    names = (
-        "dataset",
-        "subset",
-        "split",
-        "text_column",
-        "lanes",
-        "shuffle_window",
-        "sequence_length",
-        "seed",
-    )
+    names = ("dataset", "subset", "split", "text_column")
+    names += ("lanes", "shuffle_window", "sequence_length", "seed")
     return {
         **{name: getattr(config, name) for name in names},
         "data_files": config.data_files and list(config.data_files),

@@ -118,7 +118,7 @@ def _training_error(vocab_size: int, reason: str) -> Exception:
         limit = f"cannot hold the bytes and the characters of this text: at least {low[1]}"
     else:
         return RuntimeError(f"sentencepiece could not train a tokenizer: {reason}")
-    return UserError(f"vocab_size {vocab_size} {limit}")
+    return UserError(f"--vocab-size {vocab_size} {limit}")
 
 
 def _load_sentencepiece(path: Path) -> Tokenizer:

@@ -179,10 +179,7 @@ class CheckpointStore:
         except CheckpointError as error:
             if mesh.is_main:
                 shutil.rmtree(partial, ignore_errors=True)
-            free = shutil.disk_usage(self.folder).free // 2**20 if self.folder.is_dir() else 0
-            raise CheckpointError(
-                f"checkpoint {target} could not be written: {error} ({free} MiB are free there now)"
-            ) from None
+            raise CheckpointError(f"checkpoint {target} could not be written: {error}") from None
         if mesh.is_main:
             older = [path for path in complete_checkpoints(self.folder) if path != target]
             for path in older[self.keep - 1 :]:
@@ -349,7 +346,7 @@ def _on_main(action: Callable[[], None], mesh: Mesh) -> None:
         try:
             action()
         except Exception as error:  # whatever it is, the other ranks wait to hear of it
-            problem = str(error) or type(error).__name__
+            problem = _in_words(error)
     if problem := _gather_objects(problem, mesh)[0]:
         raise CheckpointError(problem)
 
@@ -357,7 +354,13 @@ def _on_main(action: Callable[[], None], mesh: Mesh) -> None:
 def _root_cause(error: dcp.api.CheckpointException) -> str:
     """The first rank's own words, out of DCP's collection of every rank's exceptions."""
     failures = list(error.failures.values())
-    return str(failures[0][0] if failures else error).splitlines()[0]
+    return _in_words(failures[0][0] if failures else error)
+
+
+def _in_words(error: BaseException) -> str:
+    text = (str(error) or type(error).__name__).splitlines()[0]
+    # What torch's writer of zip files says when a write came up short.
+    return f"the disk is full, it seems ({text})" if "inline_container" in text else text
 
 
 def _write_state(

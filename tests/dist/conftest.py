@@ -1,3 +1,4 @@
+import functools
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -46,13 +47,21 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.fixture
-def command(corpus: Path, tmp_path: Path) -> Callable[..., list[str]]:
-    def build(name: str, *overrides: str, launcher: list[str] | None = None) -> list[str]:
-        where = [f"data.path={corpus}", f"runs_dir={tmp_path}", f"name={name}"]
+@pytest.fixture(scope="session")
+def run_command(corpus: Path) -> Callable[..., list[str]]:
+    """The command line of a tiny run: run_command(runs_dir, name, *overrides, launcher=TORCHRUN)."""
+
+    def build(runs_dir: Path, name: str, *overrides: str, launcher: list[str] | None = None) -> list[str]:
+        where = [f"data.path={corpus}", f"runs_dir={runs_dir}", f"name={name}"]
         return [*(launcher or [PYTHON]), "train.py", *TINY, *where, *overrides]
 
     return build
+
+
+@pytest.fixture
+def command(run_command: Callable[..., list[str]], tmp_path: Path) -> Callable[..., list[str]]:
+    """The same, with its runs in tmp_path."""
+    return functools.partial(run_command, tmp_path)
 
 
 @pytest.fixture

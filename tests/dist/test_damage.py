@@ -143,8 +143,13 @@ def test_without_an_older_one_it_is_refused(run, file):
     assert names(run.folder) == [NEWER]
 
 
-def full_for_one(rank: int, world_size: int, folder: str, **layout: Any) -> list[str]:
-    """Run on every rank: the last one cannot write 20 kB at step 2, and can again at step 3: the refusals."""
+def full_for_one(rank: int, world_size: int, folder: str, **layout: Any) -> list[tuple[str, list[str]]]:
+    """Run on every rank: the last one cannot write 20 kB at step 2, and can again at step 3.
+
+    Returns the refusals, and what the folder held right after.
+    """
+    import torch.distributed as dist
+
     from dsv2.checkpoint import RunState
     from dsv2.errors import CheckpointError
 
@@ -158,7 +163,9 @@ def full_for_one(rank: int, world_size: int, folder: str, **layout: Any) -> list
         try:
             _store(folder).save(engine, RunState(step=step, tokens=10 * step))
         except CheckpointError as error:
-            refusals.append(str(error))
+            dist.barrier()
+            refusals.append((str(error), names(Path(folder))))
+            dist.barrier()
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
     return refusals
@@ -167,7 +174,8 @@ def full_for_one(rank: int, world_size: int, folder: str, **layout: Any) -> list
 def test_a_disk_that_is_full_for_one_rank(pools, tmp_path):
     answers = pools[2].run("tests.dist.test_damage:full_for_one", folder=str(tmp_path), **LAYOUTS[2])
     assert answers[0] == answers[1], "every rank knows"
-    assert len(answers[0]) == 1
-    assert answers[0][0].startswith(f"checkpoint {tmp_path / NEWER} could not be written: ")
-    assert "File too large" in answers[0][0]
-    assert names(tmp_path) == [OLDER, "step-00000003"], "nothing is left of the attempt"
+    [(refusal, left)] = answers[0]
+    assert refusal.startswith(f"checkpoint {tmp_path / NEWER} could not be written: ")
+    assert "File too large" in refusal
+    assert left == [OLDER], "nothing is left of the attempt"
+    assert names(tmp_path) == [OLDER, "step-00000003"]

@@ -7,12 +7,16 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from shutil import copytree
 
 import numpy as np
 import psutil
 import pytest
 import torch
 
+from data.manifest import load_manifest
+from data.order import permuted_index
+from data.shards import ShardWriter, read_tokens
 from tests.dist.end_to_end import (
     MANY,
     PYTHON,
@@ -155,6 +159,37 @@ def test_interrupted_before_training(command, tmp_path):
         130,
         "error: interrupted before training began; nothing was changed\n",
     )
+
+
+def test_a_token_outside_the_vocabulary_is_told_by_the_rank_that_meets_it(command, corpus, tmp_path):
+    """A shard of the right size that holds a wrong id, in a sequence that only rank 1 trains on."""
+    folder = Path(copytree(corpus, tmp_path / "damaged"))
+    manifest = load_manifest(folder)
+    shard = folder / manifest.train.shards[0].file
+    arrays = [array.copy() for array in read_tokens(shard)]
+    # With 2 ranks and micro-batches of 2, rank 1 takes the third sequence of the run's order.
+    sequences = (manifest.train.tokens - 1) // 32
+    place = int(permuted_index(np.array([2]), sequences, seed=0, epoch=0)[0]) * 32 + 16
+    for array in arrays:
+        if 0 <= place < len(array):
+            array[place] = 700
+        place -= len(array)
+    writer = ShardWriter(folder, shard.name, np.dtype(manifest.dtype))
+    for array in arrays:
+        writer.write([array], 0)
+    size = writer.finish().file_bytes
+    text = (folder / "manifest.json").read_text()
+    (folder / "manifest.json").write_text(text.replace(str(manifest.train.shards[0].file_bytes), str(size)))
+
+    output = run(command("run", *TWO, f"data.path={folder}", launcher=TORCHRUN), expect=1)
+    told = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert told[0] == (
+        f"error: data: {shard} holds the token id 700, and model.vocab_size=600 must be above it"
+    )
+    assert len(told) <= 2, output
+    assert all(line.startswith("error: another process has ended; its own") for line in told[1:]), output
+    assert "exitcode  : 2" in output.split("Root Cause")[1]
+    assert 'train.py", line' not in output, "no traceback of ours"
 
 
 def test_full_disk_keeps_the_previous_checkpoint(command, tmp_path):

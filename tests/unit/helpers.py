@@ -76,6 +76,12 @@ def compose_config(*overrides: str) -> Config:
     return compose.compose_config(list(overrides))
 
 
+def wandb_history(printed: str) -> dict[int, dict[str, Any]]:
+    """step -> metrics, out of what `wandb leet inspect --json` prints of a session."""
+    records = [json.loads(line) for line in printed.splitlines()]
+    return {r["history"]["step"]["num"]: r["history"]["item"] for r in records if r["type"] == "history"}
+
+
 def save_checkpoint(path: Path, model: DeepseekV2, config: Config) -> Path:
     """What a run that ended with these weights would have left, without Adam's moments."""
     path.mkdir(parents=True)

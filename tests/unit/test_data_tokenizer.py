@@ -129,7 +129,7 @@ def test_training_is_deterministic(tmp_path: Path, trained: Tokenizer) -> None:
 
 @pytest.mark.parametrize(
     ("vocab_size", "message"),
-    [(100, r"vocab_size 100 cannot hold .* at least \d+"), (50_000, r"vocab_size 50000 .* at most \d+")],
+    [(100, r"--vocab-size 100 cannot hold .* at least \d+"), (50_000, r"--vocab-size 50000 .* at most \d+")],
 )
 def test_impossible_vocabulary(tmp_path: Path, vocab_size: int, message: str) -> None:
     with pytest.raises(UserError, match=message):

@@ -1,0 +1,138 @@
+"""Preparing a folder: what is refused, what is damaged, and how it goes on from there."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from data.manifest import load_manifest
+from data.prepare import Settings, main, prepare
+from data.shards import ShardWriter
+from data.sources import FilesSource, JsonlSource
+from dsv2.errors import UserError
+from tests.unit.corpus import VOCAB, arguments, contents, documents
+
+
+def test_bad_file_then_skip(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run that stopped at a binary file goes on with --on-bad-file skip."""
+    folder, out = tmp_path / "corpus", tmp_path / "out"
+    folder.mkdir()
+    for k, text in enumerate(documents(40)):
+        (folder / f"{k:02d}.txt").write_text(text)
+    (folder / "20.bin").write_bytes(b"\0")
+    command = ["files", str(folder), "--out", str(out), "--vocab-size", str(VOCAB)]
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 2  # the tokenizer's line and the error's
+    assert "20.bin is binary" in error
+    assert main([*command, "--on-bad-file", "skip"]) == 0
+    manifest = load_manifest(out)
+    assert (manifest.skipped, manifest.skipped_examples) == (1, ("20.bin",))
+    assert manifest.train.documents + manifest.validation.documents == 40
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ([], "give either --vocab-size .* or --tokenizer"),
+        (["--vocab-size", "0"], "--vocab-size 0 must be positive"),
+        (["--vocab-size", "9999"], "--vocab-size 9999 is more than this text can fill"),
+        (["--vocab-size", "320", "--val-fraction", "1"], r"--val-fraction 1\.0 must be at least 0"),
+        (["--vocab-size", "320", "--shard-mb", "0"], r"--shard-mb 0\.0 must be positive"),
+        (["--tokenizer", "missing.model"], "there is no file missing.model"),
+    ],
+)
+def test_bad_settings(
+    jsonl: Path, tmp_path: Path, more: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import re
+
+    assert main(["jsonl", str(jsonl), "--out", str(tmp_path / "out"), "--quiet", *more]) == 2
+    error = capsys.readouterr().err
+    assert re.fullmatch(rf"error: .*{message}.*\n", error)
+
+
+def test_empty_corpus(tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises(UserError, match="there is no text in"):
+        prepare(FilesSource((str(tmp_path / "empty.txt"),)), tmp_path / "out", Settings(VOCAB))
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_document_has_no_validation(tmp_path: Path) -> None:
+    """A hash cannot split one document; the error says how to, and the way it names works."""
+    path = tmp_path / "book.txt"
+    path.write_text("".join(documents()))
+    with pytest.raises(UserError, match=r"no document fell into the validation split .*--document-lines N"):
+        prepare(FilesSource((str(path),)), tmp_path / "a", Settings(VOCAB), quiet=True)
+    cut = prepare(FilesSource((str(path),), document_lines=2), tmp_path / "b", Settings(VOCAB), quiet=True)
+    assert cut.validation.documents > 0
+    alone = prepare(FilesSource((str(path),)), tmp_path / "c", Settings(VOCAB, val_fraction=0), quiet=True)
+    assert (alone.train.documents, alone.validation.documents) == (1, 0)
+    assert alone.validation.unigram_nats is None
+
+
+def test_corrected_arguments_after_a_failure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A preparation that came to nothing does not stand in the way of the next one."""
+    path, out = tmp_path / "book.txt", tmp_path / "out"
+    path.write_text("".join(documents()))
+    command = ["files", str(path), "--out", str(out), "--quiet"]
+    assert main([*command, "--vocab-size", "9999"]) == 2
+    assert main([*command, "--vocab-size", str(VOCAB)]) == 2  # one document: no validation split
+    assert "no document fell into the validation split" in capsys.readouterr().err
+    assert main([*command, "--vocab-size", "330", "--document-lines", "2"]) == 0
+    main(["files", str(path), "--out", str(tmp_path / "b"), "--vocab-size", "330", "--document-lines", "2"])
+    assert contents(out) == contents(tmp_path / "b")
+
+
+def test_out_cannot_be_written(jsonl: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    assert main(arguments(jsonl, tmp_path / "file" / "out")) == 2
+    assert (
+        capsys.readouterr().err == f"error: --out {tmp_path}/file/out: cannot be written (Not a directory)\n"
+    )
+
+
+def test_full_disk_then_continued(
+    jsonl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(writer: ShardWriter):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardWriter, "finish", full)
+        assert main(arguments(jsonl, tmp_path / "out")) == 1
+    assert "No space left on device; put it right and run the same command again" in capsys.readouterr().err
+    assert main(arguments(jsonl, tmp_path / "out")) == 0
+    main(arguments(jsonl, tmp_path / "whole"))
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_foreign_folders(jsonl: Path, tmp_path: Path) -> None:
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "thesis.tex").write_text("precious")
+    with pytest.raises(UserError, match=r"is not empty \(thesis\.tex\) and holds no preparation"):
+        prepare(JsonlSource((str(jsonl),)), foreign, Settings(VOCAB))
+    assert [path.name for path in foreign.iterdir()] == ["thesis.tex"], "nothing was left there"
+    with pytest.raises(UserError, match="holds no finished preparation"):
+        load_manifest(foreign)
+    with pytest.raises(UserError, match=r"does not exist; make one with: python -m data\.prepare"):
+        load_manifest(tmp_path / "missing")
+    for text in ("{}", "[]", "oops", '{"format": "dsv2-prepared", "version": 99}'):
+        (foreign / "manifest.json").write_text(text)
+        with pytest.raises(UserError, match="is not a manifest of format dsv2-prepared 1"):
+            load_manifest(foreign)
+
+
+def test_damaged_folders(jsonl: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    manifest = prepare(JsonlSource((str(jsonl),)), out, Settings(VOCAB), quiet=True)
+    shard = out / manifest.train.shards[0].file
+    size = shard.stat().st_size
+    os.truncate(shard, size - 8)
+    with pytest.raises(UserError, match=rf"{shard.name} has {size - 8} bytes in place of {size}"):
+        load_manifest(out)
+    shard.unlink()
+    with pytest.raises(UserError, match=rf"{shard.name} is missing"):
+        load_manifest(out)

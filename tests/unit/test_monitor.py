@@ -1,0 +1,127 @@
+"""What a run tells, with stand-ins for the engine and, where it is asked for, for the tracker."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from dsv2.checkpoint import RunState
+from dsv2.config import Config, DataConfig, LoggingConfig, OptimConfig, WandbMode
+from dsv2.engine import StepResult
+from dsv2.errors import Diverged
+from dsv2.metrics import routing_metrics
+from dsv2.moe.balance import BalanceLosses
+from dsv2.moe.stats import RoutingStats
+from dsv2.monitor import Monitor
+from dsv2.optim import plan_steps
+from dsv2.parallel.mesh import Mesh
+from dsv2.tracker import read_metrics
+from tests.unit.helpers import tiny_config
+
+CONFIG = Config(
+    name="monitored",
+    model=tiny_config(),
+    data=DataConfig(path="nowhere", sequence_length=10),
+    optim=OptimConfig(total_tokens=280, batch_size=4),  # 7 steps
+    logging=LoggingConfig(wandb=WandbMode.disabled, every=3, maps_every=3),
+)
+ONE = Mesh(0, 1, torch.device("cpu"), 1, 0, None, None)
+
+
+def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
+    """The other rank has the same statistics of experts and groups in reverse order."""
+    return tensor + (tensor.flip(-1) if tensor.ndim == 2 else tensor)
+
+
+class Recorder:
+    """In place of a tracker."""
+
+    wandb_id = "w"
+    dashboard_hint = "here"
+
+    def __init__(self) -> None:
+        self.alerts: list[tuple[str, str]] = []
+        self.exit_codes: list[int] = []
+
+    def log(self, metrics: dict[str, Any], step: int) -> None:
+        pass
+
+    def alert(self, title: str, text: str) -> None:
+        self.alerts.append((title, text))
+
+    def close(self, exit_code: int) -> None:
+        self.exit_codes.append(exit_code)
+
+
+def result(stats: RoutingStats | None = None, loss: float = 2.0, grad_norm: float = 1.0) -> StepResult:
+    balance = BalanceLosses(torch.ones(2), torch.ones(2), torch.ones(2))
+    return StepResult(loss, 1.5, balance, grad_norm, stats or stats_of(0))
+
+
+def stats_of(step: int) -> RoutingStats:
+    """Another load at every step: 2 MoE layers, 12 experts, 4 groups."""
+    generator = torch.Generator().manual_seed(step)
+    load_E = torch.randint(1, 30, (2, 12), generator=generator).double()
+    return RoutingStats(
+        tokens=load_E.sum(dim=-1) / 3,
+        load_E=load_E,
+        dropped_E=(load_E / 3).floor(),
+        sent_G=torch.randint(10, 40, (2, 4), generator=generator).double(),
+        token_entropy=torch.rand(2, generator=generator).double(),
+        top1=torch.rand(2, generator=generator).double(),
+    )
+
+
+def monitor(run_dir: Path, state: RunState) -> Monitor:
+    return Monitor(CONFIG, ONE, run_dir, state, None)
+
+
+def feed(watch: Monitor, results: list[StepResult]) -> None:
+    engine: Any = SimpleNamespace(sum_over_ranks=sum_over_ranks)
+    for plan, outcome in zip(plan_steps(CONFIG.optim, 10), results, strict=False):
+        watch.data_ready()
+        watch.step(plan, outcome, engine)
+
+
+def test_each_window_has_its_own_steps_and_the_last_one_what_is_left(tmp_path):
+    with monitor(tmp_path, RunState()) as watch:
+        feed(watch, [result(stats_of(step)) for step in range(7)])
+    rows = {int(row["step"]): row for row in read_metrics(tmp_path)}
+    assert sorted(rows) == list(range(1, 8))
+    assert [step for step in rows if "moe/max_vio" in rows[step]] == [3, 6, 7]
+    for end, steps in ((3, (0, 1, 2)), (6, (3, 4, 5)), (7, (6,))):
+        parts = [stats_of(step) for step in steps]
+        sums = [torch.stack(tensors).sum(dim=0) for tensors in zip(*parts, strict=True)]
+        total = RoutingStats(*map(sum_over_ranks, sums))
+        want = routing_metrics(total, CONFIG.model)
+        assert {name: rows[end][name] for name in want} == pytest.approx(want, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("loss", "grad_norm"), [(float("nan"), 1.0), (float("inf"), 1.0), (2.0, float("nan")), (2.0, -1.0)]
+)
+def test_divergence_alerts_and_is_a_failure(tmp_path, monkeypatch, loss, grad_norm):
+    tracker = Recorder()
+    monkeypatch.setattr("dsv2.monitor.open_tracker", lambda *arguments: tracker)
+    with pytest.raises(Diverged) as caught, monitor(tmp_path, RunState()) as watch:
+        feed(watch, [result(), result(loss=loss, grad_norm=grad_norm), result()])
+    assert str(caught.value).startswith(f"step 2: loss {loss}, gradient norm {grad_norm}; stopped")
+    assert tracker.alerts == [("monitored diverged", str(caught.value))]
+    assert tracker.exit_codes == [1]
+    assert json.loads((tmp_path / "status.json").read_text())["state"] == "failed"
+
+
+def test_other_errors_and_good_ends_do_not_alert(tmp_path, monkeypatch):
+    tracker = Recorder()
+    monkeypatch.setattr("dsv2.monitor.open_tracker", lambda *arguments: tracker)
+    with pytest.raises(OSError, match="lost"), monitor(tmp_path, RunState()):
+        raise OSError("lost")
+    state = RunState(step=2, tokens=80)
+    with monitor(tmp_path, state):
+        state.step = 3
+    assert (tracker.alerts, tracker.exit_codes) == ([], [1, 0])
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert status == {"state": "stopped", "step": 3, "total_steps": 7}
