@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from dsv2.compose import field_types, to_plain, to_yaml
-from dsv2.config import AttentionKind, Config, Precision, RopeScalingConfig
+from dsv2.config import AttentionKind, Config, Kernels, Precision, RopeScalingConfig
 from dsv2.errors import UserError
 from dsv2.validate import validate
 from tests.unit.helpers import compose_config
@@ -243,6 +243,10 @@ def test_a_moment_that_never_moves(name):
             [("parallel.zero_stage", 0), ("parallel.precision", Precision.bf16)],
             "parallel.zero_stage=0: bf16 needs stage 1, 2 or 3, which keep fp32 master weights; or use "
             "parallel.precision=fp32",
+        ),
+        (
+            [("parallel.kernels", Kernels.fused)],
+            "parallel.kernels=fused: needs parallel.precision=bf16; or use reference",
         ),
         (
             [("optim.batch_size", 18)],

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dsv2.config import Device, ParallelConfig
+from dsv2.config import Device, Kernels, ParallelConfig
 from dsv2.errors import UserError
 from dsv2.parallel.mesh import pick_device
 
@@ -47,3 +47,13 @@ def test_more_processes_than_gpus(machine, gpus, device):
     machine(gpus)
     with pytest.raises(UserError, match=rf"parallel.device={device.value}: 2 processes .* has {gpus} GPUs"):
         pick_device(ParallelConfig(device=device), 2)
+
+
+def test_fused_kernels_want_a_gpu(machine):
+    machine(gpus=0)
+    with pytest.raises(
+        UserError, match=r"parallel.kernels=fused: needs an NVIDIA GPU; on the CPU use parallel"
+    ):
+        pick_device(ParallelConfig(kernels=Kernels.fused), 1)
+    machine(gpus=1)
+    assert str(pick_device(ParallelConfig(kernels=Kernels.fused), 1)) == "cuda:0"
