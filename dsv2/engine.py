@@ -30,6 +30,7 @@ from dsv2.parallel.deepspeed_moe import (
     base_optimizer,
     fragments,
     is_expert,
+    make_lean,
     parameter_groups,
     refresh_model_weights,
 )
@@ -64,7 +65,8 @@ def deepspeed_config(optim: OptimConfig, parallel: ParallelConfig, world_size: i
         "steps_per_print": 10**9,
     }
     if parallel.precision is Precision.bf16:
-        config["bf16"] = {"enabled": True}
+        # A gradient goes to its fp32 buffer as soon as it is there, and is freed.
+        config["bf16"] = {"enabled": True, "immediate_grad_update": parallel.zero_stage == 1}
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     return config
 
@@ -120,6 +122,7 @@ class Engine:
         config = deepspeed_config(optim, parallel, mesh.world_size)
         with contextlib.redirect_stdout(io.StringIO()):  # it prints the memory after every parameter group
             self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        make_lean(self.deepspeed)
 
     @property
     def model(self) -> nn.Module:

@@ -51,9 +51,7 @@ def test_more_processes_than_gpus(machine, gpus, device):
 
 def test_fused_kernels_want_a_gpu(machine):
     machine(gpus=0)
-    with pytest.raises(
-        UserError, match="parallel.kernels=fused: needs an NVIDIA GPU; on the CPU"
-    ):
+    with pytest.raises(UserError, match=r"parallel.kernels=fused: needs an NVIDIA GPU; on the CPU"):
         pick_device(ParallelConfig(kernels=Kernels.fused), 1)
     machine(gpus=1)
     assert str(pick_device(ParallelConfig(kernels=Kernels.fused), 1)) == "cuda:0"
