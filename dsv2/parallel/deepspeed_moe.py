@@ -212,8 +212,8 @@ def make_lean(engine: AnyEngine) -> None:
     clip, optimizer.clip_grad = optimizer.clip_grad, 0.0
 
     def clip_on_the_way(*_: Any) -> None:
-        norm: Any = optimizer._global_grad_norm
-        adam.grad_scale = ((norm + 1e-6) / clip).clamp(min=1.0).float()
+        divisor = max(1.0, (float(optimizer._global_grad_norm) + 1e-6) / clip)
+        adam.grad_scale = torch.full((), divisor, device=optimizer.bf16_groups[0][0].device)
 
     adam.register_step_pre_hook(clip_on_the_way)
 
