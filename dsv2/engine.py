@@ -174,7 +174,7 @@ class Engine:
     def of_every_rank(self, tensor: Tensor) -> Tensor:
         """[world size, *shape]: every rank's tensor, in rank order."""
         every = tensor.new_empty(self.mesh.world_size, *tensor.shape)
-        dist.all_gather_into_tensor(every, tensor.contiguous())
+        dist.all_gather_into_tensor(every, tensor[None].contiguous())  # gloo wants as many dimensions
         return every
 
     def sum_over_ranks(self, tensor: Tensor) -> Tensor:
