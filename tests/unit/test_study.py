@@ -151,7 +151,7 @@ def test_runs_of_another_configuration_are_not_mixed_in(tmp_path, monkeypatch, c
         (["balanc"], "balanc: there is no such study; one of balance, granularity, attention"),
         (["balance", "--seeds", "0"], "--seeds 0: must be at least 1"),
         (["balance", "optim.lrr=1"], "optim.lrr=1: there is no such field; did you mean optim.lr?"),
-        (["balance", "optim.batch_size=96"], "optim.batch_size=96: must be a multiple of 64"),
+        (["balance", "optim.batch_size=80"], "optim.batch_size=80: must be a multiple of 32"),
     ],
 )
 def test_mistakes_are_found_before_anything_runs(tmp_path, capsys, arguments, message):
