@@ -158,6 +158,12 @@ class LoggingConfig:
     entity: str | None = None
     every: int = 10  # steps a window of routing statistics
     maps_every: int = 100  # steps between pictures of a window's routing, at the ends of windows
+    # Alerts, on the console and through W&B, once an episode; a threshold of 0 or null turns one off.
+    alert_max_vio: float | None = 5.0  # moe/max_vio_max above this ...
+    alert_dead: float | None = 0.25  # or moe/dead above this share of all routed experts ...
+    alert_windows: int = 5  # ... for so many windows in a row: routing collapses
+    alert_spike: float | None = 6.0  # the loss above its running mean by so many standard deviations ...
+    alert_spike_steps: int = 3  # ... for so many steps in a row
 
 
 @dataclass

@@ -12,6 +12,7 @@ import torch
 
 from data.stream import unigram_nats_of
 from dsv2 import console
+from dsv2.alerts import Alerts
 from dsv2.checkpoint import Found, RunState
 from dsv2.compose import to_plain, to_yaml
 from dsv2.config import Config, Precision
@@ -39,6 +40,9 @@ class Monitor:
         self._flops = flops_per_token(config.model, config.data.sequence_length)
         on_gpu = mesh.device.type == "cuda"
         self._peak = peak_flops(torch.cuda.get_device_name(mesh.device)) if on_gpu else None
+        model = config.model
+        moe_layers = model.num_hidden_layers - model.first_k_dense_replace
+        self._alerts = Alerts(config.logging, routed_experts=moe_layers * model.n_routed_experts)
         self._window: RoutingStats | None = None
         self._window_steps = 0
         self._first_step = state.step
@@ -175,6 +179,9 @@ class Monitor:
                 mfu=metrics.get("perf/mfu"),
             )
         )
+        for alert in self._alerts.check(step, metrics):
+            self.note(f"alert: {alert.title}, {alert.text}")
+            self.tracker.alert(f"{self.config.name}: {alert.title}", alert.text)
 
     def _exchange_metrics(self, window: RoutingStats, engine: Engine) -> dict[str, float]:
         model, bf16 = self.config.model, self.config.parallel.precision is Precision.bf16

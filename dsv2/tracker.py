@@ -3,6 +3,9 @@
 Every scalar goes to both. metrics.jsonl has one JSON object a line, `{"step": 12, "train/loss": 4.1}`,
 written out line by line, because W&B loses up to 32 KiB of records when a process is killed. JSON knows no
 NaN or infinity: both are `null` in the file and NaN when read back (W&B keeps them as they are).
+W&B gets heat maps as pictures; their numbers go to `RUN_DIR/maps.jsonl`, with three decimals, as
+`{"step": 100, "map/dev_load": [[1.02, 0.98], ...]}`. Every session begins there with a line of its first step
+alone, so that maps from beyond the checkpoint it starts from are known to be gone.
 
 W&B must never stop, hold up or garble a training run. It never prompts; it goes offline with one line where
 it cannot log in; and if it fails in the middle of a run, one line says so and metrics.jsonl goes on alone.
@@ -12,11 +15,7 @@ Offline, each session is a folder `RUN_DIR/wandb/offline-run-TIME-ID` of its own
 shows them all, and `wandb sync RUN_DIR/wandb` uploads them into one run.
 """
 
-import contextlib
-import io
-import json
 import math
-import os
 import secrets
 import shlex
 import sys
@@ -27,12 +26,16 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from dsv2.config import LoggingConfig, WandbMode
-from dsv2.errors import UserError
+from dsv2.records import RecordWriter, read_records
 
 if TYPE_CHECKING:
     from wandb import Run, Settings  # importing wandb takes 0.8 s, so only open_tracker does
 
 METRICS_FILE = "metrics.jsonl"
+MAPS_FILE = "maps.jsonl"
+# A heat map's colours: blue for no load, white for the balanced one (1), red for 3 and more.
+HEAT_STOPS = [0.0, 1.0, 3.0]
+HEAT_COLOURS = [[33, 102, 172], [247, 247, 247], [178, 24, 43]]
 
 _INIT_TIMEOUT_S = 30.0  # an online start that takes longer goes offline
 _FINISH_TIMEOUT_S = 20.0  # upload at the end; below the 30 s that torchrun leaves a stopped process
@@ -42,21 +45,20 @@ _CELL_PIXELS = 8  # side of a heat map's cell
 class Tracker:
     """Where a run's metrics go. Made by `open_tracker`; without files (other ranks) it does nothing."""
 
-    def __init__(
-        self, run_dir: Path, lines: io.FileIO | None, run: "Run | None", wandb_id: str | None
-    ) -> None:
+    def __init__(self, run_dir: Path, is_main: bool, run: "Run | None", wandb_id: str | None) -> None:
         self.wandb_id = wandb_id  # keep it in checkpoints and give it to open_tracker on resume
         self._run_dir = run_dir
-        self._lines = lines
+        self._lines = RecordWriter(run_dir / METRICS_FILE) if is_main else None
+        self._maps: RecordWriter | None = None  # from the first heat map on
+        self._began = False
         self._run = run
-        self._warned = False
         self._online_url = run.url if run is not None and not run.offline else None
 
     def log(self, metrics: Mapping[str, float | np.ndarray], step: int) -> None:
         """Record metrics of one step; steps never go backwards within a session.
 
         Args:
-            metrics: scalars, and images as in `heat_map`; images go to W&B only.
+            metrics: scalars, and images as in `heat_map`; finished pictures go to W&B only.
 
         Raises:
             ValueError: An array that is neither a heat map nor a picture.
@@ -65,14 +67,18 @@ class Tracker:
             return
         scalars: dict[str, float] = {}
         images: dict[str, np.ndarray] = {}
+        maps: dict[str, list[list[float | None]]] = {}
         for name, value in metrics.items():
             if isinstance(value, np.ndarray) and value.ndim > 0:
                 images[name] = heat_map(value)
+                if value.ndim == 2:
+                    maps[name] = [[_finite(round(float(cell), 3)) for cell in row] for row in value]
             else:
                 scalars[name] = _number(value)
         if scalars:
-            finite = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
-            self._write_line(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
+            finite = {name: _finite(value) for name, value in scalars.items()}
+            self._lines.append({"step": step, **finite})
+        self._record_maps(maps, step)
         self._try_wandb(lambda run: run.log({**scalars, **_wandb_images(images)}, step=step))
 
     def alert(self, title: str, text: str) -> None:
@@ -85,9 +91,10 @@ class Tracker:
         if self._run is not None:
             self._run = None
             _stop_wandb_process()
-        if self._lines is not None:
-            self._lines.close()
-            self._lines = None
+        for writer in (self._lines, self._maps):
+            if writer is not None:
+                writer.close()
+        self._lines = self._maps = None
 
     @property
     def dashboard_hint(self) -> str:
@@ -100,21 +107,13 @@ class Tracker:
         wandb, where = shlex.quote(_wandb_command()), shlex.quote(str(folder))
         return f"{wandb} leet {where}   (to upload: {wandb} sync {where})"
 
-    def _write_line(self, line: str) -> None:
-        """Write it whole, or lose it with one warning a session: a full disk must not end a run."""
-        assert self._lines is not None
-        data, before = line.encode(), os.fstat(self._lines.fileno()).st_size
-        try:
-            if self._lines.write(data) == len(data):
-                return
-            problem = "the disk is full"
-        except OSError as error:
-            problem = str(error)
-        with contextlib.suppress(OSError):  # half a line would spoil the next one
-            self._lines.truncate(before)
-        if not self._warned:
-            print(f"warning: {METRICS_FILE} could not be written: {problem}", flush=True)
-        self._warned = True
+    def _record_maps(self, maps: dict[str, list[list[float | None]]], step: int) -> None:
+        path = self._run_dir / MAPS_FILE
+        if self._maps is None and (maps or path.is_file()):
+            self._maps = RecordWriter(path)
+        if self._maps is not None and (maps or not self._began):
+            self._maps.append({"step": step, **maps})
+        self._began = True
 
     def _try_wandb(self, action: Callable[["Run"], object]) -> None:
         """Do it, or give W&B up for this session: whatever goes wrong there, training goes on."""
@@ -149,47 +148,35 @@ def open_tracker(
         is_main: True on rank 0; on other ranks the tracker does nothing.
     """
     if not is_main:
-        return Tracker(run_dir, lines=None, run=None, wandb_id=wandb_id)
+        return Tracker(run_dir, is_main=False, run=None, wandb_id=wandb_id)
     run_dir.mkdir(parents=True, exist_ok=True)
     run = None
     if logging.wandb is not WandbMode.disabled:
         wandb_id = wandb_id or secrets.token_hex(4)
         run = _start_wandb(logging, run_dir, run_name, run_config, wandb_id)
-    metrics_file = run_dir / METRICS_FILE
-    _drop_torn_line(metrics_file)
-    lines = io.FileIO(metrics_file, "a")  # no buffer: what a line could not be written from must not linger
-    return Tracker(run_dir, lines, run, wandb_id)
+    return Tracker(run_dir, is_main=True, run=run, wandb_id=wandb_id)
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, float]]:
     """The run's scalars, `{"step": 12, "train/loss": 4.1, ...}`, one dict a step, sorted by step.
 
-    A step smaller than the one before it starts a resumed session: what was recorded from that step on
-    belongs to a past that no checkpoint holds any more, and is dropped. Several lines of one step are merged,
-    later values winning. `null` becomes NaN. A torn last line, left by a killed process, is skipped.
+    `null` becomes NaN; resumed sessions and torn lines are as `read_records` says.
 
     Raises:
         UserError: No such file, or a line before the last is not a JSON object with a step.
     """
-    path = run_dir / METRICS_FILE
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; is {run_dir} the directory of a run?")
-    # A line counts only with its newline: a torn one may be valid JSON by accident.
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
-    rows: dict[int, dict[str, float]] = {}
-    last_step: int | None = None
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-            step = int(record["step"])
-        except (ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{path}, line {number}: not a JSON object with a step: {line[:80]!r}") from error
-        if last_step is not None and step < last_step:
-            rows = {kept: row for kept, row in rows.items() if kept < step}
-        values = {name: math.nan if value is None else value for name, value in record.items()}
-        rows.setdefault(step, {}).update(values)
-        last_step = step
-    return [rows[step] for step in sorted(rows)]
+    rows = read_records(run_dir / METRICS_FILE)
+    return [{name: math.nan if v is None else v for name, v in row.items()} for row in rows]
+
+
+def read_maps(run_dir: Path) -> list[dict[str, Any]]:
+    """The run's heat maps, `{"step": 100, "map/expert_load": rows, ...}`, sorted by step; [] if it has none.
+
+    Raises:
+        UserError: A line before the last is not a JSON object with a step.
+    """
+    path = run_dir / MAPS_FILE
+    return [row for row in read_records(path) if len(row) > 1] if path.is_file() else []
 
 
 def heat_map(values: np.ndarray) -> np.ndarray:
@@ -210,10 +197,7 @@ def heat_map(values: np.ndarray) -> np.ndarray:
             f"got {values.dtype} {list(values.shape)}"
         )
     cells = values.astype(np.float64)
-    stops = [0.0, 1.0, 3.0]
-    channels = [
-        np.interp(cells, stops, colours) for colours in ([33, 247, 178], [102, 247, 24], [172, 247, 43])
-    ]
+    channels = [np.interp(cells, HEAT_STOPS, channel) for channel in zip(*HEAT_COLOURS, strict=True)]
     pixels = np.nan_to_num(np.stack(channels, axis=-1), nan=0.0).round().astype(np.uint8)
     return pixels.repeat(_CELL_PIXELS, axis=0).repeat(_CELL_PIXELS, axis=1)
 
@@ -231,11 +215,8 @@ def _wandb_images(pictures: Mapping[str, np.ndarray]) -> dict[str, Any]:
     return {name: wandb.Image(pixels) for name, pixels in pictures.items()}
 
 
-def _drop_torn_line(path: Path) -> None:
-    """Cut the half line that a killed process may have left, so that the next line starts on its own."""
-    if path.is_file():
-        written = path.read_bytes()
-        os.truncate(path, written.rfind(b"\n") + 1)
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _start_wandb(

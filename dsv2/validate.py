@@ -7,6 +7,7 @@ from dsv2.config import (
     Config,
     DataSource,
     Kernels,
+    LoggingConfig,
     ModelConfig,
     OptimConfig,
     Precision,
@@ -69,7 +70,7 @@ def validate(config: Config, world_size: int) -> None:
             config.data.sequence_length,
             f"must be at most model.max_position_embeddings={config.model.max_position_embeddings}",
         )
-    _require_positive("logging", config.logging, ["every", "maps_every"])
+    _validate_logging(config.logging)
     _require_positive("eval", config.eval, ["every", "sequences"])
     _require_positive("eval", config.eval, ["sample_tokens"], least=0)
     _require_positive("checkpoint", config.checkpoint, ["every"], least=0)
@@ -80,6 +81,17 @@ def validate(config: Config, world_size: int) -> None:
         _refuse("resume", config.resume, "must be the path of a checkpoint to start from with new_stage=true")
     if config.stop_step is not None and config.stop_step < 1:
         _refuse("stop_step", config.stop_step, "must be at least 1, or null")
+
+
+def _validate_logging(logging: LoggingConfig) -> None:
+    names = ["every", "maps_every", "alert_windows", "alert_spike_steps"]
+    _require_positive("logging", logging, names)
+    for name in ("alert_max_vio", "alert_dead", "alert_spike"):
+        value = getattr(logging, name)
+        if value is not None and not 0 <= value < math.inf:
+            _refuse(f"logging.{name}", value, "must be at least 0 and finite; 0 or null: no such alert")
+    if logging.alert_dead is not None and logging.alert_dead > 1:
+        _refuse("logging.alert_dead", logging.alert_dead, "must be a share of the experts, at most 1")
 
 
 def _validate_model(model: ModelConfig) -> None:

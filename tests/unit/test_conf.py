@@ -14,7 +14,8 @@ SHIPPED = sorted(
     for path in (REPO / "conf").glob("*/*.yaml")
     if path.parent.name != "experiment"
 )
-EXPERIMENTS = sorted(path.stem for path in (REPO / "conf/experiment").glob("*.yaml"))
+FOLDER = REPO / "conf/experiment"
+EXPERIMENTS = sorted(path.relative_to(FOLDER).with_suffix("").as_posix() for path in FOLDER.rglob("*.yaml"))
 NEEDED = {  # what a shipped choice leaves to the user
     "data=local": ["data.path=somewhere"],
     "data=hf_stream": ["data.dataset=json", "data.tokenizer=somewhere.model"],

@@ -41,6 +41,8 @@ AT_LEAST_ONE = [
     "parallel.micro_batch_size",
     "logging.every",
     "logging.maps_every",
+    "logging.alert_windows",
+    "logging.alert_spike_steps",
     "eval.every",
     "eval.sequences",
     "checkpoint.keep",
@@ -252,6 +254,18 @@ def test_a_moment_that_never_moves(name):
             [("optim.batch_size", 18)],
             "optim.batch_size=18: must be a multiple of 4 = parallel.micro_batch_size=4 x 1 processes",
         ),
+        (
+            [("logging.alert_max_vio", -1.0)],
+            "logging.alert_max_vio=-1.0: must be at least 0 and finite; 0 or null: no such alert",
+        ),
+        (
+            [("logging.alert_spike", float("nan"))],
+            "logging.alert_spike=nan: must be at least 0 and finite; 0 or null: no such alert",
+        ),
+        (
+            [("logging.alert_dead", 1.5)],
+            "logging.alert_dead=1.5: must be a share of the experts, at most 1",
+        ),
         ([("stop_step", 0)], "stop_step=0: must be at least 1, or null"),
         ([("name", "")], "name='': must be a plain folder name, such as my-run"),
         ([("name", "a/b")], "name='a/b': must be a plain folder name, such as my-run"),
@@ -315,6 +329,7 @@ def test_impossible_layouts(world_size, changes, message):
         (1, [("optim.decay_at", []), ("optim.warmup_steps", 0), ("eval.sample_tokens", 0)]),
         (1, [("data.sequence_length", 4096), ("stop_step", 1), ("name", "my.run-1_b")]),
         (1, [("parallel.zero_stage", 0)]),
+        (1, [("logging.alert_max_vio", None), ("logging.alert_dead", None), ("logging.alert_spike", 0.0)]),
         (1, [("model.rope_scaling.factor", 2.0), ("model.max_position_embeddings", 8192)]),
         (1, [("model.rope_scaling.factor", 1.0)]),
         (1, [("model.attention", AttentionKind.gqa), ("model.num_key_value_heads", 2)]),
@@ -350,6 +365,7 @@ def test_every_number_is_checked():
     covered = {*AT_LEAST_ONE, *AT_LEAST_ZERO, *ABOVE_ZERO, *FRACTIONS, *free}
     covered |= {"model.num_hidden_layers", "model.first_k_dense_replace"}
     covered |= {"model.num_key_value_heads"}
+    covered |= {f"logging.alert_{name}" for name in ("max_vio", "dead", "spike")}
     covered |= {f"model.rope_scaling.{name}" for name in ("beta_fast", "original_max_position_embeddings")}
     numbers = {
         name

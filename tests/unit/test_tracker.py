@@ -8,7 +8,7 @@ import pytest
 
 import dsv2.tracker
 from dsv2.errors import UserError
-from dsv2.tracker import heat_map, read_metrics
+from dsv2.tracker import heat_map, read_maps, read_metrics
 from tests.unit.tracking import history, session_process, start
 
 pytestmark = pytest.mark.usefixtures("no_wandb_settings")
@@ -45,8 +45,8 @@ def test_not_finite_is_null_in_the_file_and_nan_when_read(tmp_path):
 
 def test_disabled_writes_the_file_alone_and_keeps_the_id(tmp_path, capfd):
     tracker = start(tmp_path / "run", wandb_id="kept")
-    tracker.log({"x": 1.0, "map": np.zeros((2, 2))}, step=1)
-    tracker.log({"map": np.zeros((2, 2))}, step=2)  # nothing for the file
+    tracker.log({"x": 1.0, "picture": np.zeros((2, 2, 3), np.uint8)}, step=1)
+    tracker.log({"picture": np.zeros((2, 2, 3), np.uint8)}, step=2)  # nothing for the file
     tracker.alert("t", "x")
     assert tracker.wandb_id == "kept"
     assert tracker.dashboard_hint == str(tmp_path / "run" / "metrics.jsonl")
@@ -115,6 +115,42 @@ def test_a_broken_line_before_the_last_is_named(tmp_path, line):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(UserError, match=r"metrics\.jsonl: no such file"):
         read_metrics(tmp_path)
+
+
+# ---------------------------------------------------------------- maps.jsonl
+
+
+def test_the_numbers_of_heat_maps_are_kept(tmp_path):
+    tracker = start(tmp_path)
+    load = np.array([[0.1234, 2.0], [np.nan, 1.0]])
+    tracker.log({"x": 1.0}, step=9)
+    tracker.log({"x": 2.0, "map/a": load, "map/b": np.array([[1.0]], np.float32)}, step=10)
+    written = (tmp_path / "maps.jsonl").read_text()  # before close
+    tracker.log({"map/a": load * 2}, step=20)
+    tracker.close()
+    assert written == '{"step": 10, "map/a": [[0.123, 2.0], [null, 1.0]], "map/b": [[1.0]]}\n'
+    assert read_maps(tmp_path) == [
+        {"step": 10, "map/a": [[0.123, 2.0], [None, 1.0]], "map/b": [[1.0]]},
+        {"step": 20, "map/a": [[0.247, 4.0], [None, 2.0]]},
+    ]
+    assert [row["x"] for row in read_metrics(tmp_path)] == [1.0, 2.0]
+    assert not read_maps(tmp_path / "elsewhere")
+
+
+def test_a_resumed_session_drops_the_maps_beyond_its_checkpoint(tmp_path):
+    """Even before it has made one of its own, and with another interval."""
+    first = start(tmp_path)
+    for step in (10, 20, 30):
+        first.log({"map": np.full((1, 1), float(step))}, step=step)
+    first.close()
+    second = start(tmp_path)  # from the checkpoint of step 15
+    second.log({"x": 1.0}, step=16)
+    assert [row["step"] for row in read_maps(tmp_path)] == [10]
+    second.log({"x": 1.0}, step=17)
+    second.log({"map": np.full((1, 1), 7.0)}, step=25)
+    second.close()
+    assert read_maps(tmp_path) == [{"step": 10, "map": [[10.0]]}, {"step": 25, "map": [[7.0]]}]
+    assert len((tmp_path / "maps.jsonl").read_text().splitlines()) == 5  # one line marks the session
 
 
 # ---------------------------------------------------------------- pictures

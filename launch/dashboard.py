@@ -1,0 +1,132 @@
+"""Create the project's dashboard in W&B: a saved view with the sections of launch/panels.py.
+
+    python launch/dashboard.py --project dsv2
+    python launch/dashboard.py --spec dashboard.json
+
+With --spec nothing is sent: the view is written as JSON, which needs neither network nor account. Each call
+makes a new view. Exit codes: 0; 2 where W&B cannot be reached or used, or FILE cannot be written.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, from anywhere
+
+from dsv2.config import LoggingConfig
+from dsv2.errors import UserError
+from launch.panels import LAYER_SUFFIX, SECTIONS, Panel, Section
+
+if TYPE_CHECKING:
+    from wandb_workspaces.workspaces import Workspace  # takes seconds to import
+
+NAME = "dsv2"
+
+
+def build(entity: str, project: str) -> "Workspace":
+    """The view, not sent anywhere."""
+    import wandb_workspaces.workspaces as ws
+
+    return ws.Workspace(
+        entity=entity,
+        project=project,
+        name=NAME,
+        sections=[
+            ws.Section(
+                name=section.title,
+                panels=[_panel(section, panel) for panel in section.panels],
+                is_open=True,
+                layout_settings=ws.SectionLayoutSettings(columns=3, rows=-(-len(section.panels) // 3)),
+            )
+            for section in SECTIONS
+        ],
+    )
+
+
+def _panel(section: Section, panel: Panel) -> Any:
+    import wandb_workspaces.reports.v2 as wr
+
+    title = f"{panel.group}: {panel.title}" if panel.group else panel.title
+    if panel.names[0].startswith("map/"):
+        return wr.MediaBrowser(title=title, media_keys=list(panel.names), num_columns=1, gallery_axis="run")
+    if panel.names[0].endswith(LAYER_SUFFIX):
+        pattern = "^" + panel.names[0].removesuffix(LAYER_SUFFIX) + r"/L\d+$"
+        return wr.LinePlot(title=title, x="Step", metric_regex=pattern, title_y=panel.unit)
+    return wr.LinePlot(title=title, x="Step", y=list(panel.names), title_y=panel.unit)
+
+
+def spec_of(workspace: "Workspace") -> dict[str, Any]:
+    """What W&B is sent as the view's definition."""
+    return json.loads(workspace._to_model().spec.model_dump_json(by_alias=True, exclude_none=True))
+
+
+def write_spec(file: Path, project: str) -> None:
+    """Write the view as JSON.
+
+    Raises:
+        UserError: FILE cannot be written.
+    """
+    text = json.dumps(spec_of(build("", project)), indent=1) + "\n"
+    try:
+        file.write_text(text)
+    except OSError as error:
+        raise UserError(f"--spec {file}: cannot be written ({error.strerror})") from None
+
+
+def create(entity: str | None, project: str) -> str:
+    """Save the view; return its address.
+
+    Raises:
+        UserError: not logged in, or W&B refuses or cannot be reached.
+    """
+    import wandb
+
+    offline = "or write the view with --spec FILE, which needs no account"
+    wandb.setup(settings=wandb.Settings(silent=True))  # its own lines would stand beside ours
+    try:
+        logged_in = wandb.login(prompt=False, verify=True)
+    except Exception as error:
+        raise UserError(f"W&B: the login failed ({_one_line(error)}); see `wandb login`, {offline}") from None
+    if not logged_in:
+        raise UserError(f"W&B: not logged in; run `wandb login` first, {offline}")
+    try:
+        workspace = build(entity or wandb.Api().default_entity or "", project)
+        workspace.save()
+        return workspace.url
+    except Exception as error:
+        where = f"--entity {entity} --project {project}" if entity else f"--project {project}"
+        raise UserError(f"{where}: W&B did not save the view ({_one_line(error)})") from None
+    finally:
+        wandb.teardown()
+
+
+def _one_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; return its exit status."""
+    parser = argparse.ArgumentParser(description="Create the project's dashboard in W&B.")
+    parser.add_argument("--entity", help="who owns the project (the account's own)")
+    default = LoggingConfig().project
+    parser.add_argument("--project", default=default, help=f"logging.project of the runs ({default})")
+    parser.add_argument(
+        "--spec", type=Path, metavar="FILE", help="write the view there as JSON; send nothing"
+    )
+    arguments = parser.parse_args(argv)
+    try:
+        if arguments.spec is not None:
+            write_spec(arguments.spec, arguments.project)
+            print(arguments.spec)
+        else:
+            print(create(arguments.entity, arguments.project))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,306 @@
+"""The report page: what is in the file, and what a browser makes of it."""
+
+import html.parser
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dsv2.compose import to_yaml
+from dsv2.config import LoggingConfig, WandbMode
+from dsv2.tracker import HEAT_COLOURS, heat_map, open_tracker, read_maps, read_metrics
+from launch import report
+from launch.panels import SECTIONS
+from tests.unit.helpers import REPO, compose_config
+
+LAYERS, EXPERTS, GROUPS = 3, 16, 4  # of model=debug
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+def log_steps(run_dir: Path, steps: range, offset: float = 0.0, leave_out: tuple[str, ...] = ()) -> None:
+    """A session as dsv2/monitor.py logs it: windows of 5 steps, maps every 10, an evaluation every 20."""
+    tracker = open_tracker(LoggingConfig(wandb=WandbMode.disabled), run_dir, "r", {}, None, True)
+    rng = np.random.default_rng(0)
+    for step in steps:
+        metrics: dict[str, Any] = {}
+        for section in SECTIONS:
+            for name in [name for panel in section.panels for name in panel.names]:
+                every = {"moe": 5, "vio": 5, "dead": 5, "drop": 5, "dev": 5, "comm": 5, "map": 10, "val": 20}
+                if name in leave_out or step % every.get(name.split("/")[0], 1):
+                    continue
+                value = 10.0 / step + offset
+                if name.endswith("/L*"):
+                    metrics |= {f"{name[:-2]}L{layer:02d}": value * layer for layer in (1, 2, 3)}
+                elif name.startswith("map/"):
+                    width = EXPERTS if name == "map/expert_load" else GROUPS
+                    metrics[name] = rng.random((LAYERS, width)) * 3
+                else:
+                    metrics[name] = value
+        tracker.log({**metrics, "train/tokens": step * 2048}, step=step)
+    tracker.close()
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """A finished run that was resumed once, whose name and prompt would break a careless page."""
+    folder = tmp_path / "run"
+    log_steps(folder, range(1, 76))
+    log_steps(folder, range(51, 101), offset=0.5)
+    config = compose_config("name='a<b>'", "eval.sample_prompt='</script><b>&'")
+    (folder / "config.yaml").write_text(to_yaml(config))
+    (folder / "config.0.yaml").write_text("seed: 7\n")
+    (folder / "status.json").write_text('{"state": "finished", "step": 100, "total_steps": 100}\n')
+    return folder
+
+
+def write_page(run_dir: Path) -> str:
+    assert report.main([str(run_dir)]) == 0
+    return (run_dir / "report.html").read_text()
+
+
+class Parsed(html.parser.HTMLParser):
+    """Elements, the text of each section, and the content of the script with the data."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.sections: dict[str, str] = {}
+        self.data = ""
+        self._section = ""
+        self._in_data = False
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        attributes = dict(attrs)
+        self.elements.append((tag, attributes))
+        if tag == "section":
+            self._section = attributes["id"] or ""
+            self.sections[self._section] = ""
+        self._in_data = tag == "script" and attributes.get("id") == "data"
+
+    def handle_endtag(self, tag):
+        self._in_data = False
+        if tag == "section":
+            self._section = ""
+
+    def handle_data(self, data):
+        if self._in_data:
+            self.data += data
+        elif self._section:
+            self.sections[self._section] += data
+
+
+def test_the_embedded_data_are_the_runs_metrics(run_dir):
+    data = json.loads(Parsed(write_page(run_dir)).data)
+    rows = read_metrics(run_dir)
+    names = {name for row in rows for name in row} - {"step"}
+    assert set(data["series"]) == names
+    assert len(names) > 40
+    for name in names:
+        points = [(row["step"], row[name]) for row in rows if name in row]
+        assert data["series"][name] == [[s for s, _ in points], [v for _, v in points]], name
+    assert data["maps"] == read_maps(run_dir)
+    assert [frame["step"] for frame in data["maps"]] == list(range(10, 101, 10))
+    assert (data["steps"], data["first_layer"], data["groups"]) == ([0, 100], 1, 4)
+    # What followed the checkpoint that the second session began with is gone.
+    assert data["series"]["train/loss"][1][60] == 10 / 61 + 0.5
+
+
+def test_the_page_needs_nothing_from_elsewhere(run_dir):
+    text = write_page(run_dir)
+    page = Parsed(text)
+    for tag, attributes in page.elements:
+        assert tag not in ("link", "img", "iframe", "object", "embed", "base", "form")
+        assert not {"src", "srcset", "action", "background"} & set(attributes), tag
+        assert (attributes.get("href") or "#").startswith("#")
+    code = text.replace("http://www.w3.org/2000/svg", "")  # the name of a namespace, never fetched
+    for word in ("http:", "https:", "url(", "@import", "fetch(", "XMLHttpRequest", "import(", "WebSocket"):
+        assert word not in code
+
+
+def test_every_section_is_there_and_can_be_read_without_a_script(run_dir):
+    page = Parsed(write_page(run_dir))
+    titles = ["training", "balance", "routing-maps", "performance", "final-values", "configuration"]
+    assert list(page.sections) == titles
+    assert all("No values in this run" not in text for text in page.sections.values())
+    final = page.sections["final-values"]
+    assert all(name in final for name in ("val/bpb", "comm/a2a_ms", "L03"))
+    assert "sample_prompt: </script><b>&" in page.sections["configuration"]  # escaped, hence text
+    assert "config.0.yaml, of an earlier session" in page.sections["configuration"]
+    kinds = [attributes["data-kind"] for _, attributes in page.elements if "data-kind" in attributes]
+    assert {kind: kinds.count(kind) for kind in kinds} == {"curves": 25, "layers": 3, "map": 3, "time": 1}
+
+
+def test_what_a_run_has_not_is_said(tmp_path, run_dir):
+    bare = tmp_path / "bare"
+    log_steps(bare, range(1, 8), leave_out=tuple(n for s in SECTIONS[1:] for p in s.panels for n in p.names))
+    shutil.copy(run_dir / "config.yaml", bare)
+    page = Parsed(write_page(bare))
+    assert "No values in this run: val/loss, val/bpb" in page.sections["training"]
+    assert "No values in this run: moe/max_vio, moe/max_vio_max, vio/L*" in page.sections["balance"]
+    assert "map/expert_load, map/dev_load, map/dev_recv" in page.sections["routing-maps"]
+    assert json.loads(page.data)["maps"] == []
+
+
+def test_not_a_number_is_null_and_zeros_are_a_line(tmp_path, run_dir):
+    folder = tmp_path / "nan"
+    tracker = open_tracker(LoggingConfig(wandb=WandbMode.disabled), folder, "r", {}, None, True)
+    tracker.log({"train/loss": 3.0, "moe/drop": 0.0, "drop/L01": 0.0, "moe/dead": 0.0}, step=1)
+    tracker.log({"train/loss": float("nan"), "moe/drop": 0.0, "drop/L01": 0.0, "moe/dead": 1.0}, step=2)
+    tracker.close()
+    shutil.copy(run_dir / "config.yaml", folder)
+    page = Parsed(write_page(folder))
+    assert json.loads(page.data)["series"]["train/loss"] == [[1, 2], [3.0, None]]
+    assert "0 all the time: moe/drop, drop/L*No" in page.sections["balance"]
+    assert "not a number" in page.sections["final-values"]
+
+
+def test_maps_beyond_the_last_step_are_those_of_a_lost_past(run_dir):
+    """A killed session's, before the resumed one has got as far."""
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run_dir / "metrics.jsonl").write_text("".join(lines[:-12]))
+    data = json.loads(Parsed(write_page(run_dir)).data)
+    assert (data["steps"][1], data["maps"][-1]["step"]) == (88, 80)
+
+
+def test_thinning_keeps_the_extremes():
+    values: list[float | None] = [float(v) for v in np.random.default_rng(0).random(10_001)]
+    values[5000], values[7000], values[0] = 9.0, -9.0, None
+    curve = report.Curve(list(range(1, 10_002)), values)
+    few = report.thinned(curve, 100)
+    assert len(few.steps) <= 100
+    assert dict(zip(few.steps, few.values, strict=True)).items() <= dict(zip(*curve, strict=True)).items()
+    assert {5001, 7001} <= set(few.steps)
+    assert few.steps == sorted(few.steps)
+    assert report.thinned(curve, 20_000) is curve
+    assert report.spread(list(range(1001)), 5) == [0, 250, 500, 750, 1000]
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys, run_dir):
+    def message(*arguments: object) -> str:
+        assert report.main([str(argument) for argument in arguments]) == 2
+        printed = capsys.readouterr()
+        assert printed.out == ""
+        return printed.err
+
+    where = f"is {tmp_path} the directory of a run?"
+    assert message(tmp_path) == f"error: {tmp_path}/metrics.jsonl: no such file; {where}\n"
+    (tmp_path / "metrics.jsonl").write_text("")
+    assert message(tmp_path) == (
+        f"error: {tmp_path}/metrics.jsonl: it is empty; the run has not finished a step\n"
+    )
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "train/loss": 1.0}\n')
+    assert message(tmp_path) == f"error: {tmp_path}/config.yaml: no such file; {where}\n"
+    (tmp_path / "config.yaml").write_text("model: {hiden_size: 3}\n")
+    assert "hiden_size" in message(tmp_path)
+    out = tmp_path / "no" / "r.html"
+    assert (
+        message(run_dir, "--out", out)
+        == f"error: --out {out}: cannot be written (No such file or directory)\n"
+    )
+
+
+def test_as_a_command_from_anywhere(tmp_path, run_dir):
+    done = subprocess.run(
+        [sys.executable, str(REPO / "launch/report.py"), "run", "--out", "page.html"],
+        cwd=tmp_path,
+        env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "page.html\n", "")
+    assert (tmp_path / "page.html").read_text().startswith("<!doctype html>")
+
+
+# What a person does: look at a step of one curve, move the slider, look at a cell, look at another layer.
+VISITOR = """<script>{
+const seen = { background: getComputedStyle(document.body).backgroundColor };
+const at = (box, x, y) => new MouseEvent("mousemove", { clientX: box.left + x, clientY: box.top + y });
+const read = () => document.getElementById("tip").innerText;
+const loss = document.querySelector("[data-kind=curves] svg"), box = loss.getBoundingClientRect();
+loss.dispatchEvent(at(box, 52 + (box.width - 62) * 0.4, 50)); // of the steps 0 to 100
+seen.curve = read();
+seen.cursors = document.querySelectorAll(".cursor[visibility=visible]").length;
+const range = document.getElementById("when");
+const picture = () => document.querySelector("[data-name='map/expert_load'] image").getAttribute("href");
+const before = picture();
+range.value = 2;
+range.dispatchEvent(new Event("input"));
+seen.step = document.getElementById("when-step").innerText;
+seen.changed = picture() !== before;
+const map = document.querySelector("[data-name='map/expert_load'] svg"), place = map.getBoundingClientRect();
+const cell = (place.width - 62) / 16;
+map.dispatchEvent(at(place, 52 + cell * 5.5, 8 + 1)); // expert 5 of the first layer
+seen.cell = read();
+const pixels = new Image();
+pixels.onload = () => {
+  const pen = document.createElement("canvas").getContext("2d");
+  pen.drawImage(pixels, 0, 0);
+  seen.colour = [...pen.getImageData(5, 0, 1, 1).data].slice(0, 3);
+  seen.size = [pixels.width, pixels.height];
+  document.body.dataset.seen = JSON.stringify(seen);
+};
+pixels.src = picture();
+}</script></body>"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium, chromium-browser or google-chrome on PATH")
+@pytest.mark.parametrize("dark", [False, True])
+def test_a_browser_draws_it(tmp_path, run_dir, dark):
+    page = tmp_path / "visited.html"
+    page.write_text(write_page(run_dir).replace("</body>", VISITOR))
+    assert CHROMIUM is not None
+    done = subprocess.run(
+        [
+            CHROMIUM,
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            f"--user-data-dir={tmp_path / 'profile'}",
+            f"--blink-settings=preferredColorScheme={0 if dark else 1}",
+            "--virtual-time-budget=5000",
+            "--dump-dom",
+            page.as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    (body,) = (attributes for tag, attributes in Parsed(done.stdout).elements if tag == "body")
+    assert "data-error" not in body, body["data-error"]
+    elements = Parsed(done.stdout).elements
+    # Every metric's curve has a path of as many points; each card a drawing; each map a picture.
+    drawn = {a["data-name"]: a["d"] for tag, a in elements if tag == "path" and a["class"] == "curve"}
+    data = json.loads(Parsed(page.read_text()).data)
+    scalars = {name for name in data["series"] if "/L" not in name}
+    assert set(drawn) == scalars
+    for name, d in drawn.items():
+        assert len(re.findall(r"[ML][\d.]+ [\d.]+", d or "")) == len(data["series"][name][0]), name
+    cards = [a for _, a in elements if "data-kind" in a]
+    assert int(body["data-drawn"] or 0) == len(cards) == sum(tag == "svg" for tag, _ in elements)
+    pictures = [a["href"] or "" for tag, a in elements if tag == "image"]
+    assert len(pictures) == 7
+    assert all(picture.startswith("data:image/png;base64,") for picture in pictures)
+    # What the visitor saw.
+    seen = json.loads(body["data-seen"] or "{}")
+    assert seen["background"] == ("rgb(20, 23, 27)" if dark else "rgb(245, 246, 248)")
+    assert seen["curve"].splitlines()[0] == "step 40"
+    assert "train/loss_lm 0.25" in seen["curve"]
+    assert seen["cursors"] == len(cards) - 3  # every chart over steps
+    assert (seen["step"], seen["changed"]) == ("step 30", True)
+    load = data["maps"][2]["map/expert_load"]
+    assert seen["cell"].splitlines() == [
+        "layer L01, expert 5",
+        f"{float(f'{load[0][5]:.4g}'):g} x the balanced load",
+    ]
+    assert seen["size"] == [EXPERTS, LAYERS]
+    assert seen["colour"] == pytest.approx(heat_map(np.array(load))[0, 5 * 8].tolist(), abs=1)
+    assert data["heat"]["colours"] == HEAT_COLOURS
