@@ -15,6 +15,9 @@ from omegaconf.errors import OmegaConfBaseException
 from dsv2.config import Config
 from dsv2.errors import UserError
 
+# What a value that must be given looks like.
+_WANTED = {"data.path": "FOLDER with a folder that `python -m data.prepare` wrote"}
+
 
 def launched_ranks() -> tuple[int, int]:
     """(rank, number of processes) that torchrun gave this process; (0, 1) without torchrun."""
@@ -37,7 +40,7 @@ def to_config(composed: DictConfig) -> Config:
         if key not in field_types():
             raise UserError(unknown_key(key, f"+{key}={OmegaConf.select(composed, key)}"))
     if missing := sorted(OmegaConf.missing_keys(composed)):
-        raise UserError(f"{missing[0]}: must be given, as {missing[0]}=VALUE")
+        raise UserError(f"{missing[0]}: must be given, as {missing[0]}={_WANTED.get(missing[0], 'VALUE')}")
     config = OmegaConf.to_object(composed)
     assert isinstance(config, Config)
     return config

@@ -38,7 +38,9 @@ MISTAKES = {
     "model=lit": ["model=lit: there is no such option; did you mean lite?", "debug, lite, small, v2"],
     "experiment=nope": ["experiment=nope: there is no such option", "quickstart"],
     "optim=null": ["optim"],
-    "data=local": ["data.path: must be given, as data.path=VALUE"],
+    "data=local": [
+        "data.path: must be given, as data.path=FOLDER with a folder that `python -m data.prepare` wrote"
+    ],
     # syntax
     "optim.lr": ["optim.lr"],
     "optim.lr=[1": ["[1"],

@@ -22,7 +22,10 @@ EXPERIMENTS = sorted(path.stem for path in (REPO / "conf/experiment").glob("*.ya
 NEEDED = {  # what a shipped choice leaves to the user
     "data=local": ["data.path=somewhere"],
     "data=hf_stream": ["data.dataset=json", "data.tokenizer=somewhere.model"],
+    "experiment=v2": ["data.path=somewhere"],
+    "experiment=lite": ["data.path=somewhere"],
 }
+PROCESSES = {"quickstart": 2, "v2": 128, "lite": 128}
 
 AT_LEAST_ONE = [
     "model.vocab_size",
@@ -279,7 +282,8 @@ def test_every_shipped_choice_is_valid(choice):
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_is_valid(experiment):
-    validate(compose_config(f"experiment={experiment}"), 2)
+    choice = f"experiment={experiment}"
+    validate(compose_config(choice, *NEEDED.get(choice, [])), PROCESSES[experiment])
 
 
 def test_shipped_values_arrive():
