@@ -5,8 +5,11 @@ import difflib
 import os
 import re
 import typing
+from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
+from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
@@ -27,6 +30,22 @@ def launched_ranks() -> tuple[int, int]:
 def register_schema() -> None:
     """Make the dataclasses known to Hydra as the node `schema`, which conf/config.yaml starts from."""
     ConfigStore.instance().store(name="schema", node=Config)
+
+
+def compose_overrides(overrides: list[str]) -> DictConfig:
+    """`conf/` under these overrides, for command lines that are not Hydra's own.
+
+    Raises:
+        UserError: Hydra refuses an override.
+    """
+    register_schema()
+    check_group_choices(overrides)
+    folder = Path(__file__).parents[1] / "conf"
+    try:
+        with initialize_config_dir(version_base="1.3", config_dir=str(folder)):
+            return compose("config", overrides)
+    except COMPOSITION_ERRORS as error:
+        raise explain(error, overrides) from error
 
 
 def to_config(composed: DictConfig) -> Config:
@@ -81,14 +100,15 @@ def _keys(node: DictConfig, prefix: str = "") -> list[str]:
     return keys
 
 
-def unknown_key(key: str, given: str | None = None) -> str:
+def unknown_key(key: str, given: str | None = None, words: Collection[str] = ()) -> str:
     """The message for a key that no field has, with the nearest field that exists.
 
     Args:
         key: dotted name.
         given: the override as it was written, where it is known.
+        words: further keys that the command line takes.
     """
-    names = list(field_types())
+    names = [*words, *field_types()]
     near = difflib.get_close_matches(key, names, n=1, cutoff=0.7)
     if not near:  # the right name in the wrong section, such as lr for optim.lr
         leaf = difflib.get_close_matches(key.split(".")[-1], [n.split(".")[-1] for n in names], n=1)

@@ -4,10 +4,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
 from hypothesis import settings
 
-from dsv2.compose import register_schema, to_config
+from dsv2.compose import compose_overrides, to_config
 from dsv2.config import BalanceConfig, Config, ModelConfig
 
 REPO = Path(__file__).parents[2]
@@ -43,6 +42,4 @@ def tiny_config(**changes: Any) -> ModelConfig:
 
 def compose_config(*overrides: str) -> Config:
     """The shipped configuration under these overrides."""
-    register_schema()
-    with initialize_config_dir(version_base="1.3", config_dir=str(REPO / "conf")):
-        return to_config(compose("config", overrides=list(overrides)))
+    return to_config(compose_overrides(list(overrides)))
