@@ -78,8 +78,10 @@ def moe(p: Pass) -> Table:
     m, t, a = p.model, p.tokens, p.itemsize
     rows, experts = t * m.num_experts_per_tok, m.n_routed_experts
     copies = a != FP32  # what the router casts to fp32, it keeps
+    # Then only the shared experts keep the norm's own output.
+    dropped = t * m.hidden_size * a if copies and not m.n_shared_experts else 0
     return {
-        "norm": _norm(p, m.hidden_size),
+        "norm": _norm(p, m.hidden_size) - dropped,
         "router: input in fp32": copies * t * m.hidden_size * FP32,
         "router: centroids in fp32": copies * experts * m.hidden_size * FP32,
         # The chosen ids are a view of the sort over all experts.
@@ -121,17 +123,19 @@ def _dense_workspace(p: Pass) -> float:
 def _moe_workspace(p: Pass) -> float:
     """What an MoE layer's backward needs at its fullest, beyond the layer's own tables.
 
-    The shared experts' backward runs first, then `combine` in fp32, then the experts, whose
-    gradients exist once for each expert and once stacked; each frees what it kept as it goes.
+    The shared experts' backward runs first, then `combine` in fp32, then the experts; each frees what
+    it kept as it goes. The experts' gradients exist one by one until the last expert is done, and are
+    then stacked, first w2's and then w13's: 3 + 1 and 2 + 2 matrices an expert.
     """
     m, t, a = p.model, p.tokens, p.itemsize
     table = moe(p)
     shared = 2 * t * m.n_shared_experts * m.moe_intermediate_size * a
     freed = table["shared experts"]
     combine = 2 * t * m.num_experts_per_tok * m.hidden_size * FP32 - freed
-    freed += table["combine: in fp32"] + table["combine: outputs"]
+    freed += sum(size for name, size in table.items() if name.startswith("combine"))
+    freed += table["experts: gate and up"] + table["experts: silu, product"]
     matrix = m.n_routed_experts // p.ep_size * m.hidden_size * m.moe_intermediate_size
-    weights = 5 * matrix * a - freed  # three matrices an expert, and the stack of gate and up
+    weights = 4 * matrix * a + table["experts: rows"] - freed
     return max(shared, combine, weights) + t * m.hidden_size * (a + FP32)
 
 

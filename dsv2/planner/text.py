@@ -93,13 +93,18 @@ def _work_lines(planned: Planned) -> list[str]:
     if config.parallel.expert_parallel_size == 1:
         return [*lines, "  all-to-all  none"]
     model = config.model
-    limit = f"{model.topk_group} of {model.n_group} groups"
+    once = (
+        f"              once for each rank that it reaches ({moved.ranks:.2f} of them) it would be "
+        f"{moved.per_rank / MIB:.2f}"
+    )
+    if model.topk_group < model.n_group:
+        limit = f"{model.topk_group} of {model.n_group} groups"
+        once += f";\n              without the limit to {limit}, {moved.per_rank_unlimited / MIB:.2f}"
     return [
         *lines,
         f"  all-to-all  {moved.sent / MIB:.2f} MiB sent, {moved.between_machines / MIB:.2f} of it to other "
         "machines: a row for each expert",
-        f"              a row for each rank that it reaches ({moved.ranks:.2f}) would be "
-        f"{moved.per_rank / MIB:.2f} with the limit to {limit}, {moved.per_rank_unlimited / MIB:.2f} without",
+        once,
     ]
 
 

@@ -34,7 +34,7 @@ def planned(world_size: int, ep: int, stage: int, bf16: bool) -> Memory:
 
 KINDS = [(0, False), (1, False), (1, True), (2, False), (2, True), (3, False), (3, True)]
 GRID = [(world, ep) for world in (1, 2, 4) for ep in (1, 2, 4) if world % ep == 0]
-CHOSEN = [(1, 1), (2, 2), (4, 2)]
+CHOSEN = [(1, 1), (4, 2)]
 CASES = [
     pytest.param(world, ep, stage, bf16, marks=[] if (world, ep) in CHOSEN else pytest.mark.full)
     for (world, ep), (stage, bf16) in itertools.product(GRID, KINDS)
@@ -52,8 +52,10 @@ def test_states_and_peak_are_those_of_the_engine(pools, world_size, ep, stage, b
         "tests.dist.memory_jobs:measure", steps=2, micro_batches=2, **layout, **SIZES
     ):
         assert 0 <= held - want.states.total <= SLACK
-        # The planner stays on the safe side where it does not follow every copy (ZeRO-2 and 3).
-        assert 0.95 < (want.peak - bucket) / (peak - bucket) < 1.22, want.phases
+        # The planner stays on the safe side where it does not follow every copy (ZeRO-2 and 3, and
+        # ZeRO-0, whose AdamW works tensor by tensor on a CPU).
+        low, high = (0.99, 1.01) if stage == 1 and bf16 else (0.95, 1.22)
+        assert low < (want.peak - bucket) / (peak - bucket) < high, want.phases
 
 
 def test_experts_elsewhere_cost_two_more_copies_of_their_rows(pools):

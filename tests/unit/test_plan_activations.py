@@ -12,7 +12,7 @@ import torch
 from dsv2.config import ModelConfig
 from dsv2.model.init import init_weights
 from dsv2.model.transformer import DeepseekV2
-from dsv2.planner.activations import Pass, activations, attention, dense_ffn, head, moe
+from dsv2.planner.activations import Pass, activations, head
 from tests.live import LiveMemory
 from tests.unit.helpers import tiny_config
 
@@ -56,22 +56,12 @@ def kept_bytes(model: DeepseekV2) -> int:
     return sum(storage.nbytes() for address, storage in kept.items() if address not in weights)
 
 
-@pytest.mark.parametrize(("shape", "dtype"), product(SHAPES, DTYPES))
+@pytest.mark.parametrize(("shape", "dtype"), [*product(SHAPES, DTYPES)])
 def test_what_the_layers_keep(shape, dtype):
     """To 1 %: what is not in the tables are the rope tables and a few sums a sequence."""
     model, p = build(shape, dtype, recompute=False)
     want = activations(p).kept + sum(head(p).values())
     assert want == pytest.approx(kept_bytes(model), rel=0.01)
-
-
-def test_a_table_that_forgot_a_tensor_would_show():
-    """Of the tables' tensors, every one of notable size is larger than the tolerance above."""
-    p = build("base", torch.bfloat16, False)[1]
-    total = activations(p).kept
-    layers, dense = p.model.num_hidden_layers, p.model.first_k_dense_replace
-    for table, times in ((attention, layers), (dense_ffn, dense), (moe, layers - dense)):
-        notable = [size for size in table(p).values() if size * times > 0.01 * total]
-        assert sum(notable) * times > 0.9 * sum(table(p).values()) * times
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -87,7 +77,7 @@ def test_recomputed_layers_keep_their_input_alone(dtype):
     assert kept == pytest.approx(want, rel=0.05), "and the rope tables, losses and statistics"
 
 
-@pytest.mark.parametrize(("shape", "dtype", "recompute"), product(SHAPES, DTYPES, [False, True]))
+@pytest.mark.parametrize(("shape", "dtype", "recompute"), [*product(SHAPES, DTYPES, [False, True])])
 def test_the_fullest_moment(shape, dtype, recompute):
     model, p = build(shape, dtype, recompute)
     for parameter in model.parameters():
