@@ -4,7 +4,7 @@
 
 Every field of the configuration is explained in dsv2/config.py. Exit codes: 0 finished, or stopped by
 SIGTERM, SIGINT or stop_step after saving; 1 an error; 2 a mistake in the configuration or the data;
-3 the loss is no longer a number.
+3 the loss is no longer a number; 130 interrupted before training began.
 """
 
 import logging
@@ -12,14 +12,14 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import hydra
 from omegaconf import DictConfig
 
 from dsv2.compose import (
     COMPOSITION_ERRORS,
-    check_group_choices,
+    check_command_line,
     explain,
     launched_ranks,
     register_schema,
@@ -28,7 +28,12 @@ from dsv2.compose import (
 )
 from dsv2.config import Config
 from dsv2.errors import CheckpointError, Diverged, UserError
+from dsv2.rundir import claim
 from dsv2.validate import validate
+
+if TYPE_CHECKING:
+    from dsv2.checkpoint import CheckpointStore, Found
+    from dsv2.hf.weights import HFWeights
 
 
 def train(config: Config) -> None:
@@ -51,21 +56,20 @@ def train(config: Config) -> None:
     # What may be wrong with the files is found before any process group is made.
     run_dir, parallel = Path(config.runs_dir) / config.name, config.parallel
     check_data(config.data, config.model.vocab_size, config.eval.sequences)
+    _lock = claim(run_dir) if rank == 0 else None
     store = CheckpointStore(run_dir / "checkpoints", config.checkpoint.keep, to_plain(config))
-    found = store.find(config.resume)
-    if found and config.stop_step is not None and found.step >= config.stop_step:
-        raise UserError(f"stop_step={config.stop_step}: the run is at step {found.step} already")
+    found, weights = starting_point(config, store)
 
     mesh = start_mesh(pick_device(parallel), rank, world_size, parallel.expert_parallel_size)
-    engine = Engine(build_model(config.model, parallel, config.seed, mesh), config.optim, parallel, mesh)
+    model = build_model(config.model, parallel, config.seed, mesh, weights)
+    engine = Engine(model, config.optim, parallel, mesh)
     stream = build_stream(config.data, config.model.vocab_size, rank, world_size, mesh.cpu_group)
     evaluator = Evaluator(engine, config)
-    state = RunState()
-    if found:
-        state = store.load(engine, found.path)
-        stream.load_state_dict(state.data or {})
+    state = store.load(engine, found) if found else RunState()
+    if state.data is not None:
+        stream.load_state_dict(state.data)
 
-    with Monitor(config, mesh, run_dir, state, found) as monitor, StopSignals(mesh) as stop:
+    with StopSignals(mesh) as stop, Monitor(config, mesh, run_dir, state, found) as monitor:
         for plan in plan_steps(config.optim, config.data.sequence_length, state.step, state.tokens):
             batches = share_of_step(stream, plan.batch_size, parallel.micro_batch_size, mesh)
             monitor.data_ready()
@@ -75,6 +79,7 @@ def train(config: Config) -> None:
             finished, stopped = state.step == monitor.total_steps, stop.requested()
             if due(config.eval.every, state.step) and not finished and not stopped:
                 monitor.evaluation(state.step, evaluator.evaluate())
+            # Asked again: an evaluation takes time, and who stops then should not wait for another step.
             last = finished or stopped or state.step == config.stop_step or stop.requested()
             if due(config.checkpoint.every, state.step) or last:
                 state.data, state.wandb_id = stream.state_dict(), monitor.wandb_id
@@ -93,6 +98,16 @@ def train(config: Config) -> None:
     end_process_group()
 
 
+def starting_point(config: Config, store: "CheckpointStore") -> tuple["Found | None", "HFWeights | None"]:
+    """The checkpoint to go on from, else the weights that init_from names; neither: a fresh start."""
+    from dsv2.hf.weights import HFWeights
+
+    found = store.find(config.resume, config.stop_step)
+    if found is not None or config.init_from is None:
+        return found, None
+    return None, HFWeights(Path(config.init_from), config.model)
+
+
 def due(every: int, step: int) -> bool:
     return every > 0 and step % every == 0
 
@@ -106,6 +121,8 @@ def command_line(composed: DictConfig) -> None:
         fail(explain(error, sys.argv[1:]), 2)
     except UserError as error:
         fail(error, 2)
+    except KeyboardInterrupt:  # while training it asks for a stop; here training has not begun
+        fail(UserError("interrupted before training began; nothing was changed"), 130)
     except (CheckpointError, Diverged) as error:
         fail(error, 3 if isinstance(error, Diverged) else 1, together=True)
 
@@ -131,7 +148,7 @@ if __name__ == "__main__":
     register_schema()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hand errors of composition to us in place of printing them
     try:
-        check_group_choices(sys.argv[1:])
+        check_command_line(sys.argv[1:])
         command_line()
     except COMPOSITION_ERRORS as mistake:
         fail(explain(mistake, sys.argv[1:]), 2)

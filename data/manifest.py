@@ -78,7 +78,7 @@ def load_manifest(folder: str | Path) -> Manifest:
     make = f"make one with: python -m data.prepare stdlib --out {folder} (or files, jsonl, parquet, hub)"
     if not path.is_file():
         there = "holds no finished preparation" if folder.is_dir() else "does not exist"
-        raise UserError(f"data: the folder {folder} {there}; {make}")
+        raise UserError(f"data.path={folder}: that folder {there}; {make}")
     try:
         manifest = _parse(json.loads(path.read_text(encoding="utf-8")))
     except (KeyError, TypeError, ValueError) as error:

@@ -26,9 +26,19 @@ from typing import Any
 import numpy as np
 
 from data.manifest import MANIFEST, TOKEN_BYTES, Manifest, Split, load_manifest, to_json
-from data.progress import LOCK, Part, Progress, close_progress, open_progress, refuse_other, write_text
+from data.progress import (
+    LOCK,
+    Part,
+    Progress,
+    close_progress,
+    discard,
+    open_progress,
+    refuse_foreign,
+    refuse_other,
+    write_text,
+)
 from data.shards import ShardWriter, count_tokens, unigram_nats
-from data.sources import Document, FilesSource, HubSource, JsonlSource, ParquetSource, Source, StdlibSource
+from data.sources import FilesSource, HubSource, JsonlSource, ParquetSource, Source, StdlibSource
 from data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from dsv2.errors import UserError
 
@@ -43,7 +53,7 @@ class Settings:
 
     vocab_size: int | None = None  # pieces of a new tokenizer
     tokenizer: str | None = None  # or a file with one
-    val_fraction: float = 0.05  # share of the documents held out, by a hash of their ids
+    val_fraction: float = 0.05  # share of the documents held out, by a hash of their text
     shard_mb: float = 32  # MiB of text a part
 
     def check(self) -> None:
@@ -70,7 +80,8 @@ def prepare_stdlib(path: str | Path, vocab_size: int, quiet: bool = False) -> Ma
 def prepare(source: Source, out: str | Path, settings: Settings, quiet: bool = False) -> Manifest:
     """Prepare `source` in the folder `out`, or return at once if that is done already.
 
-    UserError: bad settings, no text, unreadable documents, or an `out` that holds something else.
+    UserError: bad settings, no text, unreadable documents, or an `out` that cannot be written or holds
+    something else.
     """
     from filelock import FileLock
 
@@ -81,8 +92,13 @@ def prepare(source: Source, out: str | Path, settings: Settings, quiet: bool = F
         return finished
     if next(source.documents([]), None) is None:
         raise UserError(f"there is no text in {source.description()}")
-    out.mkdir(parents=True, exist_ok=True)
-    with FileLock(out / LOCK):
+    refuse_foreign(out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(out / LOCK).acquire()
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written ({error.strerror or error})") from error
+    with lock:
         if finished := _finished(out, request):  # by the process that held the lock
             return finished
         progress = open_progress(out, request)
@@ -128,19 +144,17 @@ def _make_tokenizer(
 def _sample(source: Source, settings: Settings) -> Iterator[str]:
     """Yield the first training documents, for the tokenizer; validation text stays unseen."""
     size = 0
-    for name, text in source.documents([]):
-        if not _in_validation(name, settings.val_fraction):
+    for _, text in source.documents([]):
+        if not _in_validation(text, settings.val_fraction):
             size += len(text.encode())
             yield text
         if size >= SAMPLE_BYTES:
             return
 
 
-def _in_validation(name: str, fraction: float) -> bool:
-    if name.startswith("/"):  # a file by itself: where it lies must not decide
-        name = name.rsplit("/", 1)[-1]
-    value = hashlib.sha256(name.encode(errors="surrogateescape")).digest()[:8]
-    return int.from_bytes(value, "big") < fraction * 2**64
+def _in_validation(text: str, fraction: float) -> bool:
+    """By the text alone: where a document lies does not matter, and its copies are on its side."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") < fraction * 2**64
 
 
 def _write_parts(
@@ -160,13 +174,12 @@ def _write_parts(
     bar = tqdm(desc="tokenising", total=total, unit="B", unit_scale=True, disable=True if quiet else None)
     with bar:
 
-        def read() -> Iterator[Document]:
-            for name, text in source.documents(skipped):
+        def read() -> Iterator[str]:
+            for _, text in source.documents(skipped):
                 raw = text.encode()
-                for data in (name.encode(errors="surrogateescape"), raw):
-                    digest.update(len(data).to_bytes(8, "big") + data)
+                digest.update(len(raw).to_bytes(8, "big") + raw)
                 bar.update(len(raw))
-                yield name, text
+                yield text
 
         documents = read()
         for part in progress.parts:
@@ -181,7 +194,7 @@ def _write_parts(
 
 
 def _write_part(
-    documents: Iterator[Document], out: Path, settings: Settings, number: int, tokenizer: Tokenizer
+    documents: Iterator[str], out: Path, settings: Settings, number: int, tokenizer: Tokenizer
 ) -> Part | None:
     """Write the next part's shards; None if there are no documents left. The caller fills in the digest."""
     writers: dict[str, ShardWriter] = {}
@@ -204,12 +217,12 @@ def _write_part(
             writer.close()
 
 
-def _chunks(documents: Iterator[Document], part_bytes: float) -> Iterator[list[Document]]:
+def _chunks(documents: Iterator[str], part_bytes: float) -> Iterator[list[str]]:
     """Yield lists of documents of about CHUNK_BYTES, up to about `part_bytes` in all."""
-    chunk: list[Document] = []
+    chunk: list[str] = []
     size = part_size = 0
-    for name, text in documents:
-        chunk.append((name, text))
+    for text in documents:
+        chunk.append(text)
         size += len(text.encode())
         if size >= CHUNK_BYTES or part_size + size >= part_bytes:
             yield chunk
@@ -221,10 +234,10 @@ def _chunks(documents: Iterator[Document], part_bytes: float) -> Iterator[list[D
         yield chunk
 
 
-def _split_up(chunk: list[Document], val_fraction: float) -> dict[str, list[str]]:
+def _split_up(chunk: list[str], val_fraction: float) -> dict[str, list[str]]:
     splits: dict[str, list[str]] = {}
-    for name, text in chunk:
-        splits.setdefault("validation" if _in_validation(name, val_fraction) else "train", []).append(text)
+    for text in chunk:
+        splits.setdefault("validation" if _in_validation(text, val_fraction) else "train", []).append(text)
     return splits
 
 
@@ -246,6 +259,7 @@ def _finish(
     validation = tuple(part.validation for part in progress.parts if part.validation)
     for split, shards in (("train", train), ("validation", validation)):
         if not shards and (split == "train" or settings.val_fraction > 0):
+            discard(out, progress)  # or it would stand in the way of better arguments
             raise UserError(
                 f"no document fell into the {split} split with --val-fraction {settings.val_fraction}: "
                 "change it, or cut long files into more documents (files --document-lines N)"
@@ -287,10 +301,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     common.add_argument("--quiet", action="store_true", help="print nothing but errors")
     pieces = common.add_mutually_exclusive_group()
     pieces.add_argument("--vocab-size", type=int, help="train a tokenizer of this many pieces")
-    pieces.add_argument("--tokenizer", help="use this sentencepiece .model or tokenizer.json")
+    pieces.add_argument("--tokenizer", help="use this sentencepiece .model or tokenizer.json instead")
     bad = argparse.ArgumentParser(add_help=False)
     bad.add_argument("paths", nargs="+", help="files, folders or quoted globs")
-    bad.add_argument("--on-bad-file", choices=["stop", "skip"], default="stop", help="binary or broken input")
+    bad.add_argument(
+        "--on-bad-file", choices=["stop", "skip"], default="stop", help="binary or broken input (stop)"
+    )
 
     parser = argparse.ArgumentParser(prog="python -m data.prepare", description="Prepare text for training.")
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="SOURCE")
@@ -303,12 +319,17 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parquet.add_argument("--text-column", default="text", help="the column with the text (text)")
     hub = kinds.add_parser("hub", parents=[common], help="a Hugging Face dataset, streamed")
     hub.add_argument("dataset", help="its name on the hub")
-    hub.add_argument("--subset")
-    hub.add_argument("--split", default="train")
+    hub.add_argument("--subset", help="its configuration, such as en (none)")
+    hub.add_argument("--split", default="train", help="the split to read (train)")
     hub.add_argument("--text-column", default="text", help="the column with the text (text)")
     for kind in (stdlib, files, jsonl, parquet, hub):
         default = "prepared/stdlib" if kind is stdlib else None
-        kind.add_argument("--out", default=default, required=default is None, help="the folder to write")
+        kind.add_argument(
+            "--out",
+            default=default,
+            required=default is None,
+            help=f"the folder to write ({default})" if default else "the folder to write",
+        )
     arguments = parser.parse_args(argv)
     if arguments.kind == "stdlib" and arguments.vocab_size is None and arguments.tokenizer is None:
         arguments.vocab_size = 4096
@@ -324,22 +345,32 @@ def main(argv: list[str] | None = None) -> int:
     if "paths" in given:
         given["paths"] = tuple(given["paths"])
     settings = Settings(arguments.vocab_size, arguments.tokenizer, arguments.val_fraction, arguments.shard_mb)
+    there = (Path(arguments.out) / MANIFEST).is_file()
     try:
         manifest = prepare(kind(**given), arguments.out, settings, arguments.quiet)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:  # such as a full disk, or a file that may not be read
+        again = "put it right and run the same command again: it continues"
+        print(f"error: {error}; {again}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("\ninterrupted: run the same command again to continue", file=sys.stderr)
         return 130
     if not arguments.quiet:
+        if there:
+            print(f"{arguments.out} was there already; to read the text anew, remove that folder")
         print(summary(arguments.out, manifest))
     return 0
 
 
 def summary(out: str | Path, manifest: Manifest) -> str:
     """Return what was prepared, a line a split."""
-    lines = [f"{out}: {manifest.source}, {manifest.vocab_size} pieces, {manifest.skipped} documents skipped"]
+    lines = [f"{out}: {manifest.source}, {manifest.vocab_size} pieces"]
+    if manifest.skipped:
+        names = ", ".join(manifest.skipped_examples[:5]) + (", ..." if manifest.skipped > 5 else "")
+        lines.append(f"skipped: {manifest.skipped} documents that are not text ({names})")
     for name in ("train", "validation"):
         split = manifest.split(name)
         if split.unigram_nats is not None:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,14 +51,29 @@ def open_progress(out: Path, request: dict[str, Any]) -> Progress:
             progress = Progress.load(out)
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{out / PROGRESS} is no progress file of ours: choose another folder") from error
-        refuse_other(out, progress.request, request)
-        return progress
-    # A `.part` can only be the progress file of a run that ended while writing it.
-    if others := sorted(path.name for path in out.iterdir() if path.name not in (LOCK, PROGRESS + ".part")):
-        raise UserError(f"{out} is not empty ({others[0]}) and holds no preparation: choose another folder")
+        if progress.parts or progress.request == request:
+            refuse_other(out, progress.request, request)
+            return progress
+        discard(out, progress)  # begun with other arguments, and no further than the tokenizer
     progress = Progress(request)
     progress.save(out)
     return progress
+
+
+def refuse_foreign(out: Path) -> None:
+    """Raise a UserError for a folder with somebody else's files in it."""
+    if not out.is_dir() or (out / PROGRESS).is_file():
+        return
+    # A `.part` can only be the progress file of a run that ended while writing it.
+    if others := sorted(path.name for path in out.iterdir() if path.name not in (LOCK, PROGRESS + ".part")):
+        raise UserError(f"{out} is not empty ({others[0]}) and holds no preparation: choose another folder")
+
+
+def discard(out: Path, progress: Progress) -> None:
+    """Remove what an unfinished preparation wrote."""
+    shards = [shard.file for part in progress.parts for shard in (part.train, part.validation) if shard]
+    for name in (*shards, "tokenizer.model", "tokenizer.json", "tokenizer_config.json", PROGRESS):
+        (out / name).unlink(missing_ok=True)
 
 
 def close_progress(out: Path) -> None:
@@ -68,9 +84,26 @@ def close_progress(out: Path) -> None:
 def refuse_other(out: Path, there: dict[str, Any], asked: dict[str, Any]) -> None:
     """Raise a UserError that lists the differences if `out` was begun for another request."""
     keys = sorted(key for key in there.keys() | asked.keys() if there.get(key) != asked.get(key))
+    if "kind" in keys:
+        keys = ["kind"]  # its own options are another's as well
     if keys:
-        differences = "; ".join(f"{key} {there.get(key)!r}, now asked for {asked.get(key)!r}" for key in keys)
+        differences = "; ".join(
+            f"{_option(key)} {_words(there.get(key))}, now asked for {_words(asked.get(key))}" for key in keys
+        )
         raise UserError(f"{out} was prepared with {differences}: choose another folder, or remove that one")
+
+
+def _option(key: str) -> str:
+    """A request's key as the command line spells it."""
+    words = {"kind": "source", "paths": "paths", "dataset": "dataset", "tokenizer_sha256": "--tokenizer"}
+    return words.get(key, "--" + key.replace("_", "-"))
+
+
+def _words(value: Any) -> str:
+    if value is None:
+        return "none"
+    text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return f"{text[:12]}..." if re.fullmatch(r"[0-9a-f]{64}", text) else text  # a tokenizer's hash
 
 
 def write_text(path: Path, text: str) -> None:

@@ -44,7 +44,8 @@ class Source:
 
     def description(self) -> str:
         """Return a line on the corpus for people."""
-        return json.dumps(self.request(), sort_keys=True)
+        given = {key: value for key, value in self.request().items() if key != "kind" and value is not None}
+        return f"{self.kind} {' '.join(f'{key}={value}' for key, value in given.items())}"
 
 
 @dataclass(frozen=True)

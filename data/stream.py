@@ -282,7 +282,10 @@ def validation_sequences(config: DataConfig, model_vocab_size: int, count: int) 
 def tokenizer_of(config: DataConfig) -> Tokenizer:
     """Return the tokenizer that the data is made with."""
     if config.source is DataSource.hf_stream:
-        return load_tokenizer(config.tokenizer or "")
+        try:
+            return load_tokenizer(config.tokenizer or "")
+        except UserError as error:
+            raise UserError(f"data.tokenizer={config.tokenizer}: {error}") from error
     manifest = load_manifest(config.path)
     tokenizer = load_tokenizer(Path(config.path) / manifest.tokenizer_file)
     if tokenizer.sha256 != manifest.tokenizer_sha256:
@@ -320,7 +323,8 @@ def _check_fingerprint(there: dict[str, Any], here: dict[str, Any]) -> None:
     if keys:
         differences = "; ".join(f"data.{key} was {there.get(key)!r}, is {here.get(key)!r}" for key in keys)
         raise UserError(
-            f"the checkpoint is of other data: {differences}; use those again, or start a new run"
+            f"the checkpoint is of other data: {differences}; use those again, or start another run, "
+            "from this checkpoint's weights with resume=PATH new_stage=true name=NAME"
         )
 
 
@@ -355,7 +359,12 @@ def _validates(config: DataConfig, text: str) -> bool:
 
 
 def _validation_texts(config: DataConfig) -> Iterator[str]:
-    for row in _open(config, config.val_split):
+    try:
+        rows = _open(config, config.val_split)
+    except UserError as error:
+        hint = f"data.val_split={config.split} holds out one document in {HELD_OUT}"
+        raise UserError(f"data.val_split={config.val_split}: {error}; {hint}") from error
+    for row in rows:
         text = _text(config, row)
         if config.val_split != config.split or _validates(config, text):
             yield text

@@ -5,8 +5,10 @@ every parameter it holds the fp32 weights and Adam's two moments as flat tensors
 parameter; each rank writes and reads the contiguous ranges it owns (`Fragment`), so world size,
 expert-parallel size and ZeRO stage may change between save and load.
 
-It is written to `step-00000120.partial` and renamed at the end, after `state.json`, which records
-every file's size: a checkpoint that was cut short is never taken for a whole one.
+It is written to `step-00000120.partial` and renamed at the end, after `state.json` (see
+dsv2/checkpoint_files.py): a checkpoint that was cut short is never taken for a whole one.
+
+Nothing here imports DeepSpeed, which takes seconds: who only reads checkpoints does not need it.
 """
 
 import json
@@ -15,7 +17,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -30,13 +32,25 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-from dsv2.engine import Engine
+from dsv2.checkpoint_files import (
+    FORMAT,
+    STATE_FILE,
+    check,
+    checksum,
+    complete_checkpoints,
+    damaged_file,
+    newest_first,
+    sync_folder,
+)
+from dsv2.compose import to_plain
+from dsv2.config import Config
 from dsv2.errors import CheckpointError, UserError
-from dsv2.parallel.deepspeed_moe import Fragment, base_optimizer, fragments, refresh_model_weights
 from dsv2.parallel.mesh import Mesh
 
-FORMAT = "dsv2-checkpoint-1"
-STATE_FILE = "state.json"
+if TYPE_CHECKING:
+    from dsv2.engine import Engine
+    from dsv2.parallel.deepspeed_moe import Fragment
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -54,8 +68,9 @@ class Found(NamedTuple):
     """A checkpoint to go on from."""
 
     path: Path
-    step: int  # optimizer steps done
+    step: int  # the run's own optimizer steps done: 0 where a stage begins
     warnings: list[str]  # about damaged ones that were passed over
+    older: list[Path]  # the run's own, newest first, to fall back on
 
 
 class _Range:
@@ -96,19 +111,19 @@ class _LoadPlanner(DefaultLoadPlanner):
         return self.state_dict[index.fqn].local
 
 
-def _moment(optimizer: torch.optim.Optimizer, fragment: Fragment, key: str) -> Tensor:
+def _moment(optimizer: torch.optim.Optimizer, fragment: "Fragment", key: str) -> Tensor:
     state = optimizer.state[fragment.owner]
     if key not in state:  # before the first step Adam has no moments yet
         state[key] = torch.zeros_like(fragment.owner.detach())
     return state[key]
 
 
-def _ranges(engine: Engine) -> dict[str, _Range]:
+def _ranges(engine: "Engine") -> dict[str, _Range]:
     """What this rank owns, as views: writing to them loads a checkpoint."""
-    optimizer = base_optimizer(engine.deepspeed)
     ranges = {}
-    for fragment in fragments(engine.deepspeed):
-        tensors = {"fp32": fragment.owner} | {key: _moment(optimizer, fragment, key) for key in MOMENTS}
+    for fragment in engine.fragments():
+        tensors = {"fp32": fragment.owner}
+        tensors |= {key: _moment(engine.optimizer, fragment, key) for key in MOMENTS}
         for key, tensor in tensors.items():
             name = f"{key}/{fragment.name}"
             ranges[name] = _Range(fragment.view(tensor), fragment.offset, fragment.total)
@@ -122,12 +137,13 @@ class CheckpointStore:
         folder: where they lie.
         keep: newest complete checkpoints that stay when another is saved.
         settings: the run's whole configuration, plain; saved along, and its model's sizes compared.
+            With its `new_stage`, another run's checkpoint gives weights and moments only.
     """
 
     def __init__(self, folder: Path, keep: int, settings: dict[str, Any]):
         self.folder, self.keep, self.settings = folder, keep, settings
 
-    def save(self, engine: Engine, state: RunState) -> Path:
+    def save(self, engine: "Engine", state: RunState) -> Path:
         """Write `folder/step-N` and delete all but the newest `keep` complete checkpoints. Collective.
 
         Raises:
@@ -144,38 +160,58 @@ class CheckpointStore:
             partial.mkdir(parents=True)
 
         def complete() -> None:
-            torch.save(rng, partial / "rng.pt")
-            _write_state(partial, state, self.settings, engine)
+            with open(partial / "rng.pt", "wb") as file:
+                torch.save(rng, file)
+                file.flush()
+                os.fsync(file.fileno())
+            _write_state(partial, state, self.settings, checksums, engine)
             shutil.rmtree(target, ignore_errors=True)  # an older try at the same step
             os.rename(partial, target)
-            _sync_folder(self.folder)
+            sync_folder(self.folder)
 
         try:
             _on_main(prepare, mesh)
             _write_ranges(engine, partial)
+            # Each rank reads back what it has just written.
+            written = {file.name: checksum(file) for file in partial.glob(f"__{mesh.rank}_*.distcp")}
+            checksums = {k: v for part in _gather_objects(written, mesh) for k, v in part.items()}
             _on_main(complete, mesh)
         except CheckpointError as error:
             if mesh.is_main:
                 shutil.rmtree(partial, ignore_errors=True)
-            raise CheckpointError(f"checkpoint {target} could not be written: {error}") from None
+            free = shutil.disk_usage(self.folder).free // 2**20 if self.folder.is_dir() else 0
+            raise CheckpointError(
+                f"checkpoint {target} could not be written: {error} ({free} MiB are free there now)"
+            ) from None
         if mesh.is_main:
             older = [path for path in complete_checkpoints(self.folder) if path != target]
             for path in older[self.keep - 1 :]:
                 shutil.rmtree(path, ignore_errors=True)
         return target
 
-    def find(self, resume: str) -> Found | None:
+    def find(self, resume: str, stop_step: int | None = None) -> Found | None:
         """The checkpoint that `resume` means, or None for a fresh start.
 
         Args:
             resume: `auto`, the newest whole one of this run; `never`; or the path of one, from which
                 the run starts, unless it already has checkpoints of its own to go on from.
+            stop_step: the run is to stop after this step.
 
         Raises:
             UserError: the path is no whole checkpoint, or an older one of this very run; `never` with
-                checkpoints there to lose; checkpoints are there and none is whole; another model's.
+                checkpoints there to lose; checkpoints are there and none is whole; another model's; one
+                that is past `stop_step` already.
         """
-        present = _newest_first(self.folder)
+        found = self._find(resume)
+        if found and stop_step is not None and found.step >= stop_step:
+            raise UserError(
+                f"stop_step={stop_step}: {found.path} is at step {found.step} already; give a later step, or "
+                "null to run to the end"
+            )
+        return found
+
+    def _find(self, resume: str) -> Found | None:
+        present = newest_first(self.folder)
         if resume == "never":
             if present:
                 raise UserError(
@@ -185,23 +221,26 @@ class CheckpointStore:
             return None
         if resume != "auto":
             given = Path(resume)
-            content = check(given)
-            is_own = given.resolve().parent == self.folder.resolve()
+            try:
+                content = check(given)
+            except UserError as error:
+                raise UserError(f"resume={resume}: {error}") from None
+            is_own = self._is_own(given)
             if is_own and given.name != present[0].name:
                 raise UserError(
                     f"resume={resume}: this run has the newer {present[0].name}, which would be overwritten; "
                     "use another name=NAME to branch off"
                 )
             if is_own or not present:
-                return self._found(given, content, [])
+                return self._found(given, content, [], [])
         warnings = []
-        for path in present:
+        for index, path in enumerate(present):
             try:
                 content = check(path)
             except UserError as error:
                 warnings.append(str(error))
                 continue
-            return self._found(path, content, warnings)
+            return self._found(path, content, warnings, present[index + 1 :])
         if present:
             raise UserError(
                 f"resume={resume}: no checkpoint in {self.folder} is whole ({warnings[0]}); move the folder "
@@ -209,25 +248,60 @@ class CheckpointStore:
             )
         return None
 
-    def _found(self, path: Path, content: dict[str, Any], warnings: list[str]) -> Found:
-        """Refuse a checkpoint of another model; the balance recipe and the longest length may change."""
-        saved = content["config"]["model"]
+    def _is_own(self, path: Path) -> bool:
+        return path.resolve().parent == self.folder.resolve()
+
+    def _begins_stage(self, path: Path) -> bool:
+        return bool(self.settings.get("new_stage")) and not self._is_own(path)
+
+    def _found(self, path: Path, content: dict[str, Any], warnings: list[str], older: list[Path]) -> Found:
+        """Refuse a checkpoint of another model. The balance recipe and the longest length may change; RoPE's
+        scaling at the start of a new stage."""
+        stage = self._begins_stage(path)
+        may_change = {"balance", "max_position_embeddings"} | ({"rope_scaling"} if stage else set())
+        saved = to_plain(Config())["model"] | content["config"]["model"]  # older ones have fewer fields
         for key, value in self.settings["model"].items():
-            if key not in ("balance", "max_position_embeddings") and saved.get(key) != value:
+            if key not in may_change and saved.get(key) != value:
                 raise UserError(
                     f"model.{key}={value}: the checkpoint {path} was saved with {saved.get(key)}; "
                     "use that, or start another run with name=NAME"
+                    + (", from its weights with new_stage=true" if key == "rope_scaling" else "")
                 )
-        return Found(path, content["run"]["step"], warnings)
+        return Found(path, 0 if stage else content["run"]["step"], warnings, older)
 
-    def load(self, engine: Engine, path: Path) -> RunState:
+    def load(self, engine: "Engine", found: Found) -> RunState:
         """Load weights, optimizer and random state into a new engine of any layout. Collective.
 
-        From a checkpoint of another run, this run starts with a W&B run of its own.
+        A damaged one is set aside as `step-N.damaged`, with a warning in `found`, and the next older one
+        taken, if the run's newest was asked for. From a checkpoint of another run, this run starts with a
+        W&B run of its own, and in a new stage with no steps, tokens and data behind it.
 
         Raises:
-            UserError: damaged.
+            UserError: damaged, and there is no other.
         """
+        path, older = found.path, list(found.older)
+        while problem := self._damage(path, engine.mesh):
+            if not older:
+                raise UserError(problem)
+            if engine.mesh.is_main:
+                path.rename(path.with_suffix(".damaged"))
+            found.warnings.append(f"{problem}; set aside as {path.name}.damaged")
+            path = older.pop(0)
+        return self._load(engine, path)
+
+    def _damage(self, path: Path, mesh: Mesh) -> str | None:
+        """What is wrong with a checkpoint's bytes; ranks share the reading. Collective."""
+        problem = None
+        try:
+            content = check(path)
+            names = sorted(content["files"])[mesh.rank :: mesh.world_size]
+            if found := damaged_file(path, names, content.get("crc32", {})):
+                problem = f"checkpoint {path}: {found}; use an older one"
+        except UserError as error:
+            problem = str(error)
+        return next(filter(None, _gather_objects(problem, mesh)), None)
+
+    def _load(self, engine: "Engine", path: Path) -> RunState:
         content = check(path)
         if len(set(_gather_objects(json.dumps(content), engine.mesh))) > 1:
             raise UserError(f"checkpoint {path}: not the same on every machine; runs_dir must be shared")
@@ -242,19 +316,19 @@ class CheckpointStore:
             raise UserError(
                 f"checkpoint {path}: cannot be read ({_root_cause(error)}); use an older one"
             ) from error
-        for state in base_optimizer(engine.deepspeed).state.values():
+        for state in engine.optimizer.state.values():
             state["step"] = torch.tensor(content["adam_step"])  # one tensor each: they count up in place
-        refresh_model_weights(engine.deepspeed)
-        rng = torch.load(path / "rng.pt", weights_only=True)
+        engine.refresh_weights()
+        rng = torch.load(path / "rng.pt", weights_only=True)  # the host's: nothing draws on a GPU after init
         if len(rng) == engine.mesh.world_size:
             torch.set_rng_state(rng[engine.mesh.rank])
-        state = RunState(**content["run"])
-        if path.parent.resolve() != self.folder.resolve():
+        state = RunState() if self._begins_stage(path) else RunState(**content["run"])
+        if not self._is_own(path):
             state.wandb_id = None
         return state
 
 
-def _write_ranges(engine: Engine, partial: Path) -> None:
+def _write_ranges(engine: "Engine", partial: Path) -> None:
     try:
         dcp.save(
             _ranges(engine),
@@ -274,8 +348,8 @@ def _on_main(action: Callable[[], None], mesh: Mesh) -> None:
     if mesh.is_main:
         try:
             action()
-        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-            problem = str(error)
+        except Exception as error:  # whatever it is, the other ranks wait to hear of it
+            problem = str(error) or type(error).__name__
     if problem := _gather_objects(problem, mesh)[0]:
         raise CheckpointError(problem)
 
@@ -283,75 +357,32 @@ def _on_main(action: Callable[[], None], mesh: Mesh) -> None:
 def _root_cause(error: dcp.api.CheckpointException) -> str:
     """The first rank's own words, out of DCP's collection of every rank's exceptions."""
     failures = list(error.failures.values())
-    return str(failures[0][0]) if failures else str(error)
+    return str(failures[0][0] if failures else error).splitlines()[0]
 
 
-def _write_state(partial: Path, state: RunState, config: dict[str, Any], engine: Engine) -> None:
+def _write_state(
+    partial: Path,
+    state: RunState,
+    config: dict[str, Any],
+    checksums: dict[str, int],
+    engine: "Engine",
+) -> None:
+    """state.json; `checksums` has those of the ranks' files, the others are made here."""
+    others = {path.name: checksum(path) for path in partial.iterdir() if path.name not in checksums}
     sizes = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
-    steps = [float(s["step"]) for s in base_optimizer(engine.deepspeed).state.values() if "step" in s]
+    steps = [float(s["step"]) for s in engine.optimizer.state.values() if "step" in s]
     content = {
         "format": FORMAT,
         "run": asdict(state),
         "adam_step": max(steps, default=0.0),
         "config": config,
         "files": sizes,
+        "crc32": checksums | others,
     }
     with open(partial / STATE_FILE, "w") as file:
         json.dump(content, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the rename itself survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def check(path: Path) -> dict[str, Any]:
-    """The content of a whole checkpoint's state.json.
-
-    Raises:
-        UserError: `path` is missing, foreign, torn or truncated; the text says which file and how.
-    """
-    if not path.is_dir():
-        raise UserError(f"checkpoint {path}: there is no such folder")
-    try:
-        content = json.loads((path / STATE_FILE).read_text())
-    except FileNotFoundError:
-        raise UserError(
-            f"checkpoint {path}: no {STATE_FILE}; it is no dsv2 checkpoint, or its writing was cut short"
-        ) from None
-    except (ValueError, OSError) as error:
-        raise UserError(f"checkpoint {path}: {STATE_FILE} cannot be read ({error})") from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise UserError(f"checkpoint {path}: {STATE_FILE} is not of the format {FORMAT}")
-    for name, size in content.get("files", {"every file": 1}).items():
-        file = path / name
-        found = file.stat().st_size if file.exists() else None
-        if found != size:
-            how = "is missing" if found is None else f"has {found} bytes of {size}"
-            raise UserError(f"checkpoint {path}: {name} {how}; use an older checkpoint")
-    return content
-
-
-def _newest_first(folder: Path) -> list[Path]:
-    return sorted((p for p in folder.glob("step-*") if p.suffix != ".partial"), reverse=True)
-
-
-def complete_checkpoints(folder: Path) -> list[Path]:
-    """Whole checkpoints in the folder, newest first."""
-    found = []
-    for path in _newest_first(folder):
-        try:
-            check(path)
-            found.append(path)
-        except UserError:
-            continue
-    return found
 
 
 def _gather_objects(value: Any, mesh: Mesh) -> list[Any]:

@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from dsv2.config import Config
 from dsv2.errors import UserError
 
+CONF = Path(__file__).parents[1] / "conf"
 # What a value that must be given looks like.
 _WANTED = {"data.path": "FOLDER with a folder that `python -m data.prepare` wrote"}
 
@@ -39,13 +40,12 @@ def compose_overrides(overrides: list[str]) -> DictConfig:
         UserError: Hydra refuses an override.
     """
     register_schema()
-    check_group_choices(overrides)
-    folder = Path(__file__).parents[1] / "conf"
+    check_command_line(overrides)
     try:
-        with initialize_config_dir(version_base="1.3", config_dir=str(folder)):
+        with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
             return compose("config", overrides)
     except COMPOSITION_ERRORS as error:
-        raise explain(error, overrides) from error
+        raise explain(error, overrides) from None
 
 
 def to_config(composed: DictConfig) -> Config:
@@ -65,11 +65,40 @@ def to_config(composed: DictConfig) -> Config:
     return config
 
 
+def compose_config(overrides: list[str]) -> Config:
+    """The configuration that train.py would have under these overrides; for other command lines.
+
+    Raises:
+        UserError: one message for whatever is wrong with them.
+    """
+    composed = compose_overrides(overrides)
+    try:
+        return to_config(composed)
+    except COMPOSITION_ERRORS as error:
+        raise explain(error, overrides) from None
+
+
 def to_plain(config: Config) -> dict[str, Any]:
     """The configuration as plain dicts, lists, numbers and strings."""
     plain = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
     assert isinstance(plain, dict)
     return plain  # type: ignore[return-value]
+
+
+def from_plain(plain: dict[str, Any]) -> Config:
+    """What `to_plain` made, typed again; a field that it lacks, being of an older version, has its default.
+
+    Raises:
+        UserError: a field that there is not, or a value of the wrong type.
+    """
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain))
+    except OmegaConfBaseException as error:
+        raise UserError(
+            f"a saved configuration does not fit this version: {str(error).splitlines()[0]}"
+        ) from error
+    assert isinstance(config, Config)
+    return config
 
 
 def to_yaml(config: Config) -> str:
@@ -83,8 +112,9 @@ def field_types() -> dict[str, Any]:
         found: dict[str, Any] = {}
         for name, hint in typing.get_type_hints(cls).items():
             found[prefix + name] = hint
-            if dataclasses.is_dataclass(hint):
-                found |= walk(typing.cast(type, hint), f"{prefix}{name}.")
+            for part in (hint, *typing.get_args(hint)):  # a section may be `Section | None`
+                if dataclasses.is_dataclass(part):
+                    found |= walk(typing.cast(type, part), f"{prefix}{name}.")
         return found
 
     return walk(Config, "")
@@ -121,12 +151,21 @@ def unknown_key(key: str, given: str | None = None, words: Collection[str] = ())
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException)
 
 
-def check_group_choices(overrides: list[str]) -> None:
-    """Refuse `model=null`, `+optim=1` and the like, which Hydra answers with a traceback."""
+def check_command_line(overrides: list[str]) -> None:
+    """Refuse `model=null`, `+optim=1` and the like, which Hydra answers with a traceback, and sweeps."""
     for override in overrides:
-        found = re.fullmatch(r"[+~]*(model|data|optim|parallel|logging)=(.*)", override)
-        if found and not all(re.fullmatch(r"(?!null$)[A-Za-z]\w*", name) for name in found[2].split(",")):
+        if override in ("-m", "--multirun"):
+            raise UserError(
+                f"{override}: a job trains one model; start one for each, such as: "
+                "for lr in 1e-3 2e-3; do launch/local.sh name=lr-$lr optim.lr=$lr; done"
+            )
+        found = re.fullmatch(r"[+~]*(model|rope_scaling|data|optim|parallel|logging)=(.*)", override)
+        if found and (override[0] in "+~" or not re.fullmatch(r"(?!null$)[A-Za-z]\w*", found[2])):
             raise UserError(f"{override}: must name a file of conf/{found[1]}, without .yaml")
+        if re.match(r"\+*model\.rope_scaling(\.\w+)?=(?!null$)", override) and not any(
+            re.match(r"rope_scaling=(?!none$)|experiment=", other) for other in overrides
+        ):
+            raise UserError(f"{override}: plain RoPE has no such field; choose rope_scaling=yarn too")
 
 
 def explain(error: Exception, overrides: list[str]) -> UserError:
@@ -152,7 +191,11 @@ def explain(error: Exception, overrides: list[str]) -> UserError:
     if key not in field_types():
         return UserError(unknown_key(key, given))
     reason = str(error.__cause__ or error).splitlines()[0].split("composing config: ")[-1]
-    return UserError(f"{given or key}: {reason} (expected {_type_name(field_types()[key])})")
+    expected = _type_name(field_types()[key])
+    hint = ""
+    if expected == "int" and given and re.fullmatch(r"[\d.]+e\+?\d+", value := given.split("=", 1)[1]):
+        hint = f"; write it out: {key}={float(value):_.0f}"
+    return UserError(f"{given or key}: {reason} (expected {expected}{hint})")
 
 
 def _type_name(hint: Any) -> str:

@@ -20,10 +20,23 @@ class DataSource(enum.Enum):
     hf_stream = "hf_stream"  # a Hugging Face hub dataset, streamed and tokenised on the fly
 
 
+class AttentionKind(enum.Enum):
+    mla = "mla"  # Multi-head Latent Attention (section 2.1)
+    # What the paper measures it against (appendix D): heads as wide as qk_nope_head_dim, RoPE on all of that.
+    mha = "mha"  # a key and a value head for every query head
+    gqa = "gqa"  # num_key_value_heads of them, each shared by as many query heads
+    mqa = "mqa"  # one of each
+
+
 class WandbMode(enum.Enum):
     auto = "auto"  # online if logged in, else offline; never a prompt
     offline = "offline"
     disabled = "disabled"  # metrics.jsonl only
+
+
+class Kernels(enum.Enum):
+    reference = "reference"  # plain torch, on anything
+    fused = "fused"  # Triton, grouped products and cuDNN attention: NVIDIA GPUs, bf16
 
 
 class Device(enum.Enum):
@@ -46,17 +59,31 @@ class BalanceConfig:
 
 
 @dataclass
+class RopeScalingConfig:
+    """YaRN (arXiv 2309.00071) as DeepSeek-V2 uses it to reach longer contexts (section 3.1.4)."""
+
+    factor: float = 40.0  # s: the new longest context over the original one
+    original_max_position_embeddings: int = 4096  # the context trained on before, tokens
+    beta_fast: float = 32.0  # pairs that turn more often than this over the original context keep their speed
+    beta_slow: float = 1.0  # pairs that turn less often are slowed down s times; a ramp lies between the two
+    mscale: float = 0.707  # cos and sin are multiplied by m(mscale) / m(mscale_all_dim)
+    mscale_all_dim: float = 0.707  # the softmax scale by m(mscale_all_dim)^2; m(x) = 0.1 x ln s + 1
+
+
+@dataclass
 class ModelConfig:
     """Sizes under their names in the published configuration."""
 
     vocab_size: int = 4096
     hidden_size: int = 192
     num_hidden_layers: int = 4
+    attention: AttentionKind = AttentionKind.mla
     num_attention_heads: int = 4
-    q_lora_rank: int | None = None  # None: queries come straight from the hidden state
-    kv_lora_rank: int = 64
+    num_key_value_heads: int | None = None  # gqa only, and given there
+    q_lora_rank: int | None = None  # mla only; None: queries come straight from the hidden state
+    kv_lora_rank: int = 64  # mla only
     qk_nope_head_dim: int = 32
-    qk_rope_head_dim: int = 16
+    qk_rope_head_dim: int = 16  # mla only
     v_head_dim: int = 32
     intermediate_size: int = 512  # width of the dense FFN
     moe_intermediate_size: int = 96  # width of one expert
@@ -69,7 +96,8 @@ class ModelConfig:
     routed_scaling_factor: float = 1.0
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
-    max_position_embeddings: int = 4096
+    rope_scaling: RopeScalingConfig | None = None  # None: plain RoPE
+    max_position_embeddings: int = 4096  # longest sequence, tokens
     initializer_range: float = 0.006  # standard deviation of every weight matrix at the start
     balance: BalanceConfig = field(default_factory=BalanceConfig)
 
@@ -120,6 +148,7 @@ class ParallelConfig:
     precision: Precision = Precision.fp32
     activation_checkpointing: bool = False  # recompute each layer in backward
     device: Device = Device.auto
+    kernels: Kernels = Kernels.reference  # how the costly operations are computed
 
 
 @dataclass
@@ -150,7 +179,11 @@ class Config:
     name: str = "run"  # the run's files go to runs_dir/name
     runs_dir: str = "runs"
     seed: int = 0  # initial weights
+    init_from: str | None = None  # a Hugging Face folder to start from; a checkpoint that is found goes first
     resume: str = "auto"  # auto: newest complete checkpoint of this run; never; or a checkpoint's path
+    # With resume=PATH of another run: only its weights and Adam's moments are taken. Steps, tokens, schedule
+    # and data start at the beginning, so all of them may be others, and so may model.rope_scaling.
+    new_stage: bool = False
     stop_step: int | None = None  # save and stop after this step; the schedule stays that of the whole run
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -78,6 +78,7 @@ def start_lines(
     layout: str,
     run_dir: Path,
     resumed_step: int | None,
+    begun_from: Path | None = None,
     dashboard: str,
 ) -> list[str]:
     """What is about to run.
@@ -86,9 +87,12 @@ def start_lines(
         active_parameters: those one token uses.
         layout: the ranks and how they split the work, such as "2 x cpu, expert parallel 2, ZeRO-1, fp32".
         resumed_step: the checkpoint's step, None for a fresh start.
+        begun_from: the checkpoint of another run, or the Hugging Face folder, that this one begins with.
         dashboard: `Tracker.dashboard_hint`.
     """
     resumed = "" if resumed_step is None else f", resumed after step {resumed_step}"
+    if begun_from is not None:
+        resumed = f", begun with the weights of {begun_from}"
     return [
         f"{name}: {fmt_count(parameters)} parameters, {fmt_count(active_parameters)} active a token",
         f"  plan    {total_steps} steps, {fmt_count(total_tokens)} tokens",
@@ -99,10 +103,19 @@ def start_lines(
 
 
 def end_lines(
-    *, finished: bool, step: int, total_steps: int, seconds: float, run_dir: Path, dashboard: str
+    *,
+    finished: bool,
+    step: int,
+    total_steps: int,
+    stop_step: int | None,
+    seconds: float,
+    run_dir: Path,
+    dashboard: str,
 ) -> list[str]:
     """How it went; `finished` is False where a signal or stop_step ended the run early."""
     how = "finished" if finished else "stopped (the same command goes on from here)"
+    if not finished and step == stop_step:
+        how = f"stopped as stop_step={step} says (a later one, or none, goes on from here)"
     return [
         f"{how}: step {step}/{total_steps}, {fmt_time(seconds)}",
         f"  files   {run_dir}",

@@ -7,7 +7,7 @@ gradient of the mean over the global batch, whatever the layout.
 
 import contextlib
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import deepspeed
@@ -16,12 +16,23 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from data.stream import Batch, Stream
-from dsv2.config import ModelConfig, OptimConfig, ParallelConfig, Precision
+from dsv2.config import Kernels, ModelConfig, OptimConfig, ParallelConfig, Precision
+from dsv2.hf.weights import HFWeights
+from dsv2.kernels.library import REFERENCE, fused_kernels
 from dsv2.model.init import init_weights
 from dsv2.model.transformer import DeepseekV2, ModelOutput
 from dsv2.moe.balance import BalanceLosses
+from dsv2.moe.execution import Execution
 from dsv2.moe.stats import RoutingStats
-from dsv2.parallel.deepspeed_moe import adopt, is_expert, parameter_groups
+from dsv2.parallel.deepspeed_moe import (
+    Fragment,
+    adopt,
+    base_optimizer,
+    fragments,
+    is_expert,
+    parameter_groups,
+    refresh_model_weights,
+)
 from dsv2.parallel.mesh import Mesh
 
 
@@ -58,13 +69,24 @@ def deepspeed_config(optim: OptimConfig, parallel: ParallelConfig, world_size: i
     return config
 
 
-def build_model(config: ModelConfig, parallel: ParallelConfig, seed: int, mesh: Mesh) -> DeepseekV2:
-    """This rank's share of the model on its device, in its precision, with its initial weights."""
+def build_model(
+    config: ModelConfig,
+    parallel: ParallelConfig,
+    seed: int,
+    mesh: Mesh,
+    weights: HFWeights | None = None,
+) -> DeepseekV2:
+    """This rank's share of the model on its device, in its precision: fresh, or with the weights given."""
+    kernels = fused_kernels() if parallel.kernels is Kernels.fused else REFERENCE
     with torch.device("meta"):  # so that memory is taken once, and in the precision it is used in
-        model = DeepseekV2(config, mesh.ep_group, parallel.activation_checkpointing)
+        execution = Execution(mesh.ep_group, parallel.activation_checkpointing, kernels, mesh.clock)
+        model = DeepseekV2(config, execution)
     dtype = torch.bfloat16 if parallel.precision is Precision.bf16 else torch.float32
     model.to(dtype).to_empty(device=mesh.device)
-    init_weights(model, config.initializer_range, seed)
+    if weights is None:
+        init_weights(model, config.initializer_range, seed)
+    else:
+        weights.fill(model)
     return model
 
 
@@ -92,6 +114,7 @@ class Engine:
             lr=optim.lr,
             betas=(optim.beta1, optim.beta2),
             eps=optim.eps,
+            fused=mesh.device.type == "cuda",
         )
         self.deepspeed: Any
         config = deepspeed_config(optim, parallel, mesh.world_size)
@@ -101,6 +124,19 @@ class Engine:
     @property
     def model(self) -> nn.Module:
         return self.deepspeed.module
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """Adam itself; its state is keyed by `Fragment.owner`."""
+        return base_optimizer(self.deepspeed)
+
+    def fragments(self) -> Iterator[Fragment]:
+        """Every range of fp32 weights that this rank owns."""
+        return fragments(self.deepspeed)
+
+    def refresh_weights(self) -> None:
+        """Bring the model up to date after the fp32 weights were written to."""
+        refresh_model_weights(self.deepspeed)
 
     def train_step(self, micro_batches: Sequence[Batch], lr: float) -> StepResult:
         """One optimizer step over this rank's micro-batches."""
@@ -149,6 +185,12 @@ class Engine:
     def mean_over_ranks(self, tensor: Tensor) -> Tensor:
         """The mean of every rank's tensor, in fp64 so that equal losses stay equal."""
         return self.sum_over_ranks(tensor) / self.mesh.world_size
+
+    def of_every_rank(self, tensor: Tensor) -> Tensor:
+        """[world size, *shape]: every rank's tensor, in rank order."""
+        every = tensor.new_empty(self.mesh.world_size, *tensor.shape)
+        dist.all_gather_into_tensor(every, tensor[None].contiguous())  # gloo wants as many dimensions
+        return every
 
     def sum_over_ranks(self, tensor: Tensor) -> Tensor:
         total = tensor.double()

@@ -1,7 +1,7 @@
 """From a step's results to named numbers (the table of names is in docs/metrics.md).
 
-Shapes: L MoE layers, E routed experts, G groups. Sums are complete (over ranks and the window's
-steps) before any ratio is taken.
+Shapes: L MoE layers, E routed experts, G groups, W ranks of the job. Sums are complete (over ranks and
+the window's steps) before any ratio is taken.
 """
 
 import math
@@ -60,6 +60,25 @@ def routing_metrics(stats: RoutingStats, model: ModelConfig) -> dict[str, float]
         metrics[f"dead/{layer}"] = dead_L[index]
         metrics[f"drop/{layer}"] = dropped_L[index]
     return {name: float(value) for name, value in metrics.items()}
+
+
+def exchange_metrics(
+    rows_out_WL: Tensor, wait_ms_W: Tensor, bytes_a_row: int, steps: int
+) -> dict[str, float]:
+    """What the experts' exchange of a window of `steps` steps cost, by rank; empty if nothing crossed.
+
+    Args:
+        rows_out_WL: rows sent to other ranks.
+        wait_ms_W: milliseconds of standing still.
+        bytes_a_row: see `bytes_per_row`.
+    """
+    if rows_out_WL.sum() == 0:
+        return {}
+    return {
+        "comm/send_max_mean": float(_max_over_mean(rows_out_WL.T).mean()),
+        "comm/gib": float(rows_out_WL.sum(dim=1).mean()) * bytes_a_row / steps / 2**30,
+        "comm/a2a_ms": float(wait_ms_W.mean()) / steps,
+    }
 
 
 def routing_maps(stats: RoutingStats, model: ModelConfig) -> dict[str, np.ndarray]:

@@ -14,12 +14,13 @@ from data.stream import unigram_nats_of
 from dsv2 import console
 from dsv2.checkpoint import Found, RunState
 from dsv2.compose import to_plain, to_yaml
-from dsv2.config import Config
+from dsv2.config import Config, Precision
 from dsv2.engine import Engine, StepResult
 from dsv2.errors import Diverged
 from dsv2.evaluate import Evaluation, Evaluator
-from dsv2.metrics import balance_metrics, routing_maps, routing_metrics
+from dsv2.metrics import balance_metrics, exchange_metrics, routing_maps, routing_metrics
 from dsv2.model.flops import count_parameters, flops_per_token, peak_flops
+from dsv2.moe.dispatch import bytes_per_row
 from dsv2.moe.stats import RoutingStats
 from dsv2.optim import StepPlan, count_steps
 from dsv2.parallel.mesh import Mesh
@@ -39,9 +40,15 @@ class Monitor:
         on_gpu = mesh.device.type == "cuda"
         self._peak = peak_flops(torch.cuda.get_device_name(mesh.device)) if on_gpu else None
         self._window: RoutingStats | None = None
+        self._window_steps = 0
         self._first_step = state.step
+        self._begun_from = found.path if found and found.step == 0 else None
+        if found is None and config.init_from is not None:
+            self._begun_from = Path(config.init_from)
         for warning in found.warnings if found else []:
             self.note(f"warning: {warning}")
+        if found and config.init_from is not None:
+            self.note(f"note: init_from={config.init_from} is not read: the run goes on from {found.path}")
 
     def __enter__(self) -> "Monitor":
         config = self.config
@@ -66,9 +73,15 @@ class Monitor:
             layout=layout_text(config, self.mesh),
             run_dir=self.run_dir,
             resumed_step=resumed,
+            begun_from=self._begun_from,
             dashboard=self.tracker.dashboard_hint,
         ):
             self.note(line)
+        if self.state.step == self.total_steps:
+            self.note(
+                "this run is finished: it is evaluated again, and nothing is trained. A larger "
+                "optim.total_tokens goes on from here; name=NAME starts another run"
+            )
         self.status("running")
         self._loop_start = self._last_mark = self._data_mark = time.perf_counter()
         return self
@@ -83,6 +96,7 @@ class Monitor:
                 finished=finished,
                 step=self.state.step,
                 total_steps=self.total_steps,
+                stop_step=self.config.stop_step,
                 seconds=time.perf_counter() - self._loop_start,
                 run_dir=self.run_dir,
                 dashboard=self.tracker.dashboard_hint,
@@ -90,6 +104,8 @@ class Monitor:
                 self.note(line)
         else:
             self.status("failed")
+            if isinstance(error, Diverged):
+                self.tracker.alert(f"{self.config.name} diverged", str(error))
         self.tracker.close(exit_code=0 if error is None else 1)
 
     @property
@@ -135,11 +151,13 @@ class Monitor:
                 f"The last good checkpoint is in {self.run_dir / 'checkpoints'}; try a lower optim.lr"
             )
         self._window = result.stats if self._window is None else self._window.plus(result.stats)
+        self._window_steps += 1
         metrics: dict[str, Any] = self._step_metrics(plan, result, seconds)
         if step % self.config.logging.every == 0 or step == self.total_steps:
             total = RoutingStats(*(engine.sum_over_ranks(x) for x in self._window))
             metrics |= routing_metrics(total, self.config.model)
-            self._window = None
+            metrics |= self._exchange_metrics(self._window, engine)
+            self._window, self._window_steps = None, 0
             if step % self.config.logging.maps_every == 0 or step == self.total_steps:
                 metrics |= routing_maps(total, self.config.model)
         self.tracker.log(metrics, step=step)
@@ -156,6 +174,16 @@ class Monitor:
                 eta_s=(now - self._loop_start) / done * (self.total_steps - step),
                 mfu=metrics.get("perf/mfu"),
             )
+        )
+
+    def _exchange_metrics(self, window: RoutingStats, engine: Engine) -> dict[str, float]:
+        model, bf16 = self.config.model, self.config.parallel.precision is Precision.bf16
+        wait_ms = torch.tensor(self.mesh.clock.take_ms(), dtype=torch.float64, device=self.mesh.device)
+        return exchange_metrics(
+            engine.of_every_rank(window.rows_out),
+            engine.of_every_rank(wait_ms),
+            bytes_per_row(model.hidden_size, model.num_experts_per_tok, 2 if bf16 else 4),
+            self._window_steps,
         )
 
     def _step_metrics(self, plan: StepPlan, result: StepResult, seconds: float) -> dict[str, float]:

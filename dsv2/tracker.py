@@ -75,10 +75,6 @@ class Tracker:
             self._write_line(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
         self._try_wandb(lambda run: run.log({**scalars, **_wandb_images(images)}, step=step))
 
-    def summary(self, values: Mapping[str, Any]) -> None:
-        """Set final values in W&B's summary of the run."""
-        self._try_wandb(lambda run: run.summary.update(dict(values)))
-
     def alert(self, title: str, text: str) -> None:
         """Have W&B notify the run's owner (e-mail or Slack, as they set it up)."""
         self._try_wandb(lambda run: run.alert(title=title, text=text))

@@ -2,7 +2,16 @@
 
 import math
 
-from dsv2.config import Config, DataSource, ModelConfig, OptimConfig, Precision
+from dsv2.config import (
+    AttentionKind,
+    Config,
+    DataSource,
+    Kernels,
+    ModelConfig,
+    OptimConfig,
+    Precision,
+    RopeScalingConfig,
+)
 from dsv2.errors import UserError
 
 
@@ -25,7 +34,7 @@ def _require_above_0(section: str, values: object, names: list[str]) -> None:
     for name in names:
         value = getattr(values, name)
         if not 0 < value < math.inf:
-            _refuse(f"{section}.{name}", value, "must be above 0")
+            _refuse(f"{section}.{name}", value, "must be above 0 and finite")
 
 
 def _require_fraction(section: str, values: object, names: list[str]) -> None:
@@ -67,6 +76,8 @@ def validate(config: Config, world_size: int) -> None:
     _require_positive("checkpoint", config.checkpoint, ["keep"])
     if not config.name or "/" in config.name or config.name.startswith("."):
         _refuse("name", repr(config.name), "must be a plain folder name, such as my-run")
+    if config.new_stage and config.resume in ("auto", "never"):
+        _refuse("resume", config.resume, "must be the path of a checkpoint to start from with new_stage=true")
     if config.stop_step is not None and config.stop_step < 1:
         _refuse("stop_step", config.stop_step, "must be at least 1, or null")
 
@@ -98,6 +109,61 @@ def _validate_model(model: ModelConfig) -> None:
             "model.first_k_dense_replace",
             model.first_k_dense_replace,
             f"must leave at least one MoE layer of model.num_hidden_layers={model.num_hidden_layers}",
+        )
+    _validate_attention(model)
+    if model.rope_scaling is not None:
+        _validate_rope_scaling(model, model.rope_scaling)
+
+
+def _validate_attention(model: ModelConfig) -> None:
+    kind, heads, groups = model.attention, model.num_attention_heads, model.num_key_value_heads
+    if kind is AttentionKind.gqa:
+        if groups is None or groups < 1 or heads % groups:
+            _refuse(
+                "model.num_key_value_heads",
+                groups,
+                f"must divide model.num_attention_heads={heads} with model.attention=gqa: "
+                f"one of {_divisors(heads)}",
+            )
+    elif groups is not None:
+        _refuse("model.num_key_value_heads", groups, "must be null but with model.attention=gqa")
+    if kind is AttentionKind.mla:
+        return
+    if model.v_head_dim != model.qk_nope_head_dim:
+        _refuse(
+            "model.v_head_dim",
+            model.v_head_dim,
+            f"must be model.qk_nope_head_dim={model.qk_nope_head_dim} with model.attention={kind.value}: "
+            "its heads have one width",
+        )
+    if model.qk_nope_head_dim % 2:
+        _refuse(
+            "model.qk_nope_head_dim",
+            model.qk_nope_head_dim,
+            f"must be even with model.attention={kind.value}: RoPE turns pairs of the whole head",
+        )
+
+
+def _validate_rope_scaling(model: ModelConfig, scaling: RopeScalingConfig) -> None:
+    section, original = "model.rope_scaling", scaling.original_max_position_embeddings
+    _require_positive(section, scaling, ["factor"])
+    _require_above_0(section, scaling, ["beta_slow", "mscale", "mscale_all_dim"])
+    if not scaling.beta_slow < scaling.beta_fast < math.inf:
+        _refuse(f"{section}.beta_fast", scaling.beta_fast, f"must be above beta_slow={scaling.beta_slow}")
+    if original < (least := math.ceil(2 * math.pi * scaling.beta_slow)):
+        _refuse(
+            f"{section}.original_max_position_embeddings",
+            original,
+            f"must be at least {least}, where the fastest pair turns beta_slow={scaling.beta_slow} times",
+        )
+    if model.rope_theta <= 1:
+        _refuse("model.rope_theta", model.rope_theta, "must be above 1 with model.rope_scaling")
+    if model.max_position_embeddings > scaling.factor * original:
+        _refuse(
+            "model.max_position_embeddings",
+            model.max_position_embeddings,
+            f"must be at most {scaling.factor * original:g} = {section}.factor x "
+            "original_max_position_embeddings",
         )
 
 
@@ -138,6 +204,8 @@ def _validate_optim(optim: OptimConfig) -> None:
     start = optim.batch_size_start
     if start is not None and not 1 <= start <= optim.batch_size:
         _refuse("optim.batch_size_start", start, f"must be from 1 to optim.batch_size={optim.batch_size}")
+    if start is None and optim.batch_ramp_tokens > 0:
+        _refuse("optim.batch_size_start", None, "must be given when optim.batch_ramp_tokens is")
     if start is not None and optim.batch_ramp_tokens == 0:
         _refuse("optim.batch_ramp_tokens", 0, "must be above 0 when optim.batch_size_start is given")
 
@@ -150,7 +218,8 @@ def _validate_parallel(config: Config, world_size: int) -> None:
         _refuse(
             "parallel.expert_parallel_size",
             ep,
-            f"must divide the number of processes, {world_size}: one of {_divisors(world_size)}",
+            f"must divide the number of processes, {world_size}: one of {_divisors(world_size)}; "
+            "torchrun --nproc_per_node starts more",
         )
     if model.n_routed_experts % ep:
         _refuse(
@@ -174,6 +243,8 @@ def _validate_parallel(config: Config, world_size: int) -> None:
             stage,
             "bf16 needs stage 1, 2 or 3, which keep fp32 master weights; or use parallel.precision=fp32",
         )
+    if parallel.kernels is Kernels.fused and parallel.precision is not Precision.bf16:
+        _refuse("parallel.kernels", "fused", "needs parallel.precision=bf16; or use reference")
     share = parallel.micro_batch_size * world_size
     sizes = {"optim.batch_size": optim.batch_size}
     if optim.batch_size_start is not None:

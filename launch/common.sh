@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# What the launchers share; sourced, never run. Sets ROOT and TORCHRUN and goes to ROOT.
+# What the launchers share; sourced, never run. Sets ROOT, TORCHRUN and PYTHON and goes to ROOT.
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$ROOT" || exit
@@ -15,9 +15,9 @@ die() {
 }
 
 if [[ -x .venv/bin/torchrun ]]; then
-    TORCHRUN=.venv/bin/torchrun
+    TORCHRUN=.venv/bin/torchrun PYTHON=.venv/bin/python
 else
-    TORCHRUN=torchrun
+    TORCHRUN=torchrun PYTHON=python
 fi
 
 # Number of GPUs that train.py will use on this machine: 0 where the overrides say parallel.device=cpu.
@@ -44,6 +44,7 @@ count_processes() {
     local gpus
     gpus=$(count_gpus "$@")
     if [[ -n ${NPROC:-} ]]; then
+        [[ $NPROC =~ ^[1-9][0-9]*$ ]] || die "NPROC=$NPROC: it must be a whole number, at least 1"
         echo "$NPROC"
     elif ((gpus > 0)); then
         echo "$gpus"
@@ -56,7 +57,6 @@ count_processes() {
 run_torchrun() {
     local processes=$1
     shift
-    [[ $processes =~ ^[1-9][0-9]*$ ]] || die "NPROC=$processes: it must be a whole number, at least 1"
     command -v "$TORCHRUN" >/dev/null || die "no torchrun: run 'make train', or activate an environment"
     # torchrun's own default is 1 thread a process, which leaves cores idle.
     local threads=$(($(nproc) / processes))

@@ -24,4 +24,8 @@ if [[ $processes == 1 && "$*" != *parallel.expert_parallel_size=* ]]; then
     echo "one process: appending parallel.expert_parallel_size=1, whatever the experiment says"
     extra=(parallel.expert_parallel_size=1)
 fi
+# A mistake is one line and exit code 2 here; torchrun would add its own report and exit with 1.
+if [[ " $*" != *" -"* ]] && command -v "$PYTHON" >/dev/null; then
+    "$PYTHON" -m dsv2.check "$processes" "$@" "${extra[@]}"
+fi
 run_torchrun "$processes" --standalone --nproc_per_node="$processes" train.py "$@" "${extra[@]}"

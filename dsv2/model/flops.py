@@ -6,7 +6,7 @@ matrix weight (the input embedding is a look-up and counts nothing) plus causal 
 
 from typing import NamedTuple
 
-from dsv2.config import ModelConfig
+from dsv2.config import AttentionKind, ModelConfig
 
 
 class ParameterCount(NamedTuple):
@@ -15,8 +15,19 @@ class ParameterCount(NamedTuple):
     active_matmul: int  # of one token: matrices it is multiplied with (no input embedding, no norms)
 
 
-def _attention_matrices(config: ModelConfig) -> int:
+def key_value_heads(config: ModelConfig) -> int:
+    """Heads of keys and values that attention other than MLA has."""
+    if config.attention is AttentionKind.gqa:
+        assert config.num_key_value_heads is not None, "validate() checks this"
+        return config.num_key_value_heads
+    return 1 if config.attention is AttentionKind.mqa else config.num_attention_heads
+
+
+def attention_matrices(config: ModelConfig) -> int:
+    """Parameters of one layer's attention, its norms not counted."""
     heads = config.num_attention_heads
+    if config.attention is not AttentionKind.mla:  # queries and output; keys and values
+        return 2 * config.hidden_size * config.qk_nope_head_dim * (heads + key_value_heads(config))
     q_width = heads * (config.qk_nope_head_dim + config.qk_rope_head_dim)
     if config.q_lora_rank is None:
         query = config.hidden_size * q_width
@@ -34,9 +45,10 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
     moe_layers = layers - dense_layers
     expert = 3 * hidden * config.moe_intermediate_size
     head = config.vocab_size * hidden
-    norms = layers * (2 * hidden + config.kv_lora_rank + (config.q_lora_rank or 0)) + hidden
+    latent_norms = config.kv_lora_rank + (config.q_lora_rank or 0)
+    norms = layers * (2 * hidden + (latent_norms if config.attention is AttentionKind.mla else 0)) + hidden
     always = (
-        layers * _attention_matrices(config)
+        layers * attention_matrices(config)
         + dense_layers * 3 * hidden * config.intermediate_size
         + moe_layers * (config.n_shared_experts * expert + config.n_routed_experts * hidden)
         + head
@@ -51,7 +63,9 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
 
 def flops_per_token(config: ModelConfig, sequence_length: int) -> int:
     """Training FLOPs (forward and backward) of one token at this length, recomputation not counted."""
-    head_width = config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim
+    head_width = config.qk_nope_head_dim + config.v_head_dim
+    if config.attention is AttentionKind.mla:
+        head_width += config.qk_rope_head_dim
     # A token attends to half the sequence on average; a product is 2 FLOPs forward and 4 backward.
     attention = 6 * config.num_hidden_layers * config.num_attention_heads * head_width * sequence_length // 2
     return 6 * count_parameters(config).active_matmul + attention

@@ -7,15 +7,15 @@ are those of the published weights (`model.layers.3.self_attn.kv_b_proj.weight`)
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dsv2.config import ModelConfig
-from dsv2.model.mla import MultiHeadLatentAttention
+from dsv2.kernels.library import KernelSet
+from dsv2.model.attention import build_attention, rotary_width
 from dsv2.model.rope import rope_tables
 from dsv2.moe.balance import BalanceLosses
+from dsv2.moe.execution import Execution
 from dsv2.moe.experts import SwiGLU
 from dsv2.moe.layer import MoELayer
 from dsv2.moe.stats import RoutingStats
@@ -24,19 +24,27 @@ from dsv2.moe.stats import RoutingStats
 class DecoderLayer(nn.Module):
     """Attention, then the dense FFN or the mixture of experts, each behind a norm and a residual."""
 
-    def __init__(self, config: ModelConfig, dense: bool, ep_group: dist.ProcessGroup | None):
+    def __init__(self, config: ModelConfig, dense: bool, execution: Execution):
         super().__init__()
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.self_attn = MultiHeadLatentAttention(config)
+        self.self_attn = build_attention(config, execution.kernels)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = (
-            SwiGLU(config.hidden_size, config.intermediate_size) if dense else MoELayer(config, ep_group)
+            SwiGLU(config.hidden_size, config.intermediate_size, execution.kernels)
+            if dense
+            else MoELayer(config, execution)
         )
 
     def forward(
         self, x_BSD: Tensor, cos_SP: Tensor, sin_SP: Tensor, sequence_ids_B: Tensor
     ) -> tuple[Tensor, BalanceLosses | None, RoutingStats | None]:
         x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), cos_SP, sin_SP)
+        return self.feed_forward(x_BSD, sequence_ids_B)
+
+    def feed_forward(
+        self, x_BSD: Tensor, sequence_ids_B: Tensor
+    ) -> tuple[Tensor, BalanceLosses | None, RoutingStats | None]:
+        """What follows the attention."""
         normed_BSD = self.post_attention_layernorm(x_BSD)
         if isinstance(self.mlp, MoELayer):
             out = self.mlp(normed_BSD, sequence_ids_B)
@@ -47,11 +55,11 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     """Embedding, layers and the last norm; `model.*` of the published weights."""
 
-    def __init__(self, config: ModelConfig, ep_group: dist.ProcessGroup | None):
+    def __init__(self, config: ModelConfig, execution: Execution):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
-            DecoderLayer(config, index < config.first_k_dense_replace, ep_group)
+            DecoderLayer(config, index < config.first_k_dense_replace, execution)
             for index in range(config.num_hidden_layers)
         )
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -64,34 +72,48 @@ class ModelOutput(NamedTuple):
     stats: RoutingStats  # stacked over the L layers
 
 
+class OutputHead(nn.Linear):
+    """Logits, or with labels the loss itself: whole logits are the largest tensor of all."""
+
+    def __init__(self, hidden_size: int, vocab_size: int, kernels: KernelSet):
+        super().__init__(hidden_size, vocab_size, bias=False)
+        self.kernels = kernels
+
+    def forward(self, hidden: Tensor, labels_T: Tensor | None = None) -> Tensor:
+        """[..., vocab] for hidden states [..., D]; with labels the mean cross-entropy, for [T, D]."""
+        if labels_T is None:
+            return super().forward(hidden)
+        return self.kernels.head_loss(hidden, self.weight, labels_T)
+
+
 class DeepseekV2(nn.Module):
     """Decoder with an untied output head and the training loss.
 
     Args:
         config: sizes and balance recipe.
-        ep_group: ranks that share one copy of the routed experts; None is one rank.
-        recompute: recompute each layer's activations in backward instead of keeping them.
+        execution: ranks, kernels and the like, which change no result.
     """
 
-    def __init__(
-        self, config: ModelConfig, ep_group: dist.ProcessGroup | None = None, recompute: bool = False
-    ):
+    def __init__(self, config: ModelConfig, execution: Execution | None = None):
         super().__init__()
-        self.config, self.recompute = config, recompute
-        self.model = Decoder(config, ep_group)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.config, self.execution = config, execution or Execution()
+        self.model = Decoder(config, self.execution)
+        self.lm_head = OutputHead(config.hidden_size, config.vocab_size, self.execution.kernels)
+
+    def rope_tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin for tokens at these positions, fp32 [..., P]."""
+        config = self.config
+        return rope_tables(positions, rotary_width(config), config.rope_theta, config.rope_scaling)
 
     def hidden_states(
         self, input_ids_BS: Tensor, sequence_ids_B: Tensor
     ) -> tuple[Tensor, list[BalanceLosses], list[RoutingStats]]:
         """[B, S, D] after the last norm, with every MoE layer's losses and statistics."""
         x_BSD = self.model.embed_tokens(input_ids_BS)
-        cos_SP, sin_SP = rope_tables(
-            input_ids_BS.shape[1], self.config.qk_rope_head_dim, self.config.rope_theta, x_BSD.device
-        )
+        cos_SP, sin_SP = self.rope_tables(torch.arange(input_ids_BS.shape[1], device=x_BSD.device))
         losses, stats = [], []
         for layer in self.model.layers:
-            if self.recompute and self.training:
+            if self.execution.recompute and self.training:
                 x_BSD, loss, stat = checkpoint(
                     layer, x_BSD, cos_SP, sin_SP, sequence_ids_B, use_reentrant=False
                 )
@@ -107,10 +129,9 @@ class DeepseekV2(nn.Module):
     ) -> ModelOutput | Tensor:
         """The training loss of B sequences, or, without labels, the fp32 logits [B, S, vocab]."""
         hidden_BSD, losses, stats = self.hidden_states(input_ids_BS, sequence_ids_B)
-        logits = self.lm_head(hidden_BSD).float()
         if labels_BS is None:
-            return logits
-        lm_loss = F.cross_entropy(logits.flatten(0, 1), labels_BS.flatten())
+            return self.lm_head(hidden_BSD).float()
+        lm_loss = self.lm_head(hidden_BSD.flatten(0, 1), labels_BS.flatten())
         balance = BalanceLosses(*(torch.stack(parts) for parts in zip(*losses, strict=True)))
         recipe = self.config.balance
         loss = (

@@ -1,118 +1,201 @@
-"""Moving rows to the ranks that hold their experts, and back.
+"""Bringing tokens to the ranks that hold their experts, and the experts' answers home.
 
 Shapes: T tokens, K experts a token, D hidden_size, E experts of the layer, W ranks of the EP group,
-P = T * K pairs of a token and one of its experts, S rows sent by this rank, R rows received by it.
+S rows sent by this rank, R rows that are here afterwards, this rank's own among them.
 
-`dispatch` returns the rows grouped by local expert and a frozen plan; `combine` consumes the plan.
-With one rank the exchange is the identity, so the layer has no branch for expert parallelism.
+A token's hidden state goes to a rank once, however many of its experts live there (with EP = D:
+to at most M ranks, section 2.2.2), together with its choice and weights; what comes back is one row,
+the weighted sum over that rank's experts. `plan_dispatch` settles counts and order once a layer, for
+backward too. `start_dispatch` leaves the exchange under way, so that other work can run meanwhile.
+With one rank nothing moves, and the layer has no branch for expert parallelism.
 """
 
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dsv2.kernels.rows import RowMap, map_rows
+from dsv2.moe.execution import Execution, WaitClock
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """Which rows cross between the ranks of a group of several."""
+
+    rows: RowMap  # the S rows sent, out of T x W slots: by rank, then by token
+    sent: list[int]  # rows to each rank [W]
+    received: list[int]  # rows from each rank [W]
+    group: dist.ProcessGroup
+
+    @property
+    def rows_out(self) -> int:
+        """Rows sent to other ranks."""
+        return sum(self.sent) - self.sent[self.group.rank()]
+
+    @property
+    def rows_in(self) -> int:
+        """Rows received from other ranks."""
+        return sum(self.received) - self.received[self.group.rank()]
+
 
 @dataclass(frozen=True)
 class DispatchPlan:
-    """Where every row came from; computed once a layer."""
+    """Where everything goes in one layer."""
 
-    pair_of_row_S: Tensor  # int64: index into the P pairs, grouped by expert
-    n_pairs: int
-    top_k: int
-    sent: list[int]  # rows to each rank [W]
-    received: list[int]  # rows from each rank [W]
-    by_expert_R: Tensor | None  # int64: received rows, reordered to be grouped by local expert
-    rows_of_expert: list[int]  # rows at each local expert [E / W]
-    group: dist.ProcessGroup | None
+    kept_ids_TK: Tensor  # int64: the token's experts, -1 for a dropped pair
+    first_expert: int  # this rank's first
+    rows_of_expert: Tensor  # int64 [E / W]: pairs at each expert here
+    n_pairs: int  # rows at the experts here; with one rank dropped pairs too, behind all others
+    exchange: Exchange | None  # None with one rank
 
 
-class _AllToAll(torch.autograd.Function):
-    """Uneven exchange of rows; its gradient is the exchange the other way."""
+class Arrived(NamedTuple):
+    """What this rank's experts are to work on."""
 
-    @staticmethod
-    def forward(ctx, x_SD: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
-        ctx.sent, ctx.received, ctx.group = sent, received, group
-        out_RD = x_SD.new_empty(sum(received), *x_SD.shape[1:])
-        dist.all_to_all_single(out_RD, x_SD.contiguous(), received, sent, group=group)
-        return out_RD
-
-    @staticmethod
-    def backward(ctx, grad_RD: Tensor):
-        grad_SD = grad_RD.new_empty(sum(ctx.sent), *grad_RD.shape[1:])
-        dist.all_to_all_single(grad_SD, grad_RD.contiguous(), ctx.sent, ctx.received, group=ctx.group)
-        return grad_SD, None, None, None
+    x_RD: Tensor
+    expert_ids_RK: Tensor  # int64, counted from this rank's first expert; -1: not here, or dropped
+    weights_RK: Tensor  # fp32
 
 
-def _exchange_counts(counts_E: Tensor, group: dist.ProcessGroup) -> tuple[list[int], list[int], Tensor]:
-    """Rows to each rank, rows from each rank, and int64 [W, E / W]: the latter by local expert."""
-    coming_E = torch.empty_like(counts_E)
-    dist.all_to_all_single(coming_E, counts_E, group=group)
-    coming_WE = coming_E.view(group.size(), -1)
-    # All sizes cross to the host at once.
-    to_and_from = torch.stack((counts_E.view_as(coming_WE).sum(dim=1), coming_WE.sum(dim=1)))
-    sent, received = to_and_from.tolist()
-    return sent, received, coming_WE
-
-
-def dispatch(
-    x_TD: Tensor,
-    expert_ids_TK: Tensor,
-    keep_TK: Tensor | None,
-    n_experts: int,
-    group: dist.ProcessGroup | None,
-) -> tuple[Tensor, DispatchPlan]:
-    """Send each kept pair's row to its expert's rank: ([R, D] grouped by local expert, plan).
+def plan_dispatch(
+    expert_ids_TK: Tensor, keep_TK: Tensor | None, n_experts: int, group: dist.ProcessGroup | None
+) -> DispatchPlan:
+    """Settle where rows go. Collective; waits for the device once, with one rank never.
 
     `keep_TK` (bool; None: all) leaves out dropped pairs, which are not sent. Rank w of the group holds
     the w-th block of E / W experts.
     """
-    top_k = expert_ids_TK.shape[1]
-    expert_of_pair_P = expert_ids_TK.flatten()
-    pair_of_row_S = expert_of_pair_P.argsort(stable=True)
-    if keep_TK is not None:
-        pair_of_row_S = pair_of_row_S[keep_TK.flatten()[pair_of_row_S]]
-        expert_of_pair_P = expert_of_pair_P[keep_TK.flatten()]
-    counts_E = torch.bincount(expert_of_pair_P, minlength=n_experts)
-    rows_SD = x_TD[pair_of_row_S // top_k]
+    kept_TK = expert_ids_TK if keep_TK is None else expert_ids_TK.masked_fill(~keep_TK, -1)
+    counts_E = torch.zeros(n_experts + 1, dtype=torch.int64, device=kept_TK.device)
+    counts_E.scatter_add_(0, kept_TK.flatten() + 1, torch.ones_like(kept_TK).flatten())
+    counts_E = counts_E[1:]
     if group is None or group.size() == 1:
-        counts = counts_E.tolist()
-        total = [len(pair_of_row_S)]
-        return rows_SD, DispatchPlan(
-            pair_of_row_S, expert_ids_TK.numel(), top_k, total, total, None, counts, None
-        )
-    sent, received, coming_WE = _exchange_counts(counts_E, group)
-    # Rows arrive by (source, expert); the experts want them by (expert, source).
-    local_expert_WE = torch.arange(coming_WE.shape[1], device=x_TD.device).expand_as(coming_WE)
-    local_expert_R = local_expert_WE.flatten().repeat_interleave(
-        coming_WE.flatten(), output_size=sum(received)
-    )
-    by_expert_R = local_expert_R.argsort(stable=True)
-    rows_RD = _AllToAll.apply(rows_SD, sent, received, group)[by_expert_R]
-    plan = DispatchPlan(
-        pair_of_row_S,
-        expert_ids_TK.numel(),
-        top_k,
-        sent,
-        received,
-        by_expert_R,
-        coming_WE.sum(dim=0).tolist(),
-        group,
-    )
-    return rows_RD, plan
+        return DispatchPlan(kept_TK, 0, counts_E, kept_TK.numel(), None)
+    size, here = group.size(), n_experts // group.size()
+    reached_TW = _ranks_reached(kept_TK, here, size)
+    # To each rank: its experts' pairs and the rows that bring them.
+    going_WN = torch.cat((counts_E.view(size, here), reached_TW.sum(dim=0).unsqueeze(1)), dim=1)
+    coming_WN = torch.empty_like(going_WN)
+    dist.all_to_all_single(coming_WN, going_WN, group=group)
+    rows_of_expert = coming_WN[:, :-1].sum(dim=0)
+    # All sizes cross to the host at once.
+    numbers = torch.cat((going_WN[:, -1], coming_WN[:, -1], rows_of_expert.sum().unsqueeze(0))).tolist()
+    sent, received, n_pairs = numbers[:size], numbers[size : 2 * size], numbers[-1]
+    ranks_TW = torch.arange(size, device=kept_TK.device).where(reached_TW, size)
+    exchange = Exchange(map_rows(ranks_TW, sum(sent)), sent, received, group)
+    return DispatchPlan(kept_TK, group.rank() * here, rows_of_expert, n_pairs, exchange)
 
 
-def combine(y_RD: Tensor, weights_TK: Tensor, plan: DispatchPlan) -> Tensor:
-    """Bring the experts' outputs home and add them up by weight: [T, D] in y's dtype, summed in fp32.
+def _ranks_reached(kept_TK: Tensor, experts_a_rank: int, n_ranks: int) -> Tensor:
+    """bool [T, W]: does the rank hold any of the token's kept experts?"""
+    ranks_TK = kept_TK.div(experts_a_rank, rounding_mode="floor")  # -1 stays -1
+    reached_TW = torch.zeros(len(kept_TK), n_ranks + 1, dtype=torch.bool, device=kept_TK.device)
+    return reached_TW.scatter_(1, ranks_TK + 1, True)[:, 1:]
 
-    A dropped pair contributes nothing. Pairs are put in place rather than accumulated, so the sum's
-    order never depends on the dispatch.
+
+def bytes_per_row(hidden_size: int, top_k: int, element_bytes: int) -> int:
+    """Bytes that one crossing row costs in a training step: there and back, forward and backward.
+
+    The hidden state crosses four times, its choice and weights twice, in fp32.
     """
-    if plan.by_expert_R is not None:
-        assert plan.group is not None
-        arrival_RD = torch.empty_like(y_RD).index_copy(0, plan.by_expert_R, y_RD)
-        y_RD = _AllToAll.apply(arrival_RD, plan.received, plan.sent, plan.group)
-    pairs_PD = y_RD.new_zeros(plan.n_pairs, y_RD.shape[-1]).index_copy(0, plan.pair_of_row_S, y_RD)
-    pairs_TKD = pairs_PD.unflatten(0, (-1, plan.top_k))
-    return (pairs_TKD.float() * weights_TK.unsqueeze(-1)).sum(dim=1).to(y_RD.dtype)
+    return 4 * hidden_size * element_bytes + 2 * 2 * top_k * 4
+
+
+class _Transfer:
+    """One exchange of rows: at most one collective is under way, forwards or backwards."""
+
+    def __init__(self, exchange: Exchange, clock: WaitClock, homewards: bool):
+        sizes = (exchange.sent, exchange.received)
+        self.sizes, self.group = sizes[::-1] if homewards else sizes, exchange.group
+        self.clock = clock
+        self._under_way: tuple[Any, Tensor, Tensor] | None = None  # the work, and the memory it uses
+
+    def launch(self, x: Tensor, backwards: bool) -> None:
+        give, take = self.sizes[::-1] if backwards else self.sizes
+        x = x.contiguous()
+        out = x.new_empty(sum(take), *x.shape[1:])
+        work = dist.all_to_all_single(out, x, take, give, group=self.group, async_op=True)
+        self._under_way = (work, x, out)
+
+    def wait(self) -> Tensor:
+        """The rows that have come."""
+        assert self._under_way is not None
+        work, _, out = self._under_way
+        with self.clock.waiting(out.device):
+            work.wait()
+        self._under_way = None
+        return out
+
+
+class _Launch(torch.autograd.Function):
+    """Start an exchange. The result is a token for `_Finish`, and stands for the rows in autograd's graph.
+
+    Autograd runs `_Finish`'s backward first, which starts the way back, and this one's last: what lay
+    between the two in forward overlaps with the exchange in backward as well.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, transfer: _Transfer) -> Tensor:
+        ctx.transfer = transfer
+        transfer.launch(x, backwards=False)
+        return x.new_zeros(())
+
+    @staticmethod
+    def backward(ctx, token: Tensor):
+        return ctx.transfer.wait(), None
+
+
+class _Finish(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, token: Tensor, transfer: _Transfer) -> Tensor:
+        ctx.transfer = transfer
+        return transfer.wait()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        ctx.transfer.launch(grad, backwards=True)
+        return grad.new_zeros(()), None
+
+
+class Pending:
+    """Rows on their way to their experts."""
+
+    def __init__(self, x_TD: Tensor, weights_TK: Tensor, plan: DispatchPlan, execution: Execution):
+        self._plan, exchange = plan, plan.exchange
+        if exchange is None:
+            self._here = Arrived(x_TD, plan.kept_ids_TK, weights_TK)
+            return
+        tokens_S = exchange.rows.tokens()
+        choice_SK = torch.cat((weights_TK, plan.kept_ids_TK.float()), dim=1)[tokens_S]  # ids below 2^24
+        self._transfers = tuple(_Transfer(exchange, execution.clock, homewards=False) for _ in range(2))
+        self._choice = _Launch.apply(choice_SK, self._transfers[0])
+        rows_SD = execution.kernels.gather_rows(x_TD, exchange.rows)
+        self._x = _Launch.apply(rows_SD, self._transfers[1])
+
+    def wait(self) -> Arrived:
+        if self._plan.exchange is None:
+            return self._here
+        choice_RK2 = _Finish.apply(self._choice, self._transfers[0])
+        x_RD = _Finish.apply(self._x, self._transfers[1])
+        weights_RK, ids_RK = choice_RK2.chunk(2, dim=1)
+        ids_RK = ids_RK.detach().long() - self._plan.first_expert
+        absent_RK = (ids_RK < 0) | (ids_RK >= len(self._plan.rows_of_expert))
+        return Arrived(x_RD, ids_RK.masked_fill(absent_RK, -1), weights_RK)
+
+
+def start_dispatch(x_TD: Tensor, weights_TK: Tensor, plan: DispatchPlan, execution: Execution) -> Pending:
+    """Send each token to the ranks of its kept experts. Collective; `wait` on the result for the rows."""
+    return Pending(x_TD, weights_TK, plan, execution)
+
+
+def combine(y_RD: Tensor, plan: DispatchPlan, execution: Execution) -> Tensor:
+    """Bring every row's answer home and add up each token's, in fp32: [T, D] in y's dtype. Collective."""
+    exchange = plan.exchange
+    if exchange is None:
+        return y_RD
+    transfer = _Transfer(exchange, execution.clock, homewards=True)
+    home_SD = _Finish.apply(_Launch.apply(y_RD, transfer), transfer)
+    return execution.kernels.sum_rows(home_SD, None, exchange.rows, len(plan.kept_ids_TK))

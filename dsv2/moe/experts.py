@@ -1,26 +1,27 @@
 """Feed-forward networks: the dense one, the shared one, and the stack of routed experts.
 
-Shapes: D hidden_size, F width, E experts held by this rank, R rows.
+Shapes: D hidden_size, F width, E experts held by this rank, R rows, K experts a row, P pairs of a row
+and an expert.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dsv2.kernels.experts import grouped_swiglu
+from dsv2.kernels.library import REFERENCE, KernelSet
 
 
 class SwiGLU(nn.Module):
     """down(silu(gate x) * up x); the dense FFN and, as one wide network, the shared experts."""
 
-    def __init__(self, hidden_size: int, width: int):
+    def __init__(self, hidden_size: int, width: int, kernels: KernelSet = REFERENCE):
         super().__init__()
+        self.kernels = kernels
         self.gate_proj = nn.Linear(hidden_size, width, bias=False)
         self.up_proj = nn.Linear(hidden_size, width, bias=False)
         self.down_proj = nn.Linear(width, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.kernels.silu_mul(self.gate_proj(x), self.up_proj(x)))
 
 
 class RoutedExperts(nn.Module):
@@ -30,11 +31,26 @@ class RoutedExperts(nn.Module):
     parameter. `first_expert` is the whole layer's index of the first expert here.
     """
 
-    def __init__(self, hidden_size: int, width: int, n_experts: int, first_expert: int, n_local: int):
+    def __init__(
+        self,
+        hidden_size: int,
+        width: int,
+        n_experts: int,
+        first_expert: int,
+        n_local: int,
+        kernels: KernelSet = REFERENCE,
+    ):
         super().__init__()
+        self.kernels = kernels
         self.n_experts, self.first_expert, self.n_local = n_experts, first_expert, n_local
         self.w13 = nn.Parameter(torch.empty(n_local, 2 * width, hidden_size))  # gate above up
         self.w2 = nn.Parameter(torch.empty(n_local, hidden_size, width))
 
-    def forward(self, x_RD: Tensor, rows_of_expert: list[int]) -> Tensor:
-        return grouped_swiglu(x_RD, rows_of_expert, self.w13, self.w2)
+    def forward(
+        self, x_RD: Tensor, expert_ids_RK: Tensor, weights_RK: Tensor, rows_of_expert: Tensor, n_pairs: int
+    ) -> Tensor:
+        """Each row's sum over its experts here, [R, D]; see dsv2/kernels/experts.py. Experts are counted
+        from this rank's first."""
+        return self.kernels.routed_experts(
+            x_RD, expert_ids_RK, weights_RK, rows_of_expert, n_pairs, self.w13, self.w2
+        )

@@ -5,13 +5,13 @@ Shapes: B sequences, S tokens a sequence, T = B * S, D hidden_size, K experts a 
 
 from typing import NamedTuple
 
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from dsv2.config import ModelConfig
 from dsv2.moe.balance import BalanceLosses, balance_losses
-from dsv2.moe.dispatch import combine, dispatch
+from dsv2.moe.dispatch import combine, plan_dispatch, start_dispatch
 from dsv2.moe.drop import keep_within_budget
+from dsv2.moe.execution import Execution
 from dsv2.moe.experts import RoutedExperts, SwiGLU
 from dsv2.moe.router import route
 from dsv2.moe.stats import RoutingStats, routing_stats
@@ -28,27 +28,32 @@ class MoEOutput(NamedTuple):
 class MoELayer(nn.Module):
     """Shared experts on every token plus K routed experts, chosen within M groups.
 
-    `ep_group` holds the ranks that share one copy of the routed experts; None is one rank.
+    The EP group's ranks share one copy of the routed experts.
     """
 
-    def __init__(self, config: ModelConfig, ep_group: dist.ProcessGroup | None):
+    def __init__(self, config: ModelConfig, execution: Execution):
         super().__init__()
-        self.config, self.ep_group = config, ep_group
-        ep_size, ep_rank = (1, 0) if ep_group is None else (ep_group.size(), ep_group.rank())
+        self.config, self.execution, group = config, execution, execution.ep_group
+        ep_size, ep_rank = (1, 0) if group is None else (group.size(), group.rank())
         n_experts, width = config.n_routed_experts, config.moe_intermediate_size
         assert n_experts % ep_size == 0, "validate() checks this"
         n_local = n_experts // ep_size
         self.gate = nn.Linear(config.hidden_size, n_experts, bias=False)  # rows are the centroids e_i
-        self.experts = RoutedExperts(config.hidden_size, width, n_experts, ep_rank * n_local, n_local)
+        kernels = execution.kernels
+        self.experts = RoutedExperts(
+            config.hidden_size, width, n_experts, ep_rank * n_local, n_local, kernels
+        )
         # A shared FFN of n times the width is n shared experts, added up.
         self.shared_experts = (
-            SwiGLU(config.hidden_size, config.n_shared_experts * width) if config.n_shared_experts else None
+            SwiGLU(config.hidden_size, config.n_shared_experts * width, kernels)
+            if config.n_shared_experts
+            else None
         )
 
     def forward(self, x_BSD: Tensor, sequence_ids_B: Tensor) -> MoEOutput:
         """Eq. 20 without the residual. Tokens are dropped in training only (section 2.2.4)."""
         assert len(sequence_ids_B) == len(x_BSD), "one id a sequence"
-        config, balance = self.config, self.config.balance
+        config, balance, group = self.config, self.config.balance, self.execution.ep_group
         x_TD = x_BSD.flatten(0, 1)
         routing = route(x_TD, self.gate.weight, config.num_experts_per_tok, config.n_group, config.topk_group)
         keep_TK = None
@@ -61,16 +66,19 @@ class MoELayer(nn.Module):
                 balance.capacity_factor,
                 balance.exempt_fraction,
                 balance.exempt_seed,
-                self.ep_group,
+                group,
             )
-        rows_RD, plan = dispatch(x_TD, routing.expert_ids_TK, keep_TK, config.n_routed_experts, self.ep_group)
-        y_RD = self.experts(rows_RD, plan.rows_of_expert)
-        y_TD = combine(y_RD, routing.weights_TK * config.routed_scaling_factor, plan)
-        y_BSD = y_TD.view_as(x_BSD)
-        if self.shared_experts is not None:
-            y_BSD = y_BSD + self.shared_experts(x_BSD)
+        plan = plan_dispatch(routing.expert_ids_TK, keep_TK, config.n_routed_experts, group)
+        weights_TK = routing.weights_TK * config.routed_scaling_factor
+        pending = start_dispatch(x_TD, weights_TK, plan, self.execution)
+        # The shared experts run while rows are on their way (section 3.1.3).
+        shared_BSD = None if self.shared_experts is None else self.shared_experts(x_BSD)
+        y_RD = self.experts(*pending.wait(), plan.rows_of_expert, plan.n_pairs)
+        y_BSD = combine(y_RD, plan, self.execution).view_as(x_BSD)
+        if shared_BSD is not None:
+            y_BSD = y_BSD + shared_BSD
         return MoEOutput(
             y_BSD,
             balance_losses(routing, len(sequence_ids_B), config.n_group, config.topk_group),
-            routing_stats(routing, keep_TK, config.n_group),
+            routing_stats(routing, keep_TK, config.n_group, plan.exchange),
         )

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dsv2.moe.dispatch import Exchange
 from dsv2.moe.router import Routing, tokens_sent_TG
 
 
@@ -21,6 +22,8 @@ class RoutingStats(NamedTuple):
     sent_G: Tensor  # tokens sent to the group, before dropping
     token_entropy: Tensor  # [] sum over tokens of the affinity's entropy, nats
     top1: Tensor  # [] sum over tokens of the highest affinity
+    rows_out: Tensor  # [] rows that this rank sent to other ranks of its EP group
+    rows_in: Tensor  # [] rows that it received from them
 
     def plus(self, other: "RoutingStats") -> "RoutingStats":
         """The sums over both sets of tokens."""
@@ -33,7 +36,9 @@ class RoutingStats(NamedTuple):
 
 
 @torch.no_grad()
-def routing_stats(routing: Routing, keep_TK: Tensor | None, n_group: int) -> RoutingStats:
+def routing_stats(
+    routing: Routing, keep_TK: Tensor | None, n_group: int, exchange: Exchange | None = None
+) -> RoutingStats:
     """Statistics of one layer's routing of T tokens."""
     n_experts = routing.affinity_TE.shape[1]
     ids_P = routing.expert_ids_TK.flatten()
@@ -43,11 +48,17 @@ def routing_stats(routing: Routing, keep_TK: Tensor | None, n_group: int) -> Rou
     else:
         dropped_E = torch.bincount(ids_P, weights=(~keep_TK).flatten().double(), minlength=n_experts)
     affinity_TE = routing.affinity_TE
+
+    def number(value: int) -> Tensor:
+        return torch.full((), float(value), dtype=torch.float64, device=load_E.device)
+
     return RoutingStats(
-        tokens=torch.tensor(float(len(affinity_TE)), dtype=torch.float64, device=load_E.device),
+        tokens=number(len(affinity_TE)),
         load_E=load_E,
         dropped_E=dropped_E,
         sent_G=tokens_sent_TG(routing.expert_ids_TK, n_experts, n_group).sum(dim=0).double(),
         token_entropy=torch.special.entr(affinity_TE).sum(dtype=torch.float64),
         top1=routing.weights_TK[:, 0].sum(dtype=torch.float64),
+        rows_out=number(exchange.rows_out if exchange else 0),
+        rows_in=number(exchange.rows_in if exchange else 0),
     )

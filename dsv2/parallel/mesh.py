@@ -6,14 +6,15 @@ ranks (an EP group) shares one copy of the routed experts; ranks at the same pla
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-from dsv2.config import Device, ParallelConfig
+from dsv2.config import Device, Kernels, ParallelConfig
 from dsv2.errors import UserError
+from dsv2.moe.execution import WaitClock
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Mesh:
     ep_rank: int
     ep_group: dist.ProcessGroup | None  # None when ep_size is 1: the experts are all here
     cpu_group: dist.ProcessGroup | None  # gloo, for what lives on the host; None with one rank
+    clock: WaitClock = field(default_factory=WaitClock)  # of the experts' exchanges
 
     @property
     def is_main(self) -> bool:
@@ -38,8 +40,15 @@ def pick_device(config: ParallelConfig) -> torch.device:
         UserError: more processes on this machine than GPUs.
     """
     gpus, processes = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if config.device is Device.cpu or (config.device is Device.auto and gpus == 0):
+    on_cpu = config.device is Device.cpu or (config.device is Device.auto and gpus == 0)
+    if on_cpu and config.kernels is Kernels.fused:
+        raise UserError(
+            "parallel.kernels=fused: needs an NVIDIA GPU; on the CPU use parallel.kernels=reference"
+        )
+    if on_cpu:
         return torch.device("cpu")
+    if gpus == 0:
+        raise UserError("parallel.device=cuda: there is no GPU on this machine; use parallel.device=cpu")
     if processes > gpus:
         raise UserError(
             f"parallel.device={config.device.value}: {processes} processes on this machine, which has {gpus} "

@@ -1,13 +1,23 @@
 """What the pool's processes run, and the one-process reference they are compared with."""
 
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from data.stream import Batch
-from dsv2.config import BalanceConfig, ModelConfig, OptimConfig, ParallelConfig, Precision
+from dsv2.compose import to_plain
+from dsv2.config import (
+    BalanceConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    Precision,
+)
 
 SEQUENCE = 12  # tokens
 BATCH = 8  # sequences a step
@@ -41,7 +51,7 @@ def model_config(**changes: Any) -> ModelConfig:
     return replace(sizes, **{k: v for k, v in changes.items() if k not in balance})
 
 
-SETTINGS = {"model": {"vocab_size": 61}}  # as much of a configuration as a checkpoint wants
+SETTINGS = to_plain(Config(model=model_config(), data=DataConfig(path="nowhere")))
 OPTIM = OptimConfig(lr=3e-3, grad_clip=0.5, batch_size=BATCH)
 
 
@@ -72,14 +82,23 @@ class Trace:
     dropped: list[float] = field(default_factory=list)  # pairs a step
 
 
-def reference(steps: int, micro_batches: int = 1, sizes: tuple[int, ...] = (), **changes: Any) -> Trace:
+def reference(
+    steps: int,
+    micro_batches: int = 1,
+    sizes: tuple[int, ...] = (),
+    init_from: str | None = None,
+    **changes: Any,
+) -> Trace:
     """The same run in this process with plain torch: no DeepSpeed, no process group."""
+    from dsv2.hf.weights import HFWeights
     from dsv2.model.init import init_weights
     from dsv2.model.transformer import DeepseekV2
 
     config = model_config(**changes)
     model = DeepseekV2(config)
     init_weights(model, config.initializer_range, seed=0)
+    if init_from:
+        HFWeights(Path(init_from), config).fill(model)
     groups = [
         {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": OPTIM.weight_decay},
         {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
@@ -116,9 +135,11 @@ def make_engine(
     micro_batch: int,
     recompute: bool = False,
     bf16: bool = False,
+    init_from: str | None = None,
     **changes: Any,
 ) -> Any:
     from dsv2.engine import Engine, build_model
+    from dsv2.hf.weights import HFWeights
     from dsv2.parallel.deepspeed_moe import start_mesh
 
     mesh = start_mesh(torch.device("cpu"), rank, world_size, ep)
@@ -129,7 +150,9 @@ def make_engine(
         activation_checkpointing=recompute,
         precision=Precision.bf16 if bf16 else Precision.fp32,
     )
-    return Engine(build_model(model_config(**changes), parallel, 0, mesh), OPTIM, parallel, mesh)
+    config = model_config(**changes)
+    weights = HFWeights(Path(init_from), config) if init_from else None
+    return Engine(build_model(config, parallel, 0, mesh, weights), OPTIM, parallel, mesh)
 
 
 def owned(engine: Any, key: str) -> list[tuple[str, int, int, np.ndarray]]:
@@ -211,10 +234,26 @@ def assemble(results: list[tuple[Trace, list, list]]) -> Trace:
     return trace
 
 
+def relative(got: np.ndarray, want: np.ndarray) -> float:
+    return float(np.linalg.norm(got - want) / np.linalg.norm(want))
+
+
+def assert_same(got: Trace, want: Trace) -> None:
+    """Losses, gradients and weights of two layouts, within what another order of sums leaves."""
+    np.testing.assert_allclose(got.losses, want.losses, rtol=1e-6)
+    np.testing.assert_allclose(got.lm_losses, want.lm_losses, rtol=1e-6)
+    np.testing.assert_allclose(np.array(got.balance), np.array(want.balance), rtol=2e-6)
+    np.testing.assert_allclose(got.grad_norms, want.grad_norms, rtol=3e-6)
+    assert got.dropped == want.dropped
+    assert got.first_moment.keys() == want.first_moment.keys() == got.weights.keys()
+    for name in want.weights:
+        assert relative(got.first_moment[name], want.first_moment[name]) < 3e-6, name
+        # Adam divides by a root of tiny squares in the first steps, which enlarges rounding.
+        assert relative(got.weights[name], want.weights[name]) < 2e-5, name
+
+
 def train_and_save(rank: int, world_size: int, folder: str, save_at: int, steps: int, **layout: Any) -> tuple:
     """Train `steps` steps and save after `save_at` of them: (trace, final weights' parts)."""
-    from pathlib import Path
-
     from dsv2 import checkpoint
 
     engine = make_engine(rank, world_size, **layout)
@@ -229,12 +268,11 @@ def train_and_save(rank: int, world_size: int, folder: str, save_at: int, steps:
 
 def load_and_train(rank: int, world_size: int, path: str, steps: int, **layout: Any) -> tuple:
     """Load into a fresh engine whose weights differ and train on: (state, trace, final weights' parts)."""
-    from pathlib import Path
-
     from dsv2 import checkpoint
 
     engine = make_engine(rank, world_size, **layout)
     steps_of(engine, 100, 1, layout["micro_batch"])  # so that a tensor the load forgets shows
-    state = checkpoint.CheckpointStore(Path(path).parent, 3, SETTINGS).load(engine, Path(path))
+    found = checkpoint.Found(Path(path), 0, [], [])
+    state = checkpoint.CheckpointStore(Path(path).parent, 3, SETTINGS).load(engine, found)
     trace = steps_of(engine, state.step, steps - state.step, layout["micro_batch"])
     return state, trace, owned(engine, "fp32")

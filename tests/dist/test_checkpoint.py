@@ -5,17 +5,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from dsv2.weights import CheckpointReader, load_model
 from tests.dist import jobs
 
 SAVE_AT, STEPS = 2, 5
 
 
 def _save(
-    pools: Any, folder: Path, world_size: int, **layout: Any
+    pools: Any, folder: Path, world_size: int, save_at: int = SAVE_AT, **layout: Any
 ) -> tuple[list[float], dict[str, np.ndarray]]:
     results = pools[world_size].run(
-        "tests.dist.jobs:train_and_save", folder=str(folder), save_at=SAVE_AT, steps=STEPS, **layout
+        "tests.dist.jobs:train_and_save", folder=str(folder), save_at=save_at, steps=STEPS, **layout
     )
     return results[0][0].losses, jobs.whole([parts for _, parts in results])
 
@@ -79,3 +81,22 @@ def test_same_layout_is_exact_to_the_bit(pools, tmp_path, world_size, ep, stage,
     assert resumed_losses == losses[SAVE_AT:]
     for name, want in weights.items():
         assert np.array_equal(resumed_weights[name], want), name
+
+
+@pytest.mark.parametrize(
+    ("world_size", "ep", "stage", "bf16"), [(1, 1, 1, False), (4, 2, 3, False), (2, 2, 2, True)]
+)
+def test_one_process_reads_the_whole_model(pools, tmp_path, world_size, ep, stage, bf16):
+    """Without DeepSpeed or process group: every expert, and the fp32 masters."""
+    _, trained = _save(pools, tmp_path, save_at=STEPS, **_layout(world_size, ep, stage, bf16))
+    path = tmp_path / f"step-{STEPS:08d}"
+    model = load_model(path)
+    assert not model.training
+    assert model.config == jobs.model_config()
+    for name, parameter in model.named_parameters():
+        assert np.array_equal(parameter.detach().flatten().numpy(), trained.pop(name)), name
+    assert not trained, "nothing is left out"
+    for name, half in load_model(path, torch.bfloat16).named_parameters():
+        assert torch.equal(half, model.get_parameter(name).bfloat16()), name
+    reader = CheckpointReader(path)
+    assert (reader.tensor("lm_head.weight", 61 * 24, "exp_avg_sq") > 0).all()

@@ -2,6 +2,7 @@
 
 import json
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -248,6 +249,37 @@ def test_nan_stops_names_the_step_and_saves_nothing(command, tmp_path):
     assert_same_bits(weights(tmp_path / "nan", 3), before)
 
 
+def test_a_second_job_in_the_same_folder_is_refused(command, tmp_path):
+    job = subprocess.Popen(command("busy", MANY), cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        assert job.stdout is not None
+        while not job.stdout.readline().startswith("step"):
+            assert job.poll() is None
+        output = run(command("busy", MANY), expect=2)
+        assert output.startswith("error: name=busy: ")
+        assert f"is in use by process {job.pid} of " in output
+        assert len(output.splitlines()) == 1
+    finally:
+        job.send_signal(signal.SIGTERM)
+        job.communicate(timeout=60)
+    assert job.returncode == 0
+
+
+def test_interrupted_before_training(command, tmp_path):
+    job = subprocess.Popen(
+        command("early"), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    while not (tmp_path / "early" / ".lock-owner").exists():
+        assert job.poll() is None
+        time.sleep(0.01)
+    job.send_signal(signal.SIGINT)
+    output = job.communicate(timeout=60)[0]
+    assert (job.returncode, output) == (
+        130,
+        "error: interrupted before training began; nothing was changed\n",
+    )
+
+
 def test_full_disk_keeps_the_previous_checkpoint(command, tmp_path):
     """The kernel refuses to let any file grow: the run goes on, and ends with one message and code 1."""
     run(command("full", "stop_step=3"))
@@ -294,6 +326,43 @@ def test_start_from_another_runs_checkpoint(command, tmp_path):
     assert ids[0] != ids[1], "another run is another W&B run"
 
 
+def test_long_context_stage(command, tmp_path):
+    """YaRN at twice the length: weights and moments come along; steps, tokens and data start anew."""
+    run(command("short", "stop_step=12"))
+    source = tmp_path / "short" / "checkpoints" / "step-00000012"
+    lr = 1e-4
+    stage = ["experiment=long_context", "model=debug", "parallel=default", f"resume={source}"]
+    stage += ["model.max_position_embeddings=64", "data.sequence_length=64", "optim.warmup_steps=0"]
+    stage += ["model.rope_scaling.original_max_position_embeddings=32", "model.rope_scaling.factor=2"]
+    stage += ["optim.total_tokens=4096", f"optim.lr={lr}", "optim.decay_at=[]", "checkpoint.every=1"]
+    output = run(command("long", *stage, "stop_step=2"))
+    assert f"begun with the weights of {source}" in output
+    before, after = weights(tmp_path / "short", 12), weights(tmp_path / "long", 1)
+    assert before.keys() == after.keys()
+    for name, tensor in after.items():
+        if name.startswith("fp32/"):
+            assert (tensor - before[name]).abs().max() < 10 * lr, f"{name}: one step away"
+        if name.startswith("exp_avg_sq/"):
+            assert (tensor >= 0.949 * before[name]).all(), f"{name}: 0.95 of it, and a new square"
+    assert any((before[name] > 0).any() for name in before if name.startswith("exp_avg_sq/"))
+
+    assert "resumed after step 2" in run(command("long", *stage))
+    long = tmp_path / "long"
+    assert list(scalars(long, "train/tokens").values()) == [512 * step for step in range(1, 9)]
+    assert set(scalars(long, "train/lr").values()) == {lr}
+    state = json.loads((long / "checkpoints" / "step-00000008" / "state.json").read_text())
+    assert state["adam_step"] == 12 + 8
+    assert state["run"]["data"]["consumed"] == 8 * 8
+    assert state["run"]["data"]["fingerprint"]["sequence_length"] == 64
+    # Twice the length and other frequencies cost little: the loss is far from where pretraining began.
+    short_losses, long_losses = scalars(tmp_path / "short", "train/loss"), scalars(long, "train/loss")
+    assert abs(long_losses[1] - short_losses[12]) < 0.25 * (short_losses[1] - short_losses[12])
+
+    text = run([PYTHON, "-m", "dsv2.generate", str(long), "--prompt", "alpha beta", "--max-tokens", "8"])
+    assert f"{long / 'checkpoints' / 'step-00000008'}, fp32, " in text
+    assert "\nalpha beta" in text
+
+
 def test_damaged_checkpoint_falls_back_and_resume_never_overwrites_nothing(command, tmp_path):
     run(command("torn", "stop_step=6"))
     newest = tmp_path / "torn" / "checkpoints" / "step-00000006"
@@ -337,3 +406,29 @@ def test_streamed_dataset_stops_resumes_and_is_exact(command, corpus, tmp_path):
     whole, stopped = scalars(tmp_path / "whole", "train/loss"), scalars(tmp_path / "stopped", "train/loss")
     assert {s: stopped[s] for s in range(1, 8)} == {s: whole[s] for s in range(1, 8)}
     np.testing.assert_allclose([stopped[s] for s in whole], list(whole.values()), rtol=2e-6)
+
+
+def test_export_and_start_from_it(command, tmp_path):
+    """A run, exported in fp32: another run starts where that one ended, then goes on from its checkpoint."""
+    run(command("one"))
+    out = tmp_path / "exported"
+    said = run([PYTHON, "-m", "dsv2.export", str(tmp_path / "one"), str(out), "--dtype", "fp32"])
+    assert f"wrote {out}" in said
+    start = [f"init_from={out}", "optim.lr=1e-20", "optim.weight_decay=0", *TWO, "parallel.zero_stage=3"]
+    output = run(command("two", *start, "stop_step=6", launcher=TORCHRUN))
+    assert f"begun with the weights of {out}" in output
+    assert "note:" not in output
+    end, begin = scalars(tmp_path / "one", "val/loss")[STEPS], scalars(tmp_path / "two", "val/loss")[6]
+    assert begin == pytest.approx(end, rel=1e-6)
+    shutil.rmtree(out)
+    output = run(command("two", *start, launcher=TORCHRUN))
+    path = tmp_path / "two" / "checkpoints" / "step-00000006"
+    assert f"note: init_from={out} is not read: the run goes on from {path}" in output
+    assert "resumed after step 6" in output
+
+
+def test_a_bad_folder_to_start_from_stops_the_run(command, tmp_path):
+    output = run(command("bad", f"init_from={tmp_path / 'gone'}", *TWO, launcher=TORCHRUN), expect=1)
+    assert output.count(f"error: init_from={tmp_path / 'gone'}: there is no such folder") == 1
+    assert 'train.py", line' not in output, "a traceback of ours, not torchrun's"
+    assert not (tmp_path / "bad").exists()

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dsv2.config import AttentionKind
 from tests.dist import jobs
 
 STEPS = 4
@@ -19,23 +20,6 @@ STEPS = 4
 @functools.cache
 def _reference(micro_batches: int, changes: tuple[tuple[str, Any], ...]) -> jobs.Trace:
     return jobs.reference(STEPS, micro_batches, **dict(changes))
-
-
-def _relative(got: np.ndarray, want: np.ndarray) -> float:
-    return float(np.linalg.norm(got - want) / np.linalg.norm(want))
-
-
-def _assert_same(got: jobs.Trace, want: jobs.Trace) -> None:
-    np.testing.assert_allclose(got.losses, want.losses, rtol=1e-6)
-    np.testing.assert_allclose(got.lm_losses, want.lm_losses, rtol=1e-6)
-    np.testing.assert_allclose(np.array(got.balance), np.array(want.balance), rtol=2e-6)
-    np.testing.assert_allclose(got.grad_norms, want.grad_norms, rtol=3e-6)
-    assert got.dropped == want.dropped
-    assert got.first_moment.keys() == want.first_moment.keys() == got.weights.keys()
-    for name in want.weights:
-        assert _relative(got.first_moment[name], want.first_moment[name]) < 3e-6, name
-        # Adam divides by a root of tiny squares in the first steps, which enlarges rounding.
-        assert _relative(got.weights[name], want.weights[name]) < 2e-5, name
 
 
 @pytest.fixture
@@ -69,13 +53,13 @@ LAYOUTS = [
 @pytest.mark.parametrize(("world_size", "ep", "stage", "micro_batch"), LAYOUTS)
 def test_layout_equals_one_process(train, world_size, ep, stage, micro_batch):
     got = train(world_size, ep=ep, stage=stage, micro_batch=micro_batch)
-    _assert_same(got, _reference(1, ()))
+    jobs.assert_same(got, _reference(1, ()))
 
 
 @pytest.mark.parametrize(("world_size", "ep", "stage"), [(2, 2, 1), (4, 2, 3)])
 def test_activation_checkpointing_changes_nothing(train, world_size, ep, stage):
     got = train(world_size, ep=ep, stage=stage, micro_batch=1, recompute=True)
-    _assert_same(got, _reference(1, ()))
+    jobs.assert_same(got, _reference(1, ()))
 
 
 DROPPING = (("token_dropping", True), ("capacity_factor", 0.8))
@@ -91,7 +75,7 @@ def test_dropping_equals_one_process_with_as_many_sequences_a_dispatch(
 ):
     want = _reference(2, DROPPING)
     assert min(want.dropped) > 0, "the reference must drop something"
-    _assert_same(train(world_size, ep=ep, stage=stage, micro_batch=micro_batch, **dict(DROPPING)), want)
+    jobs.assert_same(train(world_size, ep=ep, stage=stage, micro_batch=micro_batch, **dict(DROPPING)), want)
 
 
 def test_dropping_ranks_over_the_whole_ep_group(train):
@@ -104,7 +88,16 @@ def test_dropping_ranks_over_the_whole_ep_group(train):
 def test_expert_groups_are_independent_of_the_layout(train, n_group, topk_group, ep):
     changes = {"n_group": n_group, "topk_group": topk_group}
     got = train(4, ep=ep, stage=1, micro_batch=1, **changes)
-    _assert_same(got, _reference(1, tuple(changes.items())))
+    jobs.assert_same(got, _reference(1, tuple(changes.items())))
+
+
+@pytest.mark.parametrize(("ep", "stage"), [(2, 1), (2, 3)])
+def test_grouped_query_attention_equals_one_process(train, ep, stage):
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "v_head_dim": 8}
+    changes: dict[str, Any] = {"attention": AttentionKind.gqa} | heads
+    got = train(2, ep=ep, stage=stage, micro_batch=2, **changes)
+    assert got.weights["model.layers.1.self_attn.k_proj.weight"].size == 2 * 8 * 24
+    jobs.assert_same(got, _reference(1, tuple(changes.items())))
 
 
 @pytest.mark.parametrize(("world_size", "ep", "stage"), [(2, 2, 1), (2, 1, 2), (2, 2, 3)])
@@ -112,7 +105,7 @@ def test_batch_that_grows_equals_one_process(train, world_size, ep, stage):
     """1, 2, 2 and 4 micro-batches a step, as on a batch ramp."""
     sizes = (2, 4, 4, 8)
     got = train(world_size, ep=ep, stage=stage, micro_batch=1, sizes=sizes)
-    _assert_same(got, jobs.reference(STEPS, sizes=sizes))
+    jobs.assert_same(got, jobs.reference(STEPS, sizes=sizes))
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -125,8 +118,8 @@ def test_bf16_follows_fp32(train, stage):
     np.testing.assert_allclose(got.grad_norms, want.grad_norms, rtol=3e-2)
     for name in want.weights:
         # A gradient that never came would be 1 off; a norm's sums many small terms of either sign.
-        assert _relative(got.first_moment[name], want.first_moment[name]) < 0.3, name
-        assert _relative(got.weights[name], want.weights[name]) < 1.5e-2, name
+        assert jobs.relative(got.first_moment[name], want.first_moment[name]) < 0.3, name
+        assert jobs.relative(got.weights[name], want.weights[name]) < 1.5e-2, name
 
 
 @pytest.mark.full
@@ -140,4 +133,4 @@ def test_bf16_follows_fp32(train, stage):
 )
 def test_every_layout_equals_one_process(train, world_size, ep, micro_batch, stage, recompute):
     got = train(world_size, ep=ep, stage=stage, micro_batch=micro_batch, recompute=recompute)
-    _assert_same(got, _reference(1, ()))
+    jobs.assert_same(got, _reference(1, ()))

@@ -1,18 +1,49 @@
 """What several test files share: property settings and configurations."""
 
+import json
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch.distributed.checkpoint as dcp
 from hypothesis import settings
 
-from dsv2.compose import compose_overrides, to_config
-from dsv2.config import BalanceConfig, Config, ModelConfig
+from dsv2 import compose
+from dsv2.checkpoint_files import FORMAT
+from dsv2.config import AttentionKind, BalanceConfig, Config, ModelConfig, RopeScalingConfig
+from dsv2.model.transformer import DeepseekV2
 
 REPO = Path(__file__).parents[2]
 
 # No deadline: the machine is shared. Derandomized: a commit must not fail by luck.
 properties = settings(max_examples=30, deadline=None, derandomize=True)
+
+
+# With 6 rotary dimensions and theta 100: one pair keeps its speed, one lies on the ramp, one is slowed down.
+YARN = RopeScalingConfig(
+    factor=3.0,
+    original_max_position_embeddings=64,
+    beta_fast=4.0,
+    beta_slow=1.0,
+    mscale=2.0,
+    mscale_all_dim=0.5,
+)
+
+
+# Every kind of attention, as changes to `tiny_config`. gqa: 2 keys for 6 heads, so 2 groups of 3.
+KINDS: dict[str, dict[str, Any]] = {
+    "mla": {},
+    "mla without query compression": {"q_lora_rank": None},
+    "mha": {"attention": AttentionKind.mha, "v_head_dim": 8},
+    "gqa": {
+        "attention": AttentionKind.gqa,
+        "v_head_dim": 8,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+    },
+    "mqa": {"attention": AttentionKind.mqa, "v_head_dim": 8},
+}
 
 
 def tiny_config(**changes: Any) -> ModelConfig:
@@ -42,4 +73,22 @@ def tiny_config(**changes: Any) -> ModelConfig:
 
 def compose_config(*overrides: str) -> Config:
     """The shipped configuration under these overrides."""
-    return to_config(compose_overrides(list(overrides)))
+    return compose.compose_config(list(overrides))
+
+
+def save_checkpoint(path: Path, model: DeepseekV2, config: Config) -> Path:
+    """What a run that ended with these weights would have left, without Adam's moments."""
+    path.mkdir(parents=True)
+    tensors = {f"fp32/{name}": p.detach().float().flatten() for name, p in model.named_parameters()}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        dcp.save(tensors, storage_writer=dcp.FileSystemWriter(path), no_dist=True)
+    content = {
+        "format": FORMAT,
+        "run": {"step": 7, "tokens": 0, "data": None, "wandb_id": None},
+        "adam_step": 7,
+        "config": compose.to_plain(config),
+        "files": {file.name: file.stat().st_size for file in path.iterdir()},
+    }
+    (path / "state.json").write_text(json.dumps(content))
+    return path

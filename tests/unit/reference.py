@@ -31,18 +31,55 @@ def rms_norm(x: Array, weight: Array, eps: float) -> Array:
     return x / math.sqrt(float(np.mean(x * x)) + eps) * weight
 
 
-def rope(x: Array, position: int, theta: float) -> Array:
+def yarn_speed(i: int, dim: int, theta: float, scaling) -> float:
+    """Radians a position of pair i: its own up to the last pair that turns beta_fast times over the
+    original context, the s-th part from the first that turns at most beta_slow times, mixed between."""
+
+    def turns(pair: int) -> float:
+        return scaling.original_max_position_embeddings * theta ** (-2 * pair / dim) / (2 * math.pi)
+
+    first = 0
+    while turns(first + 1) >= scaling.beta_fast:
+        first += 1
+    last = first
+    while turns(last) > scaling.beta_slow:
+        last += 1
+    own = theta ** (-2 * i / dim)
+    if i <= first:
+        return own
+    if i >= last:
+        return own / scaling.factor
+    slow = (i - first) / (last - first)
+    return (1 - slow) * own + slow * own / scaling.factor
+
+
+def magnitude(scaling, mscale: float) -> float:
+    """m(x) = 0.1 x ln s + 1; with x = 0.707, sqrt(t) = 0.0707 ln s + 1 of section 3.1.4."""
+    return 0.1 * mscale * math.log(scaling.factor) + 1
+
+
+def rope(x: Array, position: int, theta: float, scaling=None) -> Array:
     """Pair i, (x_2i, x_2i+1), as a complex number times exp(j position theta^(-2i / dim))."""
     turned = np.empty_like(x)
     for i in range(len(x) // 2):
-        angle = position * theta ** (-2 * i / len(x))
+        speed = yarn_speed(i, len(x), theta, scaling) if scaling else theta ** (-2 * i / len(x))
+        angle = position * speed
         z = complex(x[2 * i], x[2 * i + 1]) * complex(math.cos(angle), math.sin(angle))
         turned[2 * i], turned[2 * i + 1] = z.real, z.imag
+    if scaling:
+        turned *= magnitude(scaling, scaling.mscale) / magnitude(scaling, scaling.mscale_all_dim)
     return turned
 
 
-def mla(h: Array, w: Weights, heads: int, nope: int, rotary: int, v: int, theta: float, eps: float) -> Array:
+def softmax_scale(width: int, scaling) -> float:
+    return (magnitude(scaling, scaling.mscale_all_dim) ** 2 if scaling else 1) / math.sqrt(width)
+
+
+def mla(h: Array, w: Weights, config) -> Array:
     """Eqs. 37-47 for the tokens h [S, D] of one sequence."""
+    heads, nope, rotary = config.num_attention_heads, config.qk_nope_head_dim, config.qk_rope_head_dim
+    v, eps = config.v_head_dim, config.rms_norm_eps
+    turning = (config.rope_theta, config.rope_scaling)
     d_c = len(w["kv_a_layernorm.weight"])
     w_dkv, w_kr = w["kv_a_proj_with_mqa.weight"][:d_c], w["kv_a_proj_with_mqa.weight"][d_c:]
     up_of_head = w["kv_b_proj.weight"].reshape(heads, nope + v, d_c)
@@ -58,15 +95,36 @@ def mla(h: Array, w: Weights, heads: int, nope: int, rotary: int, v: int, theta:
             c_q = h[t]
             if compressed:
                 c_q = rms_norm(w["q_a_proj.weight"] @ h[t], w["q_a_layernorm.weight"], eps)  # 37
-            q = np.concatenate((w_uq @ c_q, rope(w_qr @ c_q, t, theta)))  # 38-40
+            q = np.concatenate((w_uq @ c_q, rope(w_qr @ c_q, t, *turning)))  # 38-40
             scores, values = [], []
             for j in range(t + 1):
                 c_kv = rms_norm(w_dkv @ h[j], w["kv_a_layernorm.weight"], eps)  # 41
-                k = np.concatenate((w_uk @ c_kv, rope(w_kr @ h[j], j, theta)))  # 42-44
-                scores.append(q @ k / math.sqrt(nope + rotary))
+                k = np.concatenate((w_uk @ c_kv, rope(w_kr @ h[j], j, *turning)))  # 42-44
+                scores.append(q @ k * softmax_scale(nope + rotary, config.rope_scaling))
                 values.append(w_uv @ c_kv)  # 45
             out_of_heads.append(softmax(np.array(scores)) @ np.array(values))  # 46
         outputs.append(w["o_proj.weight"] @ np.concatenate(out_of_heads))  # 47
+    return np.array(outputs)
+
+
+def gqa(h: Array, w: Weights, config) -> Array:
+    """Heads of one width, of which query head i reads key and value head i * G // H; tokens h [S, D]."""
+    heads, width = config.num_attention_heads, config.qk_nope_head_dim
+    groups = {"mha": heads, "gqa": config.num_key_value_heads, "mqa": 1}[config.attention.value]
+    turning = (config.rope_theta, config.rope_scaling)
+    w_q = w["q_proj.weight"].reshape(heads, width, -1)
+    w_k, w_v = (w[f"{name}_proj.weight"].reshape(groups, width, -1) for name in "kv")
+    outputs = []
+    for t in range(len(h)):
+        out_of_heads = []
+        for i in range(heads):
+            g = i * groups // heads
+            q = rope(w_q[i] @ h[t], t, *turning)
+            scale = softmax_scale(width, config.rope_scaling)
+            scores = [q @ rope(w_k[g] @ h[j], j, *turning) * scale for j in range(t + 1)]
+            values = np.array([w_v[g] @ h[j] for j in range(t + 1)])
+            out_of_heads.append(softmax(np.array(scores)) @ values)
+        outputs.append(w["o_proj.weight"] @ np.concatenate(out_of_heads))
     return np.array(outputs)
 
 
@@ -148,16 +206,8 @@ def transformer(ids: Sequence[int], w: Weights, config) -> Array:
     for layer in range(config.num_hidden_layers):
         lw = below(w, f"model.layers.{layer}.")
         normed = np.array([rms_norm(row, lw["input_layernorm.weight"], eps) for row in x])
-        x = x + mla(
-            normed,
-            below(lw, "self_attn."),
-            config.num_attention_heads,
-            config.qk_nope_head_dim,
-            config.qk_rope_head_dim,
-            config.v_head_dim,
-            config.rope_theta,
-            eps,
-        )
+        attention = mla if config.attention.value == "mla" else gqa
+        x = x + attention(normed, below(lw, "self_attn."), config)
         normed = np.array([rms_norm(row, lw["post_attention_layernorm.weight"], eps) for row in x])
         ffn = below(lw, "mlp.")
         if layer < config.first_k_dense_replace:

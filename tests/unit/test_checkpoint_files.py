@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from dsv2.checkpoint import FORMAT, CheckpointStore, check
+from dsv2.checkpoint import CheckpointStore
+from dsv2.checkpoint_files import FORMAT, check
 from dsv2.errors import UserError
 
 MODEL = {"hidden_size": 8, "balance": {"alpha_expert": 0.1}}
@@ -142,3 +143,42 @@ def test_another_model_is_refused_but_not_another_balance_recipe(tmp_path):
         store(tmp_path).find("auto")
     make(tmp_path / "b", 3, {"hidden_size": 8, "balance": {"alpha_expert": 0.5}})
     assert store(tmp_path / "b").find("auto") is not None
+
+
+YARN = {"factor": 2.0}
+
+
+def longer(folder: Path, new_stage: bool) -> CheckpointStore:
+    model = MODEL | {"rope_scaling": YARN, "max_position_embeddings": 128}
+    return CheckpointStore(folder, 2, {"model": model, "new_stage": new_stage})
+
+
+def test_a_new_stage_starts_at_step_0_and_may_scale_rope(tmp_path):
+    given = make(tmp_path / "short", 30, MODEL | {"rope_scaling": None, "max_position_embeddings": 64})
+    found = longer(tmp_path / "long", new_stage=True).find(str(given))
+    assert found is not None
+    assert (found.path, found.step) == (given, 0)
+    with pytest.raises(UserError, match=r"model.rope_scaling=.*was saved with None.*new_stage=true"):
+        longer(tmp_path / "long", new_stage=False).find(str(given))
+
+
+def test_a_stage_goes_on_from_its_own_checkpoints(tmp_path):
+    given = make(tmp_path / "short", 30, MODEL | {"rope_scaling": None})
+    own = make(tmp_path / "long", 7, MODEL | {"rope_scaling": YARN})
+    found = longer(tmp_path / "long", new_stage=True).find(str(given))
+    assert found is not None
+    assert (found.path, found.step) == (own, 7)
+
+
+def test_a_stage_does_not_begin_within_the_run_it_continues(tmp_path):
+    """The same name would mix two schedules in one folder."""
+    own = make(tmp_path, 30, MODEL | {"rope_scaling": None})
+    with pytest.raises(UserError, match=r"model.rope_scaling=.*another run with name=NAME"):
+        longer(tmp_path, new_stage=True).find(str(own))
+
+
+def test_a_field_that_the_checkpoint_is_older_than_had_its_default(tmp_path):
+    make(tmp_path, 3)
+    assert CheckpointStore(tmp_path, 2, {"model": MODEL | {"rope_scaling": None}}).find("auto") is not None
+    with pytest.raises(UserError, match=r"model.rope_theta=5.0: the checkpoint .* was saved with 10000.0"):
+        CheckpointStore(tmp_path, 2, {"model": MODEL | {"rope_theta": 5.0}}).find("auto")

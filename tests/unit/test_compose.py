@@ -27,6 +27,8 @@ MISTAKES = {
     "model.balance.alpha_exprt=0": ["alpha_exprt=0: there is no such field", "model.balance.alpha_expert?"],
     "++zzz=1": ["zzz=1: there is no such field"],
     # wrong types and values
+    "optim.total_tokens=1e6": ["optim.total_tokens=1e6:", "int; write it out: optim.total_tokens=1_000_000"],
+    "--multirun": ["--multirun: a job trains one model"],
     "optim.lr=fast": ["optim.lr=fast:", "float"],
     "optim.batch_size=1.5": ["optim.batch_size=1.5:", "int"],
     "optim.decay_at=[soon]": ["optim.decay_at", "float"],
@@ -35,9 +37,17 @@ MISTAKES = {
     "model.balance=3": ["model.balance=3:", "BalanceConfig"],
     "optim.lr=${nowhere}": ["optim.lr=${nowhere}:", "nowhere"],
     # groups
-    "model=lit": ["model=lit: there is no such option; did you mean lite?", "debug, lite, small, v2"],
+    "model=lit": [
+        "model=lit: there is no such option; did you mean lite?",
+        "debug, lite, lite_slice, small, v2",
+    ],
     "experiment=nope": ["experiment=nope: there is no such option", "quickstart"],
+    "rope_scaling=yan": ["rope_scaling=yan: there is no such option; did you mean yarn?", "none, yarn"],
+    "rope_scaling=null": ["rope_scaling=null: must name a file of conf/rope_scaling"],
+    "model.rope_scaling.factor=2": ["plain RoPE has no such field; choose rope_scaling=yarn too"],
+    "model.rope_scaling={factor:2}": ["plain RoPE has no such field; choose rope_scaling=yarn too"],
     "optim=null": ["optim"],
+    "experiment=long_context": ["data.path: must be given, as data.path=FOLDER with a folder that `python"],
     "data=local": [
         "data.path: must be given, as data.path=FOLDER with a folder that `python -m data.prepare` wrote"
     ],
@@ -71,7 +81,7 @@ def test_other_ranks_keep_silent(mistake, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["--help"], "model: debug, lite, small, v2"),
+        (["--help"], "model: debug, lite, lite_slice, small, v2"),
         (["--cfg", "job"], "batch_size_start: null"),
         (["--cfg", "job", "experiment=quickstart"], "name: quickstart"),
     ],

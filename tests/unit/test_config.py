@@ -2,13 +2,14 @@
 
 import dataclasses
 import typing
+from dataclasses import replace
 from functools import reduce
 from typing import Any
 
 import pytest
 
 from dsv2.compose import field_types, to_plain, to_yaml
-from dsv2.config import Config, DataSource, Precision
+from dsv2.config import AttentionKind, Config, DataSource, Precision, RopeScalingConfig
 from dsv2.errors import UserError
 from dsv2.validate import validate
 from tests.unit.helpers import REPO, compose_config
@@ -24,6 +25,7 @@ NEEDED = {  # what a shipped choice leaves to the user
     "data=hf_stream": ["data.dataset=json", "data.tokenizer=somewhere.model"],
     "experiment=v2": ["data.path=somewhere"],
     "experiment=lite": ["data.path=somewhere"],
+    "experiment=long_context": ["resume=somewhere", "data.path=somewhere"],
 }
 PROCESSES = {"quickstart": 2, "v2": 128, "lite": 128}
 
@@ -43,6 +45,7 @@ AT_LEAST_ONE = [
     "model.n_group",
     "model.topk_group",
     "model.max_position_embeddings",
+    "model.rope_scaling.factor",
     "data.sequence_length",
     "data.vocab_size",
     "data.lanes",
@@ -76,6 +79,9 @@ ABOVE_ZERO = [
     "model.rope_theta",
     "model.initializer_range",
     "model.routed_scaling_factor",
+    "model.rope_scaling.beta_slow",
+    "model.rope_scaling.mscale",
+    "model.rope_scaling.mscale_all_dim",
     "model.balance.capacity_factor",
     "optim.lr",
     "optim.eps",
@@ -89,6 +95,8 @@ def changed(*changes: tuple[str, Any]) -> Config:
     config = Config()
     for name, value in changes:
         *sections, field = name.split(".")
+        if "rope_scaling" in sections and config.model.rope_scaling is None:
+            config.model.rope_scaling = RopeScalingConfig()
         section = reduce(getattr, sections, config)
         assert hasattr(section, field), name
         setattr(section, field, value)
@@ -114,7 +122,7 @@ def test_too_small(name, low):
 @pytest.mark.parametrize("name", ABOVE_ZERO)
 @pytest.mark.parametrize("value", [0.0, -1.5])
 def test_must_be_above_zero(name, value):
-    assert refusal((name, value)) == f"{name}={value}: must be above 0"
+    assert refusal((name, value)) == f"{name}={value}: must be above 0 and finite"
 
 
 @pytest.mark.parametrize("name", FRACTIONS)
@@ -174,6 +182,57 @@ def test_a_moment_that_never_moves(name):
             "data.sequence_length=4097: must be at most model.max_position_embeddings=4096",
         ),
         (
+            [("model.attention", AttentionKind.gqa)],
+            "model.num_key_value_heads=None: must divide model.num_attention_heads=4 with "
+            "model.attention=gqa: one of 1, 2, 4",
+        ),
+        (
+            [("model.attention", AttentionKind.gqa), ("model.num_key_value_heads", 3)],
+            "model.num_key_value_heads=3: must divide model.num_attention_heads=4 with "
+            "model.attention=gqa: one of 1, 2, 4",
+        ),
+        (
+            [("model.attention", AttentionKind.gqa), ("model.num_key_value_heads", 0)],
+            "model.num_key_value_heads=0: must divide model.num_attention_heads=4 with "
+            "model.attention=gqa: one of 1, 2, 4",
+        ),
+        (
+            [("model.attention", AttentionKind.mqa), ("model.num_key_value_heads", 2)],
+            "model.num_key_value_heads=2: must be null but with model.attention=gqa",
+        ),
+        (
+            [("model.attention", AttentionKind.mha), ("model.v_head_dim", 16)],
+            "model.v_head_dim=16: must be model.qk_nope_head_dim=32 with model.attention=mha: its heads have "
+            "one width",
+        ),
+        (
+            [
+                ("model.attention", AttentionKind.mha),
+                ("model.v_head_dim", 7),
+                ("model.qk_nope_head_dim", 7),
+            ],
+            "model.qk_nope_head_dim=7: must be even with model.attention=mha: RoPE turns pairs of the whole "
+            "head",
+        ),
+        (
+            [("model.rope_scaling.beta_fast", 1.0)],
+            "model.rope_scaling.beta_fast=1.0: must be above beta_slow=1.0",
+        ),
+        (
+            [("model.rope_scaling.original_max_position_embeddings", 6)],
+            "model.rope_scaling.original_max_position_embeddings=6: must be at least 7, where the fastest "
+            "pair turns beta_slow=1.0 times",
+        ),
+        (
+            [("model.rope_scaling.factor", 2.0), ("model.max_position_embeddings", 8193)],
+            "model.max_position_embeddings=8193: must be at most 8192 = model.rope_scaling.factor x "
+            "original_max_position_embeddings",
+        ),
+        (
+            [("model.rope_scaling.factor", 2.0), ("model.rope_theta", 1.0)],
+            "model.rope_theta=1.0: must be above 1 with model.rope_scaling",
+        ),
+        (
             [("optim.decay_at", [0.9, 0.6])],
             "optim.decay_at=[0.9, 0.6]: must be rising shares of the tokens, such as [0.6, 0.9]",
         ),
@@ -219,7 +278,8 @@ def test_impossible_combinations(changes, message):
         (
             6,
             [("parallel.expert_parallel_size", 4)],
-            "parallel.expert_parallel_size=4: must divide the number of processes, 6: one of 1, 2, 3, 6",
+            "parallel.expert_parallel_size=4: must divide the number of processes, 6: one of 1, 2, 3, 6; "
+            "torchrun --nproc_per_node starts more",
         ),
         (
             3,
@@ -265,6 +325,10 @@ def test_impossible_layouts(world_size, changes, message):
         (1, [("optim.decay_at", []), ("optim.warmup_steps", 0), ("eval.sample_tokens", 0)]),
         (1, [("data.sequence_length", 4096), ("stop_step", 1), ("name", "my.run-1_b")]),
         (1, [("parallel.zero_stage", 0)]),
+        (1, [("model.rope_scaling.factor", 2.0), ("model.max_position_embeddings", 8192)]),
+        (1, [("model.rope_scaling.factor", 1.0)]),
+        (1, [("model.attention", AttentionKind.gqa), ("model.num_key_value_heads", 2)]),
+        (1, [("model.attention", AttentionKind.mqa), ("model.q_lora_rank", None)]),
     ],
 )
 def test_limits_are_allowed(world_size, changes):
@@ -284,6 +348,27 @@ def test_every_shipped_choice_is_valid(choice):
 def test_every_experiment_is_valid(experiment):
     choice = f"experiment={experiment}"
     validate(compose_config(choice, *NEEDED.get(choice, [])), PROCESSES[experiment])
+
+
+def test_long_context_is_the_papers_stage():
+    """Section 3.1.4: 1000 steps of 576 sequences of 32K tokens; the context grows from 4K to 160K."""
+    config = compose_config("experiment=long_context", *NEEDED["experiment=long_context"])
+    assert config.optim.total_tokens == 1000 * 576 * config.data.sequence_length == 1000 * 576 * 2**15
+    assert config.optim.batch_size == 576
+    assert config.model == replace(
+        compose_config("model=v2").model,
+        rope_scaling=RopeScalingConfig(),
+        max_position_embeddings=160 * 2**10,
+    )
+    lite = compose_config("experiment=long_context", "model=lite", *NEEDED["experiment=long_context"]).model
+    assert (lite.hidden_size, lite.max_position_embeddings) == (2048, 160 * 2**10)
+
+
+@pytest.mark.parametrize("resume", ["auto", "never"])
+def test_a_new_stage_needs_a_checkpoint(resume):
+    """Else it would train random weights for a long context."""
+    message = refusal(("new_stage", True), ("resume", resume))
+    assert message.startswith(f"resume={resume}: must be the path of a checkpoint")
 
 
 def test_shipped_values_arrive():
@@ -331,7 +416,7 @@ def test_published_sizes(preset, column):
 
 
 def test_plain_and_yaml_forms_hold_every_field():
-    config = compose_config("parallel.precision=bf16")
+    config = compose_config("parallel.precision=bf16", "rope_scaling=yarn")
     plain = to_plain(config)
     assert plain["parallel"]["precision"] == "bf16"
     assert plain["model"]["balance"]["alpha_expert"] == 0.003
@@ -347,6 +432,8 @@ def test_every_number_is_checked():
     free = {"model.balance.exempt_seed", "seed", "parallel.zero_stage", "optim.batch_size_start"}
     covered = {*AT_LEAST_ONE, *AT_LEAST_ZERO, *ABOVE_ZERO, *FRACTIONS, *free}
     covered |= {"model.num_hidden_layers", "model.first_k_dense_replace"}
+    covered |= {"model.num_key_value_heads"}
+    covered |= {f"model.rope_scaling.{name}" for name in ("beta_fast", "original_max_position_embeddings")}
     numbers = {
         name
         for name, hint in field_types().items()

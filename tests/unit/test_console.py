@@ -117,16 +117,25 @@ def test_start_lines():
     resumed = start_lines(**facts, resumed_step=120)
     assert resumed[3] == "  files   runs/quickstart, resumed after step 120"
     assert resumed[:3] + resumed[4:] == fresh[:3] + fresh[4:]
+    begun = start_lines(**facts, resumed_step=None, begun_from=Path("runs/a/checkpoints/step-9"))
+    assert begun[3] == "  files   runs/quickstart, begun with the weights of runs/a/checkpoints/step-9"
 
 
 @pytest.mark.parametrize(
-    ("finished", "how"), [(True, "finished"), (False, "stopped (the same command goes on from here)")]
+    ("finished", "stop_step", "how"),
+    [
+        (True, 100, "finished"),
+        (False, None, "stopped (the same command goes on from here)"),
+        (False, 150, "stopped (the same command goes on from here)"),
+        (False, 100, "stopped as stop_step=100 says (a later one, or none, goes on from here)"),
+    ],
 )
-def test_end_lines(finished, how):
+def test_end_lines(finished, stop_step, how):
     lines = end_lines(
         finished=finished,
         step=100,
         total_steps=244,
+        stop_step=stop_step,
         seconds=3661,
         run_dir=Path("runs/q"),
         dashboard="URL",

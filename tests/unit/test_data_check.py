@@ -52,7 +52,7 @@ def test_check_data_accepts(folder: Path) -> None:
             300,
             r"at least 301, the pieces of data\.vocab_size",
         ),
-        ({"source": DataSource.stdlib, "vocab_size": 300}, 300, "kind 'jsonl', now asked for 'stdlib'"),
+        ({"source": DataSource.stdlib, "vocab_size": 300}, 300, "source jsonl, now asked for stdlib: "),
         (
             {"source": DataSource.hf_stream, "dataset": "x", "tokenizer": "missing.model"},
             300,

@@ -222,7 +222,7 @@ def test_two_processes_at_once(jsonl: Path, tmp_path: Path) -> None:
     ]
     said = [process.communicate(timeout=60) for process in both]
     assert [process.returncode for process in both] == [0, 0]
-    assert said[0][0] == said[1][0]
+    assert {out.splitlines()[-1] for out, _ in said} == {said[0][0].splitlines()[-1]}
     assert "".join(err for _, err in said).count("training a tokenizer") == 1
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
@@ -234,13 +234,13 @@ def test_finished_folder(jsonl: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     before = contents(out)
     monkeypatch.setattr(JsonlSource, "documents", None)
     assert prepare(source, out, Settings(VOCAB), quiet=True) == manifest
-    with pytest.raises(UserError, match=r"out was prepared with vocab_size 320, now asked for 330"):
+    with pytest.raises(UserError, match=r"out was prepared with --vocab-size 320, now asked for 330"):
         prepare(source, out, Settings(330))
-    with pytest.raises(UserError, match=r"val_fraction 0\.05, now asked for 0\.1"):
+    with pytest.raises(UserError, match=r"--val-fraction 0\.05, now asked for 0\.1"):
         prepare(source, out, Settings(VOCAB, val_fraction=0.1))
-    with pytest.raises(UserError, match="kind 'jsonl', now asked for 'stdlib'"):
+    with pytest.raises(UserError, match="source jsonl, now asked for stdlib"):
         prepare_stdlib(out, VOCAB)
-    with pytest.raises(UserError, match="tokenizer_sha256 None, now asked for"):
+    with pytest.raises(UserError, match="--tokenizer none, now asked for"):
         prepare(source, out, Settings(tokenizer=str(out / "tokenizer.model")))
     assert contents(out) == before
 
@@ -325,12 +325,72 @@ def test_one_document_has_no_validation(tmp_path: Path) -> None:
     assert alone.validation.unigram_nats is None
 
 
+def test_corrected_arguments_after_a_failure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A preparation that came to nothing does not stand in the way of the next one."""
+    path, out = tmp_path / "book.txt", tmp_path / "out"
+    path.write_text("".join(documents()))
+    command = ["files", str(path), "--out", str(out), "--quiet"]
+    assert main([*command, "--vocab-size", "9999"]) == 2
+    assert main([*command, "--vocab-size", str(VOCAB)]) == 2  # one document: no validation split
+    assert "no document fell into the validation split" in capsys.readouterr().err
+    assert main([*command, "--vocab-size", "330", "--document-lines", "2"]) == 0
+    main(["files", str(path), "--out", str(tmp_path / "b"), "--vocab-size", "330", "--document-lines", "2"])
+    assert contents(out) == contents(tmp_path / "b")
+
+
+def test_the_split_is_by_the_text(tmp_path: Path) -> None:
+    """Wherever the corpus lies and however it is cut into files; copies are on one side."""
+    for folder, texts in (("here", documents()), ("there", documents()[::-1]), ("twice", documents() * 2)):
+        (tmp_path / folder).mkdir()
+        rows = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+        (tmp_path / folder / "rows.jsonl").write_text(rows)
+        source = JsonlSource((str(tmp_path / folder),))
+        prepare(source, tmp_path / ("out-" + folder), Settings(VOCAB, val_fraction=0.3), quiet=True)
+    here, there, twice = (
+        documents_in(tmp_path / f"out-{name}", "validation") for name in ("here", "there", "twice")
+    )
+    assert sorted(here) == sorted(there) == sorted(twice)[::2] == sorted(twice)[1::2]
+
+
+def test_says_that_nothing_is_read_anew(
+    jsonl: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments(jsonl, tmp_path / "out")) == 0
+    assert "was there already" not in capsys.readouterr().out
+    assert main(arguments(jsonl, tmp_path / "out")) == 0
+    assert "out was there already; to read the text anew, remove that folder" in capsys.readouterr().out
+
+
+def test_out_cannot_be_written(jsonl: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    assert main(arguments(jsonl, tmp_path / "file" / "out")) == 2
+    assert (
+        capsys.readouterr().err == f"error: --out {tmp_path}/file/out: cannot be written (Not a directory)\n"
+    )
+
+
+def test_full_disk_then_continued(
+    jsonl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(writer: ShardWriter):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardWriter, "finish", full)
+        assert main(arguments(jsonl, tmp_path / "out")) == 1
+    assert "No space left on device; put it right and run the same command again" in capsys.readouterr().err
+    assert main(arguments(jsonl, tmp_path / "out")) == 0
+    main(arguments(jsonl, tmp_path / "whole"))
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
 def test_foreign_folders(jsonl: Path, tmp_path: Path) -> None:
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "thesis.tex").write_text("precious")
     with pytest.raises(UserError, match=r"is not empty \(thesis\.tex\) and holds no preparation"):
         prepare(JsonlSource((str(jsonl),)), foreign, Settings(VOCAB))
+    assert [path.name for path in foreign.iterdir()] == ["thesis.tex"], "nothing was left there"
     with pytest.raises(UserError, match="holds no finished preparation"):
         load_manifest(foreign)
     with pytest.raises(UserError, match=r"does not exist; make one with: python -m data\.prepare"):

@@ -1,4 +1,4 @@
-"""Dispatch and combine on one rank against a loop over tokens and experts."""
+"""Dispatch, experts' sum and combine on one rank against a loop over tokens and experts."""
 
 from typing import NamedTuple
 
@@ -8,7 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsv2.moe.dispatch import combine, dispatch
+from dsv2.kernels.rows import gather_rows, map_rows, sum_rows
+from dsv2.moe.dispatch import combine, plan_dispatch, start_dispatch
+from dsv2.moe.execution import Execution
 from tests.unit.helpers import properties
 
 WIDTH = 3
@@ -45,17 +47,14 @@ def kept(case: Case, t: int, k: int) -> bool:
 
 @properties
 @given(case=cases())
-def test_rows_are_grouped_by_expert(case):
-    rows, plan = dispatch(case.x_TD, case.ids_TK, case.keep_TK, case.n_experts, None)
-    tokens, top_k = case.ids_TK.shape
-    expected, counts = [], []
-    for e in range(case.n_experts):
-        mine = [t for t in range(tokens) for k in range(top_k) if case.ids_TK[t, k] == e and kept(case, t, k)]
-        expected += [case.x_TD[t].tolist() for t in mine]
-        counts.append(len(mine))
-    assert rows.tolist() == expected
-    assert plan.rows_of_expert == counts
-    assert plan.sent == plan.received == [len(expected)]
+def test_plan_counts_the_kept_pairs(case):
+    plan = plan_dispatch(case.ids_TK, case.keep_TK, case.n_experts, None)
+    pairs = [(t, k) for t, k in np.ndindex(*case.ids_TK.shape) if kept(case, t, k)]
+    experts = [int(case.ids_TK[pair]) for pair in pairs]
+    assert plan.rows_of_expert.tolist() == [experts.count(e) for e in range(case.n_experts)]
+    assert [(t, k) for t, k in np.ndindex(*case.ids_TK.shape) if plan.kept_ids_TK[t, k] >= 0] == pairs
+    assert plan.n_pairs == case.ids_TK.numel(), "known without asking the device"
+    assert plan.exchange is None
 
 
 @properties
@@ -63,9 +62,15 @@ def test_rows_are_grouped_by_expert(case):
 def test_round_trip_against_the_loop(case):
     """Expert e multiplies by e + 1: the result and both gradients, pair by pair."""
     x, weights = case.x_TD.clone().requires_grad_(), case.weights_TK.clone().requires_grad_()
-    rows, plan = dispatch(x, case.ids_TK, case.keep_TK, case.n_experts, None)
-    factor = torch.arange(1, case.n_experts + 1).repeat_interleave(torch.tensor(plan.rows_of_expert))
-    out = combine(rows * factor.unsqueeze(-1), weights, plan)
+    plan = plan_dispatch(case.ids_TK, case.keep_TK, case.n_experts, None)
+    execution = Execution()
+    here = start_dispatch(x, weights, plan, execution).wait()
+    pairs = map_rows(here.expert_ids_RK.where(here.expert_ids_RK >= 0, case.n_experts), plan.n_pairs)
+    rows = gather_rows(here.x_RD, pairs)
+    rest = torch.tensor([len(rows) - int(plan.rows_of_expert.sum())])
+    factor = torch.tensor([*range(1, case.n_experts + 1), 0])  # dropped pairs stand behind all others
+    factor = factor.repeat_interleave(torch.cat((plan.rows_of_expert, rest)))
+    out = combine(sum_rows(rows * factor.unsqueeze(-1), here.weights_RK, pairs, len(x)), plan, execution)
     readout = torch.linspace(-1, 1, out.numel()).view_as(out)
     (out * readout).sum().backward()
 
@@ -82,44 +87,39 @@ def test_round_trip_against_the_loop(case):
     torch.testing.assert_close(weights.grad, weights_grad, atol=2e-5, rtol=1e-5)
 
 
-def test_a_token_whose_pairs_are_all_dropped_gets_nothing():
-    x, ids = torch.ones(2, WIDTH), torch.tensor([[0, 1], [0, 1]])
-    keep = torch.tensor([[False, False], [True, False]])
-    rows, plan = dispatch(x, ids, keep, 2, None)
-    assert len(rows) == 1
-    out = combine(rows, torch.full((2, 2), 0.5), plan)
-    assert out.tolist() == [[0.0] * WIDTH, [0.5] * WIDTH]
+def test_map_rows_orders_by_key_then_slot():
+    rows = map_rows(torch.tensor([[2, 0], [1, 9], [0, 2]]), 5)
+    assert rows.slot_P.tolist() == [1, 4, 2, 0, 5]
+    assert rows.tokens().tolist() == [0, 2, 1, 0, 2]
 
 
-def test_other_tokens_do_not_change_a_token_to_the_last_bit():
-    """The pairs of a token are added up in the order of its experts, whoever else is in the batch."""
+def test_sum_rows_of_other_tokens_do_not_change_a_token_to_the_last_bit():
+    """The slots of a token are added up in their order, whoever else is in the batch."""
     generator = torch.Generator().manual_seed(0)
-    x, weights = torch.randn(6, 32, generator=generator), torch.rand(6, 5, generator=generator)
-    ids = torch.stack([torch.randperm(8, generator=generator)[:5] for _ in range(6)])
-    together = combine(*_identity(x, ids, weights))
-    alone = torch.cat(
-        [combine(*_identity(x[t : t + 1], ids[t : t + 1], weights[t : t + 1])) for t in range(6)]
-    )
-    assert torch.equal(together, alone)
+    y, weights = torch.randn(6, 5, 32, generator=generator), torch.rand(6, 5, generator=generator)
+    keys = torch.stack([torch.randperm(8, generator=generator)[:5] for _ in range(6)])
 
+    def summed(tokens: slice) -> torch.Tensor:
+        rows = map_rows(keys[tokens], keys[tokens].numel())
+        return sum_rows(y[tokens].flatten(0, 1)[rows.slot_P], weights[tokens], rows, len(keys[tokens]))
 
-def _identity(x, ids, weights):
-    rows, plan = dispatch(x, ids, None, 8, None)
-    return rows, weights, plan
+    together = summed(slice(0, 6))
+    assert torch.equal(together, torch.cat([summed(slice(t, t + 1)) for t in range(6)]))
+    torch.testing.assert_close(together, (y * weights.unsqueeze(-1)).sum(dim=1), rtol=1e-6, atol=1e-6)
 
 
 def test_bf16_rows_are_weighted_and_added_up_in_fp32():
     """One rounding, at the end: bf16 weights or products would be off by 0.4 % each."""
     generator = torch.Generator().manual_seed(0)
-    x, weights = torch.randn(20, 8, generator=generator).bfloat16(), torch.rand(20, 5, generator=generator)
-    ids = torch.stack([torch.randperm(8, generator=generator)[:5] for _ in range(20)])
-    out = combine(*_identity(x, ids, weights))
+    y, weights = torch.randn(100, 8, generator=generator).bfloat16(), torch.rand(20, 5, generator=generator)
+    rows = map_rows(torch.zeros(20, 5), 100)
+    out = sum_rows(y, weights, rows, 20)
     assert out.dtype == torch.bfloat16
-    exact = sum(weights[:, k : k + 1].double() * x.double() for k in range(5))
+    exact = (weights.double().unsqueeze(-1) * y.double().view(20, 5, 8)).sum(dim=1)
     assert torch.equal(out, exact.bfloat16())
 
 
 def test_plan_is_frozen():
-    _, plan = dispatch(torch.ones(1, 1), torch.tensor([[0]]), None, 1, None)
+    plan = plan_dispatch(torch.tensor([[0]]), None, 1, None)
     with pytest.raises(AttributeError):
-        plan.top_k = 2
+        plan.n_pairs = 2

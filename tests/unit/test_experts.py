@@ -18,6 +18,13 @@ def random_(module: torch.nn.Module) -> torch.nn.Module:
     return module
 
 
+def run(experts, x: torch.Tensor, ids: list[list[int]], weights: torch.Tensor, room: int = 0) -> torch.Tensor:
+    """The stack applied to rows with these experts; room for `room` pairs more than there are."""
+    ids_RK = torch.tensor(ids, dtype=torch.int64).view(weights.shape)
+    counts = torch.tensor([int((ids_RK == e).sum()) for e in range(experts.n_local)])
+    return experts(x, ids_RK, weights, counts, int(counts.sum()) + room)
+
+
 def rows(count: int) -> torch.Tensor:
     return torch.randn(count, HIDDEN, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
@@ -29,35 +36,51 @@ def test_swiglu():
     np.testing.assert_allclose(ffn(x).detach().numpy(), expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("counts", [[3, 2, 4], [0, 5, 1], [2, 0, 0], [0, 0, 0], [0, 0, 7]])
-def test_routed_experts(counts):
-    experts, x = random_(RoutedExperts(HIDDEN, WIDTH, 6, 3, 3)), rows(sum(counts))
-    out = experts(x, counts)
+@pytest.mark.parametrize(
+    "ids",
+    [
+        [[0, 1], [2, 1], [0, 2]],
+        [[1, -1], [-1, 1], [2, 1], [-1, -1]],  # expert 0 gets nothing; -1 is elsewhere, or dropped
+        [[-1], [-1]],
+        [[0]] * 7,
+        [],
+    ],
+)
+@pytest.mark.parametrize("room", [False, True])
+def test_routed_experts(ids, room):
+    """Each row's weighted sum over its experts; the rows made room for beyond the pairs add nothing."""
+    experts, x = random_(RoutedExperts(HIDDEN, WIDTH, 6, 3, 3)), rows(len(ids))
+    weights = torch.rand(len(ids), len(ids[0]) if ids else 2, dtype=torch.float64) + 0.5
+    absent = sum(row.count(-1) for row in ids)
+    out = run(experts, x, ids, weights, room=absent if room else 0)
     w = reference.weights_of(experts)
-    owner = [e for e, n in enumerate(counts) for _ in range(n)]
-    expected = [
-        reference.swiglu(row, *np.split(w["w13"][e], 2), w["w2"][e])
-        for row, e in zip(x.numpy(), owner, strict=True)
-    ]
+    expected = np.zeros((len(ids), HIDDEN))
+    for r, k in np.ndindex(*weights.shape):
+        if (e := ids[r][k]) >= 0:
+            matrices = (*np.split(w["w13"][e], 2), w["w2"][e])
+            expected[r] += float(weights[r, k]) * reference.swiglu(x[r].numpy(), *matrices)
     assert out.shape == x.shape
-    np.testing.assert_allclose(out.detach().numpy(), np.reshape(expected, x.shape), rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(out.detach().numpy(), expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("counts", [[2, 0, 3], [0, 0, 0]])
-def test_gradient_of_an_expert_without_rows_is_zero_not_missing(counts):
+@pytest.mark.parametrize("ids", [[[0], [2], [2]], [[-1], [-1]], []])
+def test_gradient_of_an_expert_without_rows_is_zero_not_missing(ids):
     experts = random_(RoutedExperts(HIDDEN, WIDTH, 3, 0, 3))
-    x = rows(sum(counts)).requires_grad_()
-    experts(x, counts).sum().backward()
+    x = rows(len(ids)).requires_grad_()
+    run(experts, x, ids, torch.ones(len(ids), 1, dtype=torch.float64)).sum().backward()
     for p in experts.parameters():
         nonzero = (p.grad != 0).flatten(1).any(dim=1)
-        assert nonzero.tolist() == [n > 0 for n in counts]
+        assert nonzero.tolist() == [[e] in ids for e in range(3)]
 
 
 def test_gradients_by_finite_differences():
-    experts, x = random_(RoutedExperts(HIDDEN, WIDTH, 3, 0, 3)), rows(5).requires_grad_()
+    experts, x = random_(RoutedExperts(HIDDEN, WIDTH, 3, 0, 3)), rows(3).requires_grad_()
+    weights = torch.rand(3, 2, dtype=torch.float64, requires_grad=True)
     w13, w2 = (p.detach().clone().requires_grad_() for p in (experts.w13, experts.w2))
+    ids = torch.tensor([[0, 2], [2, -1], [2, 0]])  # none for expert 1, and one pair that is not here
 
-    def forward(x, w13, w2):
-        return torch.func.functional_call(experts, {"w13": w13, "w2": w2}, (x, [2, 0, 3]))
+    def forward(x, weights, w13, w2):
+        arguments = (x, ids, weights, torch.tensor([2, 0, 3]), 6)
+        return torch.func.functional_call(experts, {"w13": w13, "w2": w2}, arguments)
 
-    assert torch.autograd.gradcheck(forward, (x, w13, w2))
+    assert torch.autograd.gradcheck(forward, (x, weights, w13, w2))

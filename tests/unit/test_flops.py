@@ -8,7 +8,7 @@ import torch
 from dsv2.config import ModelConfig
 from dsv2.model.flops import count_parameters, flops_per_token, peak_flops
 from dsv2.model.transformer import DeepseekV2
-from tests.unit.helpers import compose_config, tiny_config
+from tests.unit.helpers import KINDS, compose_config, tiny_config
 
 
 def preset(name: str) -> ModelConfig:
@@ -36,6 +36,7 @@ def counted(config: ModelConfig) -> tuple[int, int, int]:
         tiny_config(q_lora_rank=None),
         tiny_config(n_shared_experts=0, first_k_dense_replace=0),
         tiny_config(first_k_dense_replace=2, v_head_dim=9),
+        *(tiny_config(**KINDS[kind]) for kind in ("mha", "gqa", "mqa")),
     ],
 )
 def test_counts_are_those_of_the_modules(config):
@@ -62,16 +63,20 @@ def test_sizes_in_the_presets_own_comments(name, total, active):
         assert counts[:2] == pytest.approx((total, active), abs=0.05e6)
 
 
-def test_training_flops_of_one_token():
+@pytest.mark.parametrize(
+    ("kind", "heads", "key_width", "value_width"),
+    [("mla", 3, 8 + 6, 5), ("mha", 3, 8, 8), ("gqa", 6, 8, 8), ("mqa", 3, 8, 8)],
+)
+def test_training_flops_of_one_token(kind, heads, key_width, value_width):
     """6 a weight, and by the position: a token at 0-based t has t + 1/2 keys if half its own counts."""
-    config, length = tiny_config(), 16
+    config, length = tiny_config(**KINDS[kind]), 16
     *_, matmul = counted(config)
     attention = 0.0
     for _layer in range(3):
-        for _head in range(3):
+        for _head in range(heads):
             for t in range(length):
-                scores = 2 * (8 + 6) * (t + 0.5)
-                values = 2 * 5 * (t + 0.5)
+                scores = 2 * key_width * (t + 0.5)
+                values = 2 * value_width * (t + 0.5)
                 attention += 3 * (scores + values)  # backward costs twice the forward
     assert flops_per_token(config, length) == 6 * matmul + attention / length
 

@@ -18,6 +18,7 @@ SCRIPTS = ["launch/common.sh", "launch/local.sh", "launch/multinode.sh", "launch
 RECORD = '#!/bin/bash\nprintf "%s\\n" "${0##*/}" "$@" >>"$RECORDS/${0##*/}"\n'
 STANDINS = {
     "torchrun": RECORD + 'env >"$RECORDS/env"\neval "${TORCHRUN_DOES:-}"\n',
+    "python": RECORD + 'exit "${CHECK_ENDS:-0}"\n',
     "nvidia-smi": '#!/bin/bash\nfor ((i = 0; i < ${GPUS:-0}; i++)); do echo "GPU $i: H100"; done\n',
     "nproc": "#!/bin/bash\necho 8\n",
     "srun": RECORD + 'while [[ $1 == --* ]]; do shift; done\nexec "$@"\n',
@@ -333,6 +334,7 @@ def test_make_train_installs_prepares_and_trains(make):
     assert made == [
         "pip",
         "python -m data.prepare stdlib",
+        "python -m dsv2.check 2 experiment=quickstart optim.lr=1e-3 name=x",
         "torchrun --standalone --nproc_per_node=2 train.py experiment=quickstart optim.lr=1e-3 name=x",
     ]
     assert "installing requirements.txt into .venv" in done.stdout
@@ -397,3 +399,10 @@ def test_ci_runs_make_test_in_a_fresh_environment(box):
     assert done.returncode == 0
     assert box.recorded("make") == ["test"]
     assert box.run(".ci/run", MAKE_EXIT="5").returncode == 5
+
+
+def test_local_ends_with_the_checks_exit_code(box):
+    done = box.run("launch/local.sh", "optim.lrr=1", CHECK_ENDS="2")
+    assert done.returncode == 2
+    assert box.recorded("python") == ["-m", "dsv2.check", "2", "optim.lrr=1"]
+    assert not (box.records / "torchrun").exists()

@@ -7,7 +7,7 @@ import torch
 from dsv2.model.mla import MultiHeadLatentAttention
 from dsv2.model.rope import rope_tables
 from tests.unit import reference
-from tests.unit.helpers import tiny_config
+from tests.unit.helpers import YARN, tiny_config
 
 # Everything is fp64 but the rotation, which rounds to fp32 (6e-8 of values around 1).
 ATOL = 1e-6
@@ -28,22 +28,23 @@ def tokens(batch: int, length: int, width: int, seed: int = 1) -> torch.Tensor:
     return torch.randn(batch, length, width, generator=torch.Generator().manual_seed(seed)).double()
 
 
-def run(attention: MultiHeadLatentAttention, x_BSD: torch.Tensor, theta: float = 10000.0) -> torch.Tensor:
-    return attention(x_BSD, *rope_tables(x_BSD.shape[1], attention.rope_dim, theta, x_BSD.device))
+def run(
+    attention: MultiHeadLatentAttention, x_BSD: torch.Tensor, theta: float = 10000.0, scaling=None
+) -> torch.Tensor:
+    return attention(x_BSD, *rope_tables(torch.arange(x_BSD.shape[1]), attention.rope_dim, theta, scaling))
 
 
+@pytest.mark.parametrize("scaling", [None, YARN])
 @pytest.mark.parametrize("q_lora_rank", [None, 14])
 @pytest.mark.parametrize("v_head_dim", [5, 8, 14, 17])  # below, at and above the key's widths 8 and 14
-def test_against_the_equations(q_lora_rank, v_head_dim):
-    config = tiny_config(q_lora_rank=q_lora_rank, v_head_dim=v_head_dim, rope_theta=100.0)
-    attention = make_attention(q_lora_rank=q_lora_rank, v_head_dim=v_head_dim)
+def test_against_the_equations(q_lora_rank, v_head_dim, scaling):
+    changes = {"q_lora_rank": q_lora_rank, "v_head_dim": v_head_dim, "rope_scaling": scaling}
+    config, attention = tiny_config(rope_theta=100.0, **changes), make_attention(**changes)
     x = tokens(2, 6, config.hidden_size)
-    out = run(attention, x, config.rope_theta).detach().numpy()
+    out = run(attention, x, config.rope_theta, scaling).detach().numpy()
     weights = reference.weights_of(attention)
     for b in range(2):
-        expected = reference.mla(
-            x[b].numpy(), weights, 3, 8, 6, v_head_dim, config.rope_theta, config.rms_norm_eps
-        )
+        expected = reference.mla(x[b].numpy(), weights, config)
         assert np.abs(expected).max() > 0.5, "the test's own scale, which ATOL is measured against"
         np.testing.assert_allclose(out[b], expected, atol=ATOL)
 

@@ -6,6 +6,7 @@ import torch
 
 from dsv2.config import BalanceConfig, ModelConfig
 from dsv2.moe.drop import exempt_sequences
+from dsv2.moe.execution import Execution
 from dsv2.moe.layer import MoELayer
 from dsv2.moe.stats import RoutingStats
 from tests.unit import reference
@@ -19,7 +20,7 @@ DROPPING = BalanceConfig(token_dropping=True, capacity_factor=0.6, exempt_fracti
 
 
 def make_layer(**changes) -> MoELayer:
-    layer = MoELayer(tiny_config(**changes), None).double()
+    layer = MoELayer(tiny_config(**changes), Execution()).double()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in layer.parameters():

@@ -1,19 +1,27 @@
 """Rotary embedding against complex multiplication. Results are fp32, so 1e-6 is a few roundings."""
 
+from dataclasses import asdict
+
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.deepseek_v2.configuration_deepseek_v2 import DeepseekV2Config
+from transformers.models.deepseek_v2.modeling_deepseek_v2 import yarn_apply_mscale
 
-from dsv2.model.rope import apply_rope, rope_tables
+from dsv2.config import RopeScalingConfig
+from dsv2.kernels.rope import apply_rope
+from dsv2.model.rope import rope_tables, softmax_scale
 from tests.unit import reference
-from tests.unit.helpers import properties
+from tests.unit.helpers import YARN, properties
 
-CPU = torch.device("cpu")
+PUBLISHED = RopeScalingConfig()
 
 
 def turn(x_BSHR: torch.Tensor, theta: float = 10000.0) -> torch.Tensor:
-    return apply_rope(x_BSHR, *rope_tables(x_BSHR.shape[1], x_BSHR.shape[-1], theta, CPU))
+    return apply_rope(x_BSHR, *rope_tables(torch.arange(x_BSHR.shape[1]), x_BSHR.shape[-1], theta))
 
 
 @properties
@@ -64,3 +72,75 @@ def test_bf16_is_turned_in_fp32():
     turned = turn(x)
     assert turned.dtype == torch.bfloat16
     assert torch.equal(turned, turn(x.float()).bfloat16()), "one rounding, at the end"
+
+
+def test_sequences_at_positions_of_their_own():
+    x = torch.randn(2, 3, 4, 6, generator=torch.Generator().manual_seed(0))
+    positions = torch.tensor([[5, 6, 7], [0, 40, 2]])
+    turned = apply_rope(x, *rope_tables(positions, 6, 100.0)).numpy()
+    for b, s, h in np.ndindex(2, 3, 4):
+        expected = reference.rope(x[b, s, h].double().numpy(), int(positions[b, s]), 100.0)
+        np.testing.assert_allclose(turned[b, s, h], expected, atol=1e-6)
+
+
+def test_without_scaling_the_tables_are_the_plain_formula_to_the_bit():
+    speeds = 10000.0 ** -(torch.arange(0, 64, 2, dtype=torch.float64) / 64)
+    angles = torch.outer(torch.arange(4096, dtype=torch.float64), speeds)
+    cos, sin = rope_tables(torch.arange(4096), 64, 10000.0)
+    for table, expected in ((cos, angles.cos()), (sin, angles.sin())):
+        assert torch.equal(table, expected.float())
+    assert softmax_scale(192, None) == 192**-0.5
+
+
+SCALINGS = {
+    "published": (64, 10000.0, PUBLISHED),
+    "magnitudes differ": (64, 10000.0, RopeScalingConfig(mscale=1.0, mscale_all_dim=0.707)),
+    "whole head": (128, 10000.0, RopeScalingConfig(factor=8.0, beta_fast=16.0, beta_slow=2.0)),
+    "tiny": (6, 100.0, YARN),
+    "no scaling after all": (64, 10000.0, RopeScalingConfig(factor=1.0)),
+    "all slow": (8, 10000.0, RopeScalingConfig(original_max_position_embeddings=8)),
+}
+
+
+@pytest.mark.parametrize("name", SCALINGS)
+def test_yarn_against_a_slow_loop(name):
+    dim, theta, scaling = SCALINGS[name]
+    x = np.random.default_rng(0).standard_normal(dim)
+    for position in (0, 1, 77, 4095, 4096, 163839):
+        tables = rope_tables(torch.tensor([position]), dim, theta, scaling)
+        turned = apply_rope(torch.from_numpy(x).float().view(1, 1, 1, dim), *tables).flatten().numpy()
+        np.testing.assert_allclose(turned, reference.rope(x, position, theta, scaling), atol=2e-6)
+    expected = reference.softmax_scale(dim, scaling)
+    assert softmax_scale(dim, scaling) == pytest.approx(expected, rel=1e-12)
+
+
+def test_published_yarn_leaves_fast_pairs_and_slows_the_slow_ones_40_times():
+    """Of 32 pairs: 11 turn more than 32 times in 4096 positions, 9 (from the 24th on) at most once."""
+    plain = rope_tables(torch.tensor([1]), 64, 10000.0)[1][0].double().asin()
+    yarn = rope_tables(torch.tensor([1]), 64, 10000.0, PUBLISHED)[1][0].double().asin()
+    ratio = plain / yarn
+    assert torch.equal(ratio[:11], torch.ones(11).double())
+    torch.testing.assert_close(ratio[23:], torch.full((9,), 40.0).double(), rtol=1e-5, atol=0)
+    assert ((ratio[11:23] > 1) & (ratio[11:23] < 40)).all()
+    assert (ratio.diff()[10:22] > 0).all()
+    assert softmax_scale(192, PUBLISHED) * 192**0.5 == pytest.approx((0.0707 * np.log(40) + 1) ** 2)
+
+
+@pytest.mark.parametrize("name", SCALINGS)
+def test_yarn_against_transformers(name):
+    """Speeds and magnitude of the tables, and the softmax scale; transformers' speeds are fp32."""
+    dim, theta, scaling = SCALINGS[name]
+    config = DeepseekV2Config(
+        hidden_size=32,
+        num_attention_heads=4,
+        qk_rope_head_dim=dim,
+        max_position_embeddings=163840,
+        rope_parameters={"rope_type": "yarn", "rope_theta": theta, **asdict(scaling)},
+    )
+    speeds, magnitude = ROPE_INIT_FUNCTIONS["yarn"](config)
+    cos, sin = rope_tables(torch.tensor([0, 1]), dim, theta, scaling)
+    torch.testing.assert_close(cos[0], torch.full((dim // 2,), magnitude), rtol=1e-6, atol=0)
+    torch.testing.assert_close((sin[1].double() / cos[1].double()).atan(), speeds.double(), rtol=1e-6, atol=0)
+    assert softmax_scale(dim, scaling) == pytest.approx(
+        yarn_apply_mscale(config.rope_parameters, dim**-0.5), rel=1e-12
+    )

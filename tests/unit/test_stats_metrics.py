@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from dsv2.metrics import balance_metrics, bits_per_byte, routing_maps, routing_metrics
+from dsv2.metrics import balance_metrics, bits_per_byte, exchange_metrics, routing_maps, routing_metrics
 from dsv2.moe.balance import BalanceLosses
+from dsv2.moe.dispatch import bytes_per_row
 from dsv2.moe.router import Routing
 from dsv2.moe.stats import RoutingStats, routing_stats
 from tests.unit.helpers import tiny_config
@@ -28,6 +29,8 @@ def random_stats() -> RoutingStats:
         "sent_G": rng.integers(10, 60, (LAYERS, GROUPS)).astype(float),
         "token_entropy": rng.random(LAYERS) * 100,
         "top1": rng.random(LAYERS) * 30,
+        "rows_out": rng.integers(1, 9, LAYERS).astype(float),
+        "rows_in": rng.integers(1, 9, LAYERS).astype(float),
     }
     return RoutingStats(**{name: torch.from_numpy(value) for name, value in tensors.items()})
 
@@ -137,6 +140,22 @@ def test_maps_show_loads_over_the_uniform_load():
             want = sum(load[group * 3 : group * 3 + 3]) * GROUPS / sum(load)
             assert maps["map/dev_load"][layer, group] == pytest.approx(want)
             assert maps["map/dev_recv"][layer, group] == pytest.approx(sent[group] * GROUPS / sum(sent))
+
+
+def test_exchange_metrics():
+    """Two ranks, three layers, four steps."""
+    rows_out = torch.tensor([[10.0, 30.0, 8.0], [30.0, 30.0, 0.0]], dtype=torch.float64)
+    wait_ms = torch.tensor([6.0, 2.0], dtype=torch.float64)
+    row = bytes_per_row(hidden_size=100, top_k=6, element_bytes=2)
+    assert row == 4 * 100 * 2 + 2 * (6 + 6) * 4
+    assert exchange_metrics(rows_out, wait_ms, row, steps=4) == pytest.approx(
+        {
+            "comm/send_max_mean": (1.5 + 1.0 + 2.0) / 3,
+            "comm/gib": (48 + 60) / 2 * row / 4 / 2**30,
+            "comm/a2a_ms": 1.0,
+        }
+    )
+    assert exchange_metrics(torch.zeros(2, 3), wait_ms, row, steps=4) == {}
 
 
 def test_bits_per_byte():

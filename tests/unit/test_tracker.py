@@ -48,7 +48,6 @@ if sys.argv[2:] == ["kill"]:
             print("killed")
 for step in (2, 3):
     tracker.log({"train/loss": 5.0 - step}, step=step)
-tracker.summary({"best": 2.0})
 tracker.alert("title", "text")
 print(tracker.dashboard_hint)
 tracker.close()
@@ -126,7 +125,6 @@ def test_disabled_writes_the_file_alone_and_keeps_the_id(tmp_path, capfd):
     tracker = start(tmp_path / "run", wandb_id="kept")
     tracker.log({"x": 1.0, "map": np.zeros((2, 2))}, step=1)
     tracker.log({"map": np.zeros((2, 2))}, step=2)  # nothing for the file
-    tracker.summary({"x": 1})
     tracker.alert("t", "x")
     assert tracker.wandb_id == "kept"
     assert tracker.dashboard_hint == str(tmp_path / "run" / "metrics.jsonl")
@@ -141,7 +139,6 @@ def test_disabled_writes_the_file_alone_and_keeps_the_id(tmp_path, capfd):
 def test_other_ranks_leave_no_trace(tmp_path, capfd, mode):
     tracker = start(tmp_path / "run", mode, wandb_id="kept", is_main=False)
     tracker.log({"x": 1.0}, step=1)
-    tracker.summary({"x": 1})
     tracker.alert("t", "x")
     tracker.close()
     assert tracker.wandb_id == "kept"

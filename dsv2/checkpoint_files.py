@@ -1,0 +1,94 @@
+"""A checkpoint as files: is it whole, and do they hold what was written?
+
+`state.json`, written last, lists every file's size and CRC-32. Sizes are compared wherever a
+checkpoint is looked at (`check`); the bytes before a run goes on from it (`damaged_file`), as reading
+all of them takes time.
+"""
+
+import json
+import os
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from dsv2.errors import UserError
+
+FORMAT = "dsv2-checkpoint-1"
+STATE_FILE = "state.json"
+
+
+def check(path: Path) -> dict[str, Any]:
+    """The content of a whole checkpoint's state.json.
+
+    Raises:
+        UserError: `path` is missing, foreign, torn or truncated; the text says which file and how.
+    """
+    if not path.is_dir():
+        raise UserError(f"checkpoint {path}: there is no such folder")
+    try:
+        content = json.loads((path / STATE_FILE).read_text())
+    except FileNotFoundError:
+        if inside := complete_checkpoints(path) or complete_checkpoints(path / "checkpoints"):
+            raise UserError(f"checkpoint {path}: holds checkpoints; give one of them, {inside[0]}") from None
+        raise UserError(
+            f"checkpoint {path}: no {STATE_FILE}; it is no dsv2 checkpoint, or its writing was cut short"
+        ) from None
+    except (ValueError, OSError) as error:
+        raise UserError(f"checkpoint {path}: {STATE_FILE} cannot be read ({error})") from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise UserError(f"checkpoint {path}: {STATE_FILE} is not of the format {FORMAT}")
+    for name, size in content.get("files", {"every file": 1}).items():
+        file = path / name
+        found = file.stat().st_size if file.exists() else None
+        if found != size:
+            how = "is missing" if found is None else f"has {found} bytes of {size}"
+            raise UserError(f"checkpoint {path}: {name} {how}; use an older checkpoint")
+    return content
+
+
+def newest_first(folder: Path) -> list[Path]:
+    """The checkpoints in the folder, whole or not, but for those set aside."""
+    return sorted((p for p in folder.glob("step-*") if not p.suffix), reverse=True)
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """Whole checkpoints in the folder, newest first."""
+    found = []
+    for path in newest_first(folder):
+        try:
+            check(path)
+            found.append(path)
+        except UserError:
+            continue
+    return found
+
+
+def checksum(file: Path) -> int:
+    """CRC-32 of a file's bytes."""
+    value = 0
+    with file.open("rb") as opened:
+        while block := opened.read(1 << 24):
+            value = zlib.crc32(block, value)
+    return value
+
+
+def damaged_file(path: Path, names: Iterable[str], checksums: dict[str, int]) -> str | None:
+    """What is wrong with the first of these files whose bytes are not those that were written."""
+    for name in names:
+        try:
+            found = checksum(path / name)
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror or error})"
+        if found != checksums.get(name):
+            return f"{name} does not hold what was written (its checksum differs)"
+    return None
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename in it survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

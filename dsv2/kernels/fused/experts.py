@@ -1,0 +1,78 @@
+"""The routed experts (see dsv2/kernels/experts.py) around torch's grouped product.
+
+A pair's weight multiplies its hidden activations, in the pass that makes them: W2 (w h) = w (W2 h). So
+the way back to the tokens is a plain sum, and the gradient of a weight is found where the activations
+are at hand; the experts' outputs are never kept. Kept for backward: x and the gate and up activations.
+
+Shapes: R rows, K slots a row, P pairs of a row and an expert, D hidden_size, E experts, F their width.
+"""
+
+import torch
+from torch import Tensor
+
+from dsv2.kernels.fused import swiglu
+from dsv2.kernels.fused.rows import add_rows, copy_rows
+from dsv2.kernels.rows import RowMap
+
+
+def _product(a: Tensor, b: Tensor, ends_E: Tensor) -> Tensor:
+    """Rows' products with their group's matrix; or, of two transposed row sets, one matrix a group."""
+    return torch._grouped_mm(a, b, offs=ends_E)
+
+
+class _RoutedExperts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_RD, weights_RK, w13_E2FD, w2_EDF, pairs: RowMap, place_RK, ends_E):
+        ctx.pairs = pairs
+        x_PD = copy_rows(x_RD, pairs)
+        gate_up_P2F = _product(x_PD, w13_E2FD.transpose(1, 2), ends_E)
+        del x_PD
+        weight_P = weights_RK.flatten()[pairs.slot_P]
+        hidden_PF = swiglu.forward(*gate_up_P2F.chunk(2, dim=1), weight_P)
+        y_PD = _product(hidden_PF, w2_EDF.transpose(1, 2), ends_E)
+        ctx.save_for_backward(x_RD, weights_RK, w13_E2FD, w2_EDF, place_RK, ends_E, gate_up_P2F, weight_P)
+        return add_rows(y_PD, None, place_RK)
+
+    @staticmethod
+    def backward(ctx, grad_RD):
+        x_RD, weights_RK, w13_E2FD, w2_EDF, place_RK, ends_E, gate_up_P2F, weight_P = ctx.saved_tensors
+        pairs = ctx.pairs
+        grad_y_PD = copy_rows(grad_RD.contiguous(), pairs)
+        hidden_PF = _product(grad_y_PD, w2_EDF, ends_E)  # its gradient, then in its place itself
+        grad_gate_up, grad_weight_P = swiglu.backward_weighted(hidden_PF, gate_up_P2F, weight_P)
+        grad_w2 = _product(grad_y_PD.t(), hidden_PF, ends_E)
+        del grad_y_PD, hidden_PF
+        grad_w13 = _product(grad_gate_up.t(), copy_rows(x_RD, pairs), ends_E)
+        grad_x = add_rows(_product(grad_gate_up, w13_E2FD, ends_E), None, place_RK)
+        # Rows beyond the last expert's are dropped pairs: whatever stands there counts for nothing.
+        grad_weights = torch.zeros_like(weights_RK).flatten().index_copy_(0, pairs.slot_P, grad_weight_P)
+        return (
+            grad_x,
+            grad_weights.view_as(weights_RK).where(place_RK >= 0, 0.0),
+            grad_w13,
+            grad_w2,
+            *[None] * 3,
+        )
+
+
+def routed_experts(
+    x_RD: Tensor,
+    expert_ids_RK: Tensor,
+    weights_RK: Tensor,
+    counts_E: Tensor,
+    n_pairs: int,
+    w13_E2FD: Tensor,
+    w2_EDF: Tensor,
+) -> Tensor:
+    n_experts = len(counts_E)
+    absent_RK = expert_ids_RK < 0
+    # A radix sort takes time by the bits of its keys.
+    key_RK = expert_ids_RK.to(torch.int16).masked_fill(absent_RK, n_experts)
+    pairs = RowMap(key_RK.flatten().sort(stable=True).indices[:n_pairs], key_RK.shape[1])
+    place = torch.full((key_RK.numel(),), -1, dtype=torch.int32, device=x_RD.device)
+    numbers = torch.arange(n_pairs, dtype=torch.int32, device=x_RD.device)
+    place_RK = place.index_copy_(0, pairs.slot_P, numbers).view_as(key_RK).masked_fill(absent_RK, -1)
+    ends_E = counts_E.cumsum(0).to(torch.int32)
+    return _RoutedExperts.apply(
+        x_RD.contiguous(), weights_RK.contiguous(), w13_E2FD, w2_EDF, pairs, place_RK, ends_E
+    )

@@ -1,0 +1,165 @@
+"""Dispatch over several ranks: what crosses, that the plain dispatch gives the same, and what runs when."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tests.dist import jobs
+
+WIDTH, TOKENS, EXPERTS = 5, 11, 8
+
+
+def _case(rank: int, top_k: int, groups: int, limit: int) -> tuple[Tensor, Tensor, Tensor]:
+    """This rank's tokens, their experts within `limit` of `groups` groups, and weights. Rank 2 is uneven:
+    all its tokens want the same experts."""
+    rng = np.random.default_rng(rank)
+    size = EXPERTS // groups
+    ids = []
+    for _ in range(TOKENS + rank):
+        open_groups = rng.permutation(groups)[:limit]
+        ids.append(rng.permutation([g * size + e for g in open_groups for e in range(size)])[:top_k])
+    if rank == 2:
+        ids = [ids[0]] * len(ids)
+    x = torch.from_numpy(rng.standard_normal((len(ids), WIDTH)))
+    return x, torch.from_numpy(np.array(ids)), torch.from_numpy(rng.random((len(ids), top_k)))
+
+
+def _matrices() -> Tensor:
+    """Expert e is the matrix e, [E, D, D]; the same on every rank."""
+    return torch.from_numpy(np.random.default_rng(100).standard_normal((EXPERTS, WIDTH, WIDTH)))
+
+
+def exchange(
+    rank: int, world_size: int, top_k: int, groups: int, limit: int, dropping: bool
+) -> dict[str, Any]:
+    """Dispatch, apply the experts, combine; forward and gradients."""
+    from dsv2.moe.dispatch import combine, plan_dispatch, start_dispatch
+    from dsv2.moe.execution import Execution
+
+    x, ids, weights = _case(rank, top_k, groups, limit)
+    keep = torch.from_numpy(np.random.default_rng(rank + 50).random(ids.shape) < 0.7) if dropping else None
+    x.requires_grad_(), weights.requires_grad_()
+    matrices = _matrices().requires_grad_()
+    group = dist.group.WORLD
+    plan = plan_dispatch(ids, keep, EXPERTS, group)
+    execution = Execution()
+    here = start_dispatch(x, weights.float(), plan, execution).wait()
+    local = matrices.unflatten(0, (world_size, -1))[rank]
+    y = torch.zeros_like(here.x_RD)
+    for k in range(top_k):
+        chosen = here.expert_ids_RK[:, k]
+        out = torch.einsum("rd,rdf->rf", here.x_RD, local[chosen.clamp(min=0)])
+        y = y + (out * here.weights_RK[:, k : k + 1]).where((chosen >= 0).unsqueeze(-1), 0.0)
+    result = combine(y, plan, execution)
+    result.mul(torch.linspace(-1, 1, result.numel()).view_as(result)).sum().backward()
+    dist.all_reduce(matrices.grad)
+    assert plan.exchange is not None
+    return {
+        "y": result.detach().numpy(),
+        "grads": [t.grad.numpy() for t in (x, weights, matrices)],
+        "sent": plan.exchange.sent,
+        "received": plan.exchange.received,
+        "rows_out": plan.exchange.rows_out,
+        "rows_in": plan.exchange.rows_in,
+        "waited": execution.clock.take_ms(),
+        "pairs": plan.n_pairs,
+        "keep": None if keep is None else keep.numpy(),
+    }
+
+
+def plain(rank: int, keep: np.ndarray | None, **sizes: int) -> tuple[Tensor, list[Tensor | None]]:
+    """A copy of the token for each kept pair, all experts at hand: no exchange at all."""
+    x, ids, weights = _case(rank, **sizes)
+    x.requires_grad_(), weights.requires_grad_()
+    matrices = _matrices().requires_grad_()
+    pairs = torch.einsum("td,tkdf->tkf", x, matrices[ids]) * weights.float().unsqueeze(-1)
+    if keep is not None:
+        pairs = pairs * torch.from_numpy(keep).unsqueeze(-1)
+    y = pairs.sum(dim=1)
+    y.mul(torch.linspace(-1, 1, y.numel()).view_as(y)).sum().backward()
+    return y.detach(), [x.grad, weights.grad, matrices.grad]
+
+
+@pytest.mark.parametrize("dropping", [False, True])
+@pytest.mark.parametrize(
+    ("world_size", "top_k", "groups", "limit"),
+    [(2, 3, 2, 1), (2, 4, 4, 2), (4, 4, 4, 2), (4, 6, 4, 3), (4, 3, 8, 3), (4, 1, 1, 1)],
+)
+def test_one_row_a_rank_gives_what_a_copy_a_pair_gives(pools, world_size, top_k, groups, limit, dropping):
+    sizes = {"top_k": top_k, "groups": groups, "limit": limit}
+    results = pools[world_size].run("tests.dist.test_dispatch:exchange", **sizes, dropping=dropping)
+    here = EXPERTS // world_size
+    expected = [plain(rank, result["keep"], **sizes) for rank, result in enumerate(results)]
+    matrices_grad = sum(grads[2] for _, grads in expected)
+    for rank, (result, (y, grads)) in enumerate(zip(results, expected, strict=True)):
+        _, ids, _ = _case(rank, **sizes)
+        kept = np.ones(ids.shape, bool) if result["keep"] is None else result["keep"]
+        reached = [
+            {int(e) // here for e, k in zip(row, keep, strict=True) if k}
+            for row, keep in zip(ids, kept, strict=True)
+        ]
+        # Exactly the distinct (token, rank) pairs are sent, and no more than M a token at EP = D.
+        assert result["sent"] == [sum(w in ranks for ranks in reached) for w in range(world_size)]
+        assert result["rows_out"] == sum(n for w, n in enumerate(result["sent"]) if w != rank)
+        assert result["rows_in"] == sum(results[w]["sent"][rank] for w in range(world_size) if w != rank)
+        assert 0 < result["waited"] < 60_000
+        if groups == world_size:
+            assert sum(result["sent"]) <= limit * len(ids)
+        assert result["received"] == [other["sent"][rank] for other in results]
+        # Weights travel in fp32; all else here is fp64.
+        torch.testing.assert_close(torch.from_numpy(result["y"]), y, rtol=1e-6, atol=1e-6)
+        for got, want in zip(result["grads"], [*grads[:2], matrices_grad], strict=True):
+            torch.testing.assert_close(torch.from_numpy(got), want, rtol=1e-6, atol=1e-6)
+    assert sum(result["pairs"] for result in results) == sum(
+        ids.numel() if result["keep"] is None else int(result["keep"].sum())
+        for result, ids in zip(results, (_case(r, **sizes)[1] for r in range(world_size)), strict=True)
+    )
+
+
+def order_of_issue(rank: int, world_size: int) -> list[str]:
+    """What a layer starts and waits for, forward and backward, in order."""
+    from dsv2.model.init import init_weights
+    from dsv2.moe import dispatch
+    from dsv2.moe.execution import Execution
+    from dsv2.moe.layer import MoELayer
+
+    layer = MoELayer(jobs.model_config(n_group=2, topk_group=1), Execution(dist.group.WORLD))
+    init_weights(layer, 0.2, seed=0)
+    seen: list[str] = []
+    transfer = dispatch._Transfer
+    launch, wait = transfer.launch, transfer.wait
+
+    def launched(self: Any, x: Tensor, backwards: bool) -> None:
+        seen.append("launch")
+        launch(self, x, backwards)
+
+    def waited(self: Any) -> Tensor:
+        seen.append("wait")
+        return wait(self)
+
+    assert layer.shared_experts is not None
+    for name, module in (("shared", layer.shared_experts), ("experts", layer.experts)):
+        module.register_forward_hook(lambda *_, name=name: seen.append(name))
+        module.register_full_backward_hook(lambda *_, name=name: seen.append(name))
+    transfer.launch, transfer.wait = launched, waited
+    try:
+        x = torch.randn(2, 6, 24, requires_grad=True)
+        out = layer(x, torch.tensor([0, 1])).y_BSD
+        seen.append("backward")
+        out.sum().backward()
+    finally:
+        transfer.launch, transfer.wait = launch, wait
+    return seen
+
+
+def test_shared_experts_run_while_rows_are_under_way(pools):
+    for seen in pools[2].run("tests.dist.test_dispatch:order_of_issue"):
+        at = seen.index("backward")
+        forward, backward = seen[:at], seen[at + 1 :]
+        # The choice and the rows leave, the shared experts run, both are waited for; one way home.
+        assert forward == ["launch", "launch", "shared", "wait", "wait", "experts", "launch", "wait"]
+        assert backward == ["launch", "wait", "experts", "launch", "launch", "shared", "wait", "wait"]

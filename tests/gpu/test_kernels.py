@@ -1,0 +1,152 @@
+"""Every fused operation against the reference in fp64, forward and backward, at odd shapes."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from dsv2.kernels.library import REFERENCE, KernelSet
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(scope="module")
+def fused() -> KernelSet:
+    from dsv2.kernels.library import fused_kernels
+
+    return fused_kernels()
+
+
+def normal(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
+    generator = torch.Generator("cuda").manual_seed(seed)
+    return (torch.randn(*shape, generator=generator, device="cuda") * scale).bfloat16()
+
+
+def run(function: Callable[..., Tensor], tensors: list[Tensor], dtype: torch.dtype | None) -> list[Tensor]:
+    """The result and the gradient of every tensor; in their own precision, or in `dtype`."""
+    inputs = [(t if dtype is None else t.to(dtype)).detach().clone().requires_grad_() for t in tensors]
+    out = function(*inputs)
+    readout = torch.linspace(-1, 1, out.numel(), device="cuda", dtype=torch.float64).view(out.shape)
+    (out * readout.to(out.dtype)).sum().backward()
+    return [out.detach(), *(t.grad for t in inputs)]
+
+
+def relative(got: Tensor, want: Tensor) -> float:
+    return ((got.double() - want.double()).norm() / want.double().norm().clamp(min=1e-30)).item()
+
+
+def check(reference: Callable, fused: Callable, tensors: list[Tensor], bound: float = 6e-3) -> None:
+    """As near to fp64 as bf16 allows, and no further than 1.5 times the reference in bf16."""
+    exact, plain, got = (
+        run(f, tensors, d) for f, d in ((reference, torch.float64), (reference, None), (fused, None))
+    )
+    for index, (g, p, e) in enumerate(zip(got, plain, exact, strict=True)):
+        assert g.shape == e.shape
+        assert torch.isfinite(g).all(), index
+        error = relative(g, e)
+        print(f"{index}: error {error:.2e}, reference's {relative(p, e):.2e}")
+        assert error < bound, (index, error)
+        assert error < 1.5 * relative(p, e) + 2e-3, (index, error)
+
+
+def choices(rows: int, top_k: int, experts: int, kind: str) -> Tensor:
+    """Experts of each row: even, skewed (one takes five times its share), some absent, one empty."""
+    generator = torch.Generator("cuda").manual_seed(1)
+    weights = torch.ones(rows, experts, device="cuda")
+    if kind == "skewed":
+        weights[:, 0] *= 5
+    if kind == "empty":
+        weights[:, 1] = 0
+    ids = torch.multinomial(weights, top_k, generator=generator)
+    if kind == "absent":
+        ids = ids.masked_fill(torch.rand(ids.shape, generator=generator, device="cuda") < 0.4, -1)
+    return ids
+
+
+@pytest.mark.parametrize("kind", ["even", "skewed", "empty", "absent"])
+@pytest.mark.parametrize(
+    ("rows", "top_k", "experts", "hidden", "width"),
+    [(1, 2, 4, 64, 32), (37, 3, 8, 256, 96), (1000, 6, 64, 2048, 1408)],
+)
+def test_routed_experts(fused, rows, top_k, experts, hidden, width, kind):
+    ids = choices(rows, top_k, experts, kind)
+    counts = torch.stack([(ids == e).sum() for e in range(experts)])
+    w13, w2 = (
+        normal(experts, 2 * width, hidden, seed=2, scale=0.05),
+        normal(experts, hidden, width, seed=3, scale=0.05),
+    )
+    weights = torch.rand(rows, top_k, device="cuda")
+
+    def apply(kernels: KernelSet, n_pairs: int) -> Callable[..., Tensor]:
+        return lambda x, w, a, b: kernels.routed_experts(x, ids, w, counts, n_pairs, a, b)
+
+    for n_pairs in {ids.numel(), int(counts.sum())}:
+        check(apply(REFERENCE, n_pairs), apply(fused, n_pairs), [normal(rows, hidden), weights, w13, w2])
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(("tokens", "slots", "width"), [(1, 1, 8), (50, 4, 100), (333, 8, 5120)])
+def test_rows(fused, tokens, slots, width, weighted):
+    from dsv2.kernels.rows import map_rows
+
+    generator = torch.Generator("cuda").manual_seed(0)
+    keys = torch.randint(0, 5, (tokens, slots), device="cuda", generator=generator)
+    rows = map_rows(keys, max(1, int((keys < 4).sum())))
+    check(
+        lambda x: REFERENCE.gather_rows(x, rows),
+        lambda x: fused.gather_rows(x, rows),
+        [normal(tokens, width)],
+    )
+    y = normal(len(rows.slot_P), width)
+    if weighted:
+        weights = torch.rand(tokens, slots, device="cuda")
+        check(
+            lambda y, w: REFERENCE.sum_rows(y, w, rows, tokens),
+            lambda y, w: fused.sum_rows(y, w, rows, tokens),
+            [y, weights],
+        )
+    else:
+        check(
+            lambda y: REFERENCE.sum_rows(y, None, rows, tokens),
+            lambda y: fused.sum_rows(y, None, rows, tokens),
+            [y],
+        )
+
+
+@pytest.mark.parametrize("shape", [(1, 8), (3, 5, 100), (2, 17, 2816), (129, 10944)])
+def test_silu_mul(fused, shape):
+    check(REFERENCE.silu_mul, fused.silu_mul, [normal(*shape), normal(*shape, seed=1)])
+
+
+@pytest.mark.parametrize(("tokens", "hidden", "vocab"), [(1, 64, 1000), (33, 128, 5003), (9000, 256, 4096)])
+def test_head_loss(fused, tokens, hidden, vocab):
+    labels = torch.randint(
+        0, vocab, (tokens,), device="cuda", generator=torch.Generator("cuda").manual_seed(0)
+    )
+    tensors = [normal(tokens, hidden), normal(vocab, hidden, seed=1, scale=0.2)]
+    check(
+        lambda x, w: REFERENCE.head_loss(x, w, labels),
+        lambda x, w: fused.head_loss(x, w, labels),
+        tensors,
+        bound=1e-2,
+    )
+
+
+@pytest.mark.parametrize(
+    ("batch", "length", "heads", "nope", "rope", "v_dim"),
+    [(2, 64, 4, 32, 16, 32), (1, 257, 3, 128, 64, 128), (2, 1000, 16, 128, 64, 128)],
+)
+def test_latent_attention(fused, batch, length, heads, nope, rope, v_dim):
+    from dsv2.model.rope import rope_tables
+
+    cos, sin = rope_tables(torch.arange(length, device="cuda"), rope, 10000.0)
+    scale = (nope + rope) ** -0.5
+    q = normal(batch, length, heads, nope + rope)
+    kv = normal(batch, length, heads, nope + v_dim, seed=1)
+    latent_and_rope = normal(batch, length, 40 + rope, seed=2)
+
+    def apply(kernels: KernelSet) -> Callable[..., Tensor]:
+        return lambda q, kv, c: kernels.latent_attention(q, kv, c[..., 40:], cos, sin, scale)
+
+    check(apply(REFERENCE), apply(fused), [q, kv, latent_and_rope], bound=1e-2)
