@@ -5,8 +5,8 @@ storages of real engines. `memory` adds the moments at which a rank needs most.
 
 What DeepSpeed does with the settings of `deepspeed_config`:
 - ZeRO-0 (fp32): torch's own AdamW on the model's parameters.
-- ZeRO-1 in bf16: BF16_Optimizer. Each rank keeps the WHOLE fp32 gradient of its parameters, and copies
-  a whole group of it to bf16 for the reduction.
+- ZeRO-1 in bf16: BF16_Optimizer. Each rank keeps the WHOLE fp32 gradient of its parameters, and reduces
+  it in fp32, in place but for groups that share a bucket.
 - ZeRO-1 in fp32 and ZeRO-2: masters beside the weights even in fp32, and a reduction bucket of 5e8
   elements from the first backward of a step on, however small the model.
 - ZeRO-3: that bucket always; tensors of at most 1e5 elements stay whole; up to 1e9 elements are gathered.
@@ -154,9 +154,8 @@ def _reduction(parameters: RankParameters, stage: int, bf16: bool) -> float:
     size = 2 if bf16 else FP32
     decay, experts = parameters.decay, parameters.experts
     if stage == 1 and bf16:
-        # A group's gradients are one flat tensor. Groups that share a bucket are joined in fp32 first.
-        dense = 2 * decay.elements if decay.elements > BUCKET else (2 + FP32) * parameters.dense
-        return max(dense, 2 * experts.elements)
+        # A group's gradients are one flat tensor. Groups that share a bucket are joined first.
+        return 0 if decay.elements > BUCKET else FP32 * parameters.dense
     if stage == 1:
         return 0  # what was copied into the bucket is freed where it came from
     largest = max(*decay.sizes, *experts.sizes)

@@ -6,7 +6,8 @@ holds both to the built model.
 
 from typing import NamedTuple
 
-from dsv2.config import ModelConfig
+from dsv2.config import AttentionKind, ModelConfig
+from dsv2.model.flops import key_value_heads
 
 
 class Group(NamedTuple):
@@ -34,7 +35,11 @@ class RankParameters(NamedTuple):
 
 
 def _attention(m: ModelConfig) -> list[int]:
+    """Matrices of one layer's attention."""
     heads = m.num_attention_heads
+    if m.attention is not AttentionKind.mla:
+        query, key = (m.hidden_size * m.qk_nope_head_dim * n for n in (heads, key_value_heads(m)))
+        return [query, key, key, query]
     q_width = heads * (m.qk_nope_head_dim + m.qk_rope_head_dim)
     if m.q_lora_rank is None:
         query = [m.hidden_size * q_width]
@@ -58,7 +63,9 @@ def rank_parameters(m: ModelConfig, world_size: int, ep_size: int) -> RankParame
     matrices += [m.n_routed_experts * m.hidden_size] * moe_layers
     if m.n_shared_experts:
         matrices += [m.hidden_size * m.n_shared_experts * m.moe_intermediate_size] * (3 * moe_layers)
-    latents = [m.kv_lora_rank, *([] if m.q_lora_rank is None else [m.q_lora_rank])]
+    latents = []
+    if m.attention is AttentionKind.mla:
+        latents = [m.kv_lora_rank, *([] if m.q_lora_rank is None else [m.q_lora_rank])]
     norms = [m.hidden_size, m.hidden_size, *latents] * m.num_hidden_layers + [m.hidden_size]
     w2 = m.n_routed_experts // ep_size * m.hidden_size * m.moe_intermediate_size
     return RankParameters(

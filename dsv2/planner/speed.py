@@ -5,26 +5,26 @@ given to the planner as mfu=..., takes their place. (ZeRO-3 prefetches weights; 
 known until it is measured.)
 """
 
-from math import comb
 from typing import NamedTuple
 
-from dsv2.config import Config, ModelConfig, Precision
+from dsv2.config import Config, Precision
 from dsv2.model.flops import flops_per_token
+from dsv2.moe.traffic import bytes_per_row
 from dsv2.planner.hardware import Gpu
 from dsv2.planner.parameters import rank_parameters
+from dsv2.planner.routing import mean_ranks
 
 ARITHMETIC = 0.4  # assumed: share of a GPU's peak that the model's arithmetic reaches, traffic aside
 LINKS = 0.8  # assumed: share of a link's data sheet rate that collectives reach
 
 
 class Traffic(NamedTuple):
-    """Bytes of one token's all-to-all in training, over all layers, sent by its rank."""
+    """One token's all-to-all in training, over all layers: bytes that its rank sends."""
 
-    sent: float  # by this engine: a row for each (token, expert) pair on another rank
+    ranks: float  # that its experts live on, on average; its own may be among them
+    sent: float
     between_machines: float  # of them
-    ranks: float  # ranks that a token's experts live on, on average
-    per_rank: float  # bytes if a token went to each rank once, under the limit of M groups
-    per_rank_unlimited: float  # the same without the limit
+    sent_unlimited: float  # were the token's experts anywhere, not in M groups
 
 
 class Speed(NamedTuple):
@@ -38,44 +38,22 @@ class Speed(NamedTuple):
     gpu_hours_per_trillion: float
 
 
-def mean_ranks(model: ModelConfig, ep_size: int, limited: bool) -> float:
-    """Ranks that a token's K experts live on, for a uniform router.
-
-    With the limit, M of the D groups are open and the K experts lie anywhere in them.
-    """
-    experts, top_k = model.n_routed_experts, model.num_experts_per_tok
-    groups, limit = (model.n_group, model.topk_group) if limited else (1, 1)
-    here = experts // ep_size  # of a rank
-    in_group = experts // groups
-    pool = limit * in_group
-    if here <= in_group:  # a rank lies within one group: it is open with probability M / D
-        return ep_size * limit / groups * (1 - comb(pool - here, top_k) / comb(pool, top_k))
-    held = groups // ep_size  # whole groups of a rank; `open_here` of them are open, hypergeometrically
-    missed = 0.0
-    for open_here in range(min(held, limit) + 1):
-        ways = comb(held, open_here) * comb(groups - held, limit - open_here) / comb(groups, limit)
-        missed += ways * comb(pool - open_here * in_group, top_k) / comb(pool, top_k)
-    return ep_size * (1 - missed)
-
-
 def traffic(config: Config, gpus_per_node: int) -> Traffic:
-    """All-to-all bytes of a token at this layout, routed uniformly."""
+    """All-to-all of a token at this layout, routed uniformly: a row for each rank that it reaches."""
     model, parallel = config.model, config.parallel
     ep = parallel.expert_parallel_size
     itemsize = 2 if parallel.precision is Precision.bf16 else 4
-    moe_layers = model.num_hidden_layers - min(model.first_k_dense_replace, model.num_hidden_layers)
-    # Out and home, forward and backward; a recomputed layer exchanges anew.
-    passes = 6 if parallel.activation_checkpointing else 4
-    row = passes * moe_layers * model.hidden_size * itemsize
-    sent = row * model.num_experts_per_tok * (ep - 1) / ep
-    remote = 1 - min(gpus_per_node, ep) / ep
+    row = bytes_per_row(model.hidden_size, model.num_experts_per_tok, itemsize)
+    row *= model.num_hidden_layers - min(model.first_k_dense_replace, model.num_hidden_layers)
+    if parallel.activation_checkpointing:  # a recomputed layer exchanges anew: half of it is the forward
+        row *= 1.5
     ranks = mean_ranks(model, ep, limited=True)
+    elsewhere = (ep - 1) / ep
     return Traffic(
-        sent=sent,
-        between_machines=row * model.num_experts_per_tok * remote,
         ranks=ranks,
-        per_rank=row * ranks * (ep - 1) / ep,
-        per_rank_unlimited=row * mean_ranks(model, ep, limited=False) * (ep - 1) / ep,
+        sent=row * ranks * elsewhere,
+        between_machines=row * ranks * (1 - min(gpus_per_node, ep) / ep),
+        sent_unlimited=row * mean_ranks(model, ep, limited=False) * elsewhere,
     )
 
 
@@ -96,11 +74,13 @@ def _states_seconds(config: Config, world_size: int, gpu: Gpu, gpus_per_node: in
     parameters = rank_parameters(config.model, world_size, ep)
     # In sizes of the whole tensors: an all-reduce sends them twice, a gather or a scatter once.
     if stage == 3:
-        sizes = 3 * micro_batches  # gathered forward and backward, scattered
+        moved = 3 * micro_batches * size  # gathered forward and backward, scattered
     elif stage == 2:
-        sizes = 2 * micro_batches + 1  # all-reduced each micro-batch, gathered after the step
+        moved = (2 * micro_batches + 1) * size  # all-reduced each micro-batch, gathered after the step
+    elif stage == 1:
+        moved = 2 * 4 + size  # all-reduced in fp32
     else:
-        sizes = 2 + (stage == 1)
+        moved = 2 * size
     seconds = 0.0
     for elements, members, stride in (
         (parameters.dense, world_size, 1),
@@ -108,7 +88,7 @@ def _states_seconds(config: Config, world_size: int, gpu: Gpu, gpus_per_node: in
     ):
         share = (members - 1) / members
         bandwidth = _ring_bandwidth(gpu, members, stride, gpus_per_node)
-        seconds += sizes * share * elements * size / bandwidth
+        seconds += moved * share * elements / bandwidth
     return seconds
 
 

@@ -30,7 +30,8 @@ def _title(planned: Planned) -> str:
     return (
         f"{config.name}: {machines.gpus} x {machines.gpu.name}, expert parallel "
         f"{parallel.expert_parallel_size}, ZeRO-{parallel.zero_stage}, {parallel.precision.value}, "
-        f"micro-batch {parallel.micro_batch_size} x {config.data.sequence_length} tokens, {layers}"
+        f"micro-batch {parallel.micro_batch_size} x {config.data.sequence_length} tokens, {layers}, "
+        f"{parallel.kernels.value} kernels"
     )
 
 
@@ -93,19 +94,14 @@ def _work_lines(planned: Planned) -> list[str]:
     if config.parallel.expert_parallel_size == 1:
         return [*lines, "  all-to-all  none"]
     model = config.model
-    once = (
-        f"              once for each rank that it reaches ({moved.ranks:.2f} of them) it would be "
-        f"{moved.per_rank / MIB:.2f}"
+    lines.append(
+        f"  all-to-all  {moved.sent / MIB:.2f} MiB sent, {moved.between_machines / MIB:.2f} of it to other "
+        f"machines; it reaches {moved.ranks:.2f} ranks"
     )
     if model.topk_group < model.n_group:
         limit = f"{model.topk_group} of {model.n_group} groups"
-        once += f";\n              without the limit to {limit}, {moved.per_rank_unlimited / MIB:.2f}"
-    return [
-        *lines,
-        f"  all-to-all  {moved.sent / MIB:.2f} MiB sent, {moved.between_machines / MIB:.2f} of it to other "
-        "machines: a row for each expert",
-        once,
-    ]
+        lines.append(f"              without the limit to {limit} {moved.sent_unlimited / MIB:.2f} MiB")
+    return lines
 
 
 def _time_lines(planned: Planned) -> list[str]:

@@ -1,11 +1,17 @@
 """What a rank really holds: run by the pool's processes for test_plan_memory.py."""
 
+import contextlib
 import gc
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
+from dsv2.config import Kernels, ParallelConfig
+from dsv2.engine import build_model
+from dsv2.parallel.deepspeed_moe import start_mesh
 from tests.dist import jobs
+from tests.idle_triton import idle_triton
 from tests.live import LiveMemory
 
 
@@ -23,22 +29,36 @@ def measure(rank: int, world_size: int, steps: int, micro_batches: int, **layout
         return live.total, live.peak
 
 
-def kept_by_forward(rank: int, world_size: int, ep: int, sequences: int) -> int:
-    """Bytes of the distinct storages that one forward keeps for its backward, without the weights'."""
-    from dsv2.config import ParallelConfig
-    from dsv2.engine import build_model
-    from dsv2.parallel.deepspeed_moe import start_mesh
+def one_pass(
+    rank: int, world_size: int, sizes: dict[str, int], sequences: int, parallel: ParallelConfig
+) -> tuple[int, int]:
+    """(bytes that a forward keeps for its backward, most bytes during both), without weights and gradients.
 
-    mesh = start_mesh(torch.device("cpu"), rank, world_size, ep)
-    model = build_model(jobs.model_config(v_head_dim=12), ParallelConfig(expert_parallel_size=ep), 0, mesh)
-    known = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: dict[int, torch.UntypedStorage] = {}
+    Of three passes the least, as gloo's threads may let go of what they sent a little late.
+    """
+    from dsv2.moe.router import route
 
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
-        return tensor
+    def at_random(x_TD: torch.Tensor, *rest: Any) -> Any:
+        """As the idle kernels' values are nonsense: every token somewhere, the same when recomputed."""
+        random_TD = torch.randn(x_TD.shape, generator=torch.Generator().manual_seed(rank))
+        return route(random_TD.to(x_TD.dtype), *rest)
 
-    batch = jobs.cut(jobs.global_batch(0), rank * sequences, sequences)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(batch.input_ids, batch.labels, batch.sequence_ids)
-    return sum(storage.nbytes() for address, storage in kept.items() if address not in known)
+    with contextlib.ExitStack() as stack:
+        if parallel.kernels is Kernels.fused:
+            kernels = stack.enter_context(idle_triton(chunk=8192))
+            stack.enter_context(patch("dsv2.engine.fused_kernels", lambda: kernels))
+            stack.enter_context(patch("dsv2.moe.layer.route", at_random))
+        mesh = start_mesh(torch.device("cpu"), rank, world_size, parallel.expert_parallel_size)
+        model = build_model(jobs.model_config(**sizes), parallel, 0, mesh)
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        known = [t for p in model.parameters() for t in (p, p.grad) if t is not None]
+        batch = jobs.cut(jobs.global_batch(0), rank * sequences, sequences)
+        kept, peaks = [], []
+        for _ in range(3):
+            with LiveMemory(known) as live:
+                out = model(batch.input_ids, batch.labels, batch.sequence_ids)
+                kept.append(live.total)
+                out.loss.backward()
+            peaks.append(live.peak)
+        return min(kept), min(peaks)

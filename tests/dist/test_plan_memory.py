@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from dsv2.config import Config, DataConfig, ParallelConfig, Precision
-from dsv2.planner.activations import Pass, activations, head
+from dsv2.config import Config, DataConfig, Kernels, ParallelConfig, Precision
+from dsv2.planner.activations import activations, head, make_pass
 from dsv2.planner.memory import BUCKET, Memory, memory
 from tests.dist import jobs
 
@@ -34,9 +34,11 @@ def planned(world_size: int, ep: int, stage: int, bf16: bool) -> Memory:
 
 KINDS = [(0, False), (1, False), (1, True), (2, False), (2, True), (3, False), (3, True)]
 GRID = [(world, ep) for world in (1, 2, 4) for ep in (1, 2, 4) if world % ep == 0]
-CHOSEN = [(1, 1), (4, 2)]
+# Each kind once, as trained: bf16 on four ranks, fp32 on one.
+CHOSEN = [(4, 2, 0, False), *((4, 2, stage, True) for stage in (1, 2, 3))]
+CHOSEN += [(1, 1, stage, False) for stage in (1, 2, 3)]
 CASES = [
-    pytest.param(world, ep, stage, bf16, marks=[] if (world, ep) in CHOSEN else pytest.mark.full)
+    pytest.param(world, ep, stage, bf16, marks=[] if (world, ep, stage, bf16) in CHOSEN else pytest.mark.full)
     for (world, ep), (stage, bf16) in itertools.product(GRID, KINDS)
 ]
 
@@ -58,11 +60,43 @@ def test_states_and_peak_are_those_of_the_engine(pools, world_size, ep, stage, b
         assert low < (want.peak - bucket) / (peak - bucket) < high, want.phases
 
 
-def test_experts_elsewhere_cost_two_more_copies_of_their_rows(pools):
-    """What two ranks that share the experts keep of a forward, against the tables, at one rank's share."""
-    kept = pools[2].run("tests.dist.memory_jobs:kept_by_forward", ep=2, sequences=4)
-    p = Pass(
-        jobs.model_config(v_head_dim=12), 4 * jobs.SEQUENCE, 4, ep_size=2, recompute=False, fused_norm=False
+# One expert a token on one of four ranks: then the reference's way home, with a slot for each rank, takes
+# the most.
+ONE_EXPERT = {"num_experts_per_tok": 1, "topk_group": 1}
+KERNELS = [
+    (Kernels.reference, Precision.fp32),
+    (Kernels.reference, Precision.bf16),
+    (Kernels.fused, Precision.bf16),
+]
+
+
+@pytest.mark.parametrize(("kernels", "precision"), KERNELS)
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(("world_size", "changes"), [(2, {}), (4, {}), (4, ONE_EXPERT)])
+def test_experts_elsewhere(pools, world_size, changes, recompute, kernels, precision):
+    """What ranks that share the experts keep of a forward, and their fullest moment, against the tables."""
+    # With one MoE layer a rank's fullest moment grows with its rows, and the ranks' mean is the balanced one.
+    sizes = {
+        "v_head_dim": 12,
+        "hidden_size": 64,
+        "moe_intermediate_size": 16,
+        "num_hidden_layers": 2,
+    } | changes
+    parallel = ParallelConfig(
+        expert_parallel_size=world_size,
+        activation_checkpointing=recompute,
+        precision=precision,
+        micro_batch_size=jobs.BATCH // world_size,
+        kernels=kernels,
     )
-    want = activations(p).kept + sum(head(p).values())
-    assert sum(kept) / 2 == pytest.approx(want, rel=0.03)
+    done = pools[world_size].run(
+        "tests.dist.memory_jobs:one_pass", sizes=sizes, sequences=parallel.micro_batch_size, parallel=parallel
+    )
+    kept, peak = (sum(values) / world_size for values in zip(*done, strict=True))
+    config = Config(
+        model=jobs.model_config(**sizes), data=DataConfig(sequence_length=jobs.SEQUENCE), parallel=parallel
+    )
+    p = make_pass(config, fused_norm=False)
+    want = activations(p)
+    assert want.kept + sum(head(p).values()) == pytest.approx(kept, rel=0.02)
+    assert 0.97 < want.peak / peak < 1.08

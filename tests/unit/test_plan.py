@@ -30,7 +30,8 @@ def refusal(*words: str) -> str:
         ),
         (
             ["experiment=lite", "gpus=8", "ep=3"],
-            "parallel.expert_parallel_size=3: must divide the number of processes, 8: one of 1, 2, 4, 8",
+            "parallel.expert_parallel_size=3: must divide the number of processes, 8: one of 1, 2, 4, 8; "
+            "torchrun --nproc_per_node starts more",
         ),
         (["gpus=8", "gpux=h100"], "gpux=h100: there is no such field; did you mean gpu?"),
         (["gpus=8", "zer=1"], "zer=1: there is no such field; did you mean zero?"),
@@ -42,11 +43,12 @@ def refusal(*words: str) -> str:
         (["gpus=8", "batch_size=7"], "batch_size=7: there is no such field; did you mean optim.batch_size?"),
         (
             ["gpus=8", "model=lit"],
-            "model=lit: there is no such option; did you mean lite? one of debug, lite, small, v2",
+            "model=lit: there is no such option; did you mean lite? "
+            "one of debug, lite, lite_slice, small, v2",
         ),
         (
             ["gpus=8", "experiment=nope"],
-            "experiment=nope: there is no such option; one of lite, quickstart, v2",
+            "experiment=nope: there is no such option; one of lite, long_context, quickstart, v2",
         ),
         (["gpus=8", "zero=4", "experiment=lite"], "parallel.zero_stage=4: must be 0, 1, 2 or 3"),
         (
@@ -94,7 +96,8 @@ def test_a_plan_that_fits(capsys):
     main(["experiment=lite", "gpus=8", "parallel.activation_checkpointing=true"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == (
-        "lite: 8 x H100, expert parallel 8, ZeRO-1, bf16, micro-batch 1 x 4096 tokens, layers recomputed"
+        "lite: 8 x H100, expert parallel 8, ZeRO-1, bf16, micro-batch 1 x 4096 tokens, layers recomputed, "
+        "fused kernels"
     )
     assert lines[1].startswith("parameters  15.7B, 2.66B active a token; a rank computes with 3.11B ")
     assert "it fits" in lines
