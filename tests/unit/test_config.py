@@ -27,7 +27,7 @@ NEEDED = {  # what a shipped choice leaves to the user
     "experiment=lite": ["data.path=somewhere"],
     "experiment=long_context": ["resume=somewhere", "data.path=somewhere"],
 }
-PROCESSES = {"quickstart": 2, "v2": 128, "lite": 128}
+PROCESSES = {"quickstart": 2, "long_context": 2, "v2": 128, "lite": 128}
 
 AT_LEAST_ONE = [
     "model.vocab_size",
