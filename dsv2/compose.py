@@ -5,6 +5,7 @@ import difflib
 import os
 import re
 import typing
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from dsv2.config import Config
 from dsv2.errors import UserError
 
 CONF = Path(__file__).parents[1] / "conf"
+# What a value that must be given looks like.
+_WANTED = {"data.path": "FOLDER with a folder that `python -m data.prepare` wrote"}
 
 
 def launched_ranks() -> tuple[int, int]:
@@ -35,6 +38,21 @@ def register_schema() -> None:
     ConfigStore.instance().store(name="schema", node=Config)
 
 
+def compose_overrides(overrides: list[str]) -> DictConfig:
+    """`conf/` under these overrides, for command lines that are not Hydra's own.
+
+    Raises:
+        UserError: Hydra refuses an override.
+    """
+    register_schema()
+    check_command_line(overrides)
+    try:
+        with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+            return compose("config", overrides)
+    except COMPOSITION_ERRORS as error:
+        raise explain(error, overrides) from None
+
+
 def to_config(composed: DictConfig) -> Config:
     """The typed configuration.
 
@@ -44,7 +62,7 @@ def to_config(composed: DictConfig) -> Config:
     """
     _check_keys(composed)
     if missing := sorted(OmegaConf.missing_keys(composed)):
-        raise UserError(f"{missing[0]}: must be given, as {missing[0]}=VALUE")
+        raise UserError(f"{missing[0]}: must be given, as {missing[0]}={_WANTED.get(missing[0], 'VALUE')}")
     config = OmegaConf.to_object(composed)
     assert isinstance(config, Config)
     return config
@@ -56,10 +74,9 @@ def compose_config(overrides: list[str]) -> Config:
     Raises:
         UserError: one message for whatever is wrong with them.
     """
-    register_schema()
+    composed = compose_overrides(overrides)
     try:
-        check_command_line(overrides)
-        return to_config(_compose(overrides))
+        return to_config(composed)
     except COMPOSITION_ERRORS as error:
         raise explain(error, overrides) from None
 
@@ -71,12 +88,7 @@ def check_shown(arguments: list[str]) -> None:
         arguments: train.py's whole command line.
     """
     if any(argument == "-c" or argument.startswith("--cfg") for argument in arguments):
-        _check_keys(_compose([a for a in arguments if "=" in a and not a.startswith("-")]))
-
-
-def _compose(overrides: list[str]) -> DictConfig:
-    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        return compose("config", overrides=overrides)
+        _check_keys(compose_overrides([a for a in arguments if "=" in a and not a.startswith("-")]))
 
 
 def _check_keys(composed: DictConfig) -> None:
@@ -137,14 +149,15 @@ def _keys(node: DictConfig, prefix: str = "") -> list[str]:
     return keys
 
 
-def unknown_key(key: str, given: str | None = None) -> str:
+def unknown_key(key: str, given: str | None = None, words: Collection[str] = ()) -> str:
     """The message for a key that no field has, with the nearest field that exists.
 
     Args:
         key: dotted name.
         given: the override as it was written, where it is known.
+        words: further keys that the command line takes.
     """
-    names = list(field_types())
+    names = [*words, *field_types()]
     near = difflib.get_close_matches(key, names, n=1, cutoff=0.7)
     if not near:  # the right name in the wrong section, such as lr for optim.lr
         leaf = difflib.get_close_matches(key.split(".")[-1], [n.split(".")[-1] for n in names], n=1)

@@ -68,6 +68,10 @@ def deepspeed_config(optim: OptimConfig, parallel: ParallelConfig, world_size: i
         # A gradient goes to its fp32 buffer as soon as it is there, and is freed.
         config["bf16"] = {"enabled": True, "immediate_grad_update": parallel.zero_stage == 1}
         config["data_types"] = {"grad_accum_dtype": "fp32"}
+        if parallel.zero_stage == 1:
+            # Else the step's fp32 gradients would be rounded to bf16 before the ranks' are added up, in bf16.
+            # Stages 2 and 3 reduce each micro-batch's bf16 gradients, and would take GiB of copies for it.
+            config["communication_data_type"] = "fp32"
     return config
 
 

@@ -21,8 +21,8 @@ from dsv2.errors import Diverged
 from dsv2.evaluate import Evaluation, Evaluator
 from dsv2.metrics import balance_metrics, exchange_metrics, routing_maps, routing_metrics
 from dsv2.model.flops import count_parameters, flops_per_token, peak_flops
-from dsv2.moe.dispatch import bytes_per_row
 from dsv2.moe.stats import RoutingStats
+from dsv2.moe.traffic import bytes_per_row
 from dsv2.optim import StepPlan, count_steps
 from dsv2.parallel.mesh import Mesh
 from dsv2.tracker import open_tracker

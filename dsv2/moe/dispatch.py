@@ -96,14 +96,6 @@ def _ranks_reached(kept_TK: Tensor, experts_a_rank: int, n_ranks: int) -> Tensor
     return reached_TW.scatter_(1, ranks_TK + 1, True)[:, 1:]
 
 
-def bytes_per_row(hidden_size: int, top_k: int, element_bytes: int) -> int:
-    """Bytes that one crossing row costs in a training step: there and back, forward and backward.
-
-    The hidden state crosses four times, its choice and weights twice, in fp32.
-    """
-    return 4 * hidden_size * element_bytes + 2 * 2 * top_k * 4
-
-
 class _Transfer:
     """One exchange of rows: at most one collective is under way, forwards or backwards."""
 

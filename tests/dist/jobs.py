@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -210,6 +211,16 @@ def train(
     for name in ("losses", "lm_losses", "balance", "grad_norms", "dropped"):
         getattr(first, name).extend(getattr(rest, name))
     return first, moments, owned(engine, "fp32")
+
+
+def types_reduced(rank: int, world_size: int, **layout: Any) -> set[torch.dtype]:
+    """Of what DeepSpeed adds up over the ranks in a step: the types of tensors as large as gradients."""
+    import deepspeed.comm
+
+    engine = make_engine(rank, world_size, **layout)
+    with patch.object(deepspeed.comm, "all_reduce", wraps=deepspeed.comm.all_reduce) as all_reduce:
+        steps_of(engine, 0, 1, layout["micro_batch"])
+    return {call.args[0].dtype for call in all_reduce.call_args_list if call.args[0].numel() > 1000}
 
 
 def whole(parts_of_ranks: list[list[tuple[str, int, int, np.ndarray]]]) -> dict[str, np.ndarray]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from dsv2.config import AttentionKind
 from tests.dist import jobs
@@ -120,6 +121,12 @@ def test_bf16_follows_fp32(train, stage):
         # A gradient that never came would be 1 off; a norm's sums many small terms of either sign.
         assert jobs.relative(got.first_moment[name], want.first_moment[name]) < 0.3, name
         assert jobs.relative(got.weights[name], want.weights[name]) < 1.5e-2, name
+
+
+def test_bf16_adds_up_a_step_s_gradients_in_fp32(pools):
+    """Under ZeRO-1 they are fp32 already: rounding them for the ranks' sum would lose what that is for."""
+    types = pools[2].run("tests.dist.jobs:types_reduced", ep=1, stage=1, micro_batch=2, bf16=True)
+    assert types == [{torch.float32}] * 2
 
 
 @pytest.mark.full

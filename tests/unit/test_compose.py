@@ -51,8 +51,10 @@ MISTAKES = {
     "model.rope_scaling.factor=2": ["plain RoPE has no such field; choose rope_scaling=yarn too"],
     "model.rope_scaling={factor:2}": ["plain RoPE has no such field; choose rope_scaling=yarn too"],
     "optim=null": ["optim"],
-    "experiment=long_context": ["data.path: must be given, as data.path=VALUE"],
-    "data=local": ["data.path: must be given, as data.path=VALUE"],
+    "experiment=long_context": ["data.path: must be given, as data.path=FOLDER with a folder that `python"],
+    "data=local": [
+        "data.path: must be given, as data.path=FOLDER with a folder that `python -m data.prepare` wrote"
+    ],
     # syntax
     "optim.lr": ["optim.lr"],
     "optim.lr=[1": ["[1"],

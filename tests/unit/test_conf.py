@@ -19,8 +19,11 @@ EXPERIMENTS = sorted(path.relative_to(FOLDER).with_suffix("").as_posix() for pat
 NEEDED = {  # what a shipped choice leaves to the user
     "data=local": ["data.path=somewhere"],
     "data=hf_stream": ["data.dataset=json", "data.tokenizer=somewhere.model"],
+    "experiment=v2": ["data.path=somewhere"],
+    "experiment=lite": ["data.path=somewhere"],
     "experiment=long_context": ["resume=somewhere", "data.path=somewhere"],
 }
+PROCESSES = {"v2": 128, "lite": 128}  # of the others: 2
 
 
 @pytest.mark.parametrize("choice", SHIPPED)
@@ -35,7 +38,7 @@ def test_every_shipped_choice_is_valid(choice):
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_is_valid(experiment):
     choice = f"experiment={experiment}"
-    validate(compose_config(choice, *NEEDED.get(choice, [])), 2)
+    validate(compose_config(choice, *NEEDED.get(choice, [])), PROCESSES.get(experiment, 2))
 
 
 def test_long_context_is_the_papers_stage():

@@ -8,9 +8,9 @@ import torch
 
 from dsv2.metrics import balance_metrics, bits_per_byte, exchange_metrics, routing_maps, routing_metrics
 from dsv2.moe.balance import BalanceLosses
-from dsv2.moe.dispatch import bytes_per_row
 from dsv2.moe.router import Routing
 from dsv2.moe.stats import RoutingStats, routing_stats
+from dsv2.moe.traffic import bytes_per_row
 from tests.unit.helpers import tiny_config
 
 LAYERS, EXPERTS, GROUPS = 3, 12, 4

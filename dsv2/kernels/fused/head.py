@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-CHUNK = 8192  # tokens: 1.6 GiB of logits at a vocabulary of 102400
+from dsv2.kernels import HEAD_CHUNK
 
 
 @triton.jit
@@ -43,8 +43,8 @@ class _HeadLoss(torch.autograd.Function):
         losses_T = torch.empty(tokens, dtype=torch.float32, device=hidden_TD.device)
         grad_hidden = torch.empty_like(hidden_TD)
         grad_weight = torch.zeros(weight_VD.shape, dtype=torch.float32, device=hidden_TD.device)
-        for start in range(0, tokens, CHUNK):
-            part = slice(start, min(start + CHUNK, tokens))
+        for start in range(0, tokens, HEAD_CHUNK):
+            part = slice(start, min(start + HEAD_CHUNK, tokens))
             hidden_CD = hidden_TD[part]
             logits_CV = hidden_CD @ weight_VD.t()
             block = (logits_CV, labels_T[part], losses_T[part])

@@ -1,0 +1,287 @@
+"""What one micro-batch's forward keeps for its backward, and what either needs beside it, in bytes.
+
+One function a module, each a small table of the tensors that autograd keeps, so that a module whose
+code changes has one table to change. `tests/unit/test_plan_activations.py` counts the real tensors.
+
+The tables are for balanced routing: every rank's experts get `tokens x top-k` pairs, and as many rows
+come to a rank as leave it.
+"""
+
+from typing import NamedTuple
+
+from dsv2.config import AttentionKind, Config, Kernels, ModelConfig, Precision
+from dsv2.kernels import HEAD_CHUNK
+from dsv2.planner.routing import mean_ranks
+
+Table = dict[str, float]  # tensor: bytes
+FP32, INT32, INT64 = 4, 4, 8  # bytes
+
+
+class Pass(NamedTuple):
+    """One micro-batch on one rank."""
+
+    model: ModelConfig
+    tokens: int
+    itemsize: int  # bytes of an activation: 2 in bf16, 4 in fp32
+    ep_size: int
+    recompute: bool
+    fused_norm: bool  # CUDA's one kernel; on CPU torch takes RMSNorm apart and keeps more
+    kernels: Kernels = Kernels.reference
+
+    @property
+    def fused(self) -> bool:
+        return self.kernels is Kernels.fused
+
+    @property
+    def cast(self) -> bool:
+        """Is something in fp32 a copy?"""
+        return self.itemsize != FP32
+
+    @property
+    def pairs(self) -> int:
+        """Of a token and an expert, at the experts of this rank."""
+        return self.tokens * self.model.num_experts_per_tok
+
+    @property
+    def rows(self) -> float:
+        """Tokens that come to the experts of this rank, its own among them; as many are sent."""
+        if self.ep_size == 1:
+            return self.tokens
+        return self.tokens * mean_ranks(self.model, self.ep_size, limited=True)
+
+    @property
+    def row(self) -> int:
+        """Bytes of a hidden state."""
+        return self.model.hidden_size * self.itemsize
+
+
+def make_pass(config: Config, fused_norm: bool = True) -> Pass:
+    parallel = config.parallel
+    return Pass(
+        model=config.model,
+        tokens=parallel.micro_batch_size * config.data.sequence_length,
+        itemsize=2 if parallel.precision is Precision.bf16 else 4,
+        ep_size=parallel.expert_parallel_size,
+        recompute=parallel.activation_checkpointing,
+        fused_norm=fused_norm,
+        kernels=parallel.kernels,
+    )
+
+
+def _norm(p: Pass, width: int) -> float:
+    """RMSNorm's input and 1 / rms, and its output, which the matrix behind it keeps."""
+    output = p.tokens * width * p.itemsize
+    if p.fused_norm:
+        return 2 * output + p.tokens * FP32
+    # Taken apart: the input and the normalised input, both in fp32.
+    return output + p.tokens * (2 * width + 1) * FP32
+
+
+def attention(p: Pass) -> Table:
+    """dsv2/model/mla.py and dsv2/model/mha.py, with the norm before them."""
+    m, t, a = p.model, p.tokens, p.itemsize
+    heads = m.num_attention_heads
+    table: Table = {"norm": _norm(p, m.hidden_size), "log-sum-exp": t * heads * FP32}
+    if m.attention is not AttentionKind.mla:  # a key and a value are copied for every query head
+        each = t * heads * m.qk_nope_head_dim * a
+        return table | dict.fromkeys(("queries", "keys", "values", "output"), each)
+    qk = m.qk_nope_head_dim + m.qk_rope_head_dim
+    return table | {
+        "query latent": _norm(p, m.q_lora_rank) if m.q_lora_rank else 0,
+        "key/value latent": _norm(p, m.kv_lora_rank),
+        "queries": t * heads * qk * a,
+        "keys": t * heads * qk * a,
+        # The values are a view of the up-projection, whose other half, k_nope, stays with them.
+        "values": t * heads * (m.qk_nope_head_dim + m.v_head_dim) * a,
+        "output": t * heads * m.v_head_dim * a,
+    }
+
+
+def _swiglu(p: Pass, width: int) -> float:
+    """gate, up, their product and, unless fused, silu(gate); the input is counted with its norm."""
+    return (3 if p.fused else 4) * p.tokens * width * p.itemsize
+
+
+def dense_ffn(p: Pass) -> Table:
+    """The dense FFN of dsv2/moe/experts.py with the norm before it."""
+    return {"norm": _norm(p, p.model.hidden_size), "ffn": _swiglu(p, p.model.intermediate_size)}
+
+
+def moe(p: Pass) -> Table:
+    """dsv2/moe/layer.py with the norm before it."""
+    m, t = p.model, p.tokens
+    # In bf16 the router and the experts keep copies of the norm's output; then only the shared experts,
+    # or fused experts on the same rank, keep the output itself.
+    needed = m.n_shared_experts or (p.fused and p.ep_size == 1) or not p.cast
+    table: Table = {
+        "norm": _norm(p, m.hidden_size) - (0 if needed else t * p.row),
+        "router: input in fp32": p.cast * t * m.hidden_size * FP32,
+        "router: centroids in fp32": p.cast * m.n_routed_experts * m.hidden_size * FP32,
+        # The chosen ids are a view of the sort over all experts.
+        "router: affinities and ids": t * m.n_routed_experts * (FP32 + INT64),
+        "shared experts": _swiglu(p, m.n_shared_experts * m.moe_intermediate_size),
+    }
+    if p.ep_size > 1:
+        # The rows' order is a view of the sort over all ranks.
+        table["dispatch: indices"] = (t * p.ep_size + (1 if p.fused else 2) * p.rows) * INT64
+    return table | (_fused_experts(p) if p.fused else _reference_experts(p))
+
+
+def _reference_experts(p: Pass) -> Table:
+    """dsv2/kernels/experts.py, and `combine` of dsv2/moe/dispatch.py."""
+    m = p.model
+    width, slots = p.pairs * m.moe_intermediate_size * p.itemsize, p.rows * m.num_experts_per_tok
+    alone = p.ep_size == 1
+    return {
+        "experts: indices": (slots + p.pairs) * INT64,
+        "experts: rows": p.pairs * p.row,
+        "experts: gate and up": 2 * width,
+        "experts: silu, product": 2 * width,
+        # index_copy keeps its source.
+        "sums: outputs": p.pairs * p.row,
+        "sums: in fp32": slots * m.hidden_size * FP32,  # a slot for each expert of a token that came
+        "sums: weights": slots * FP32 * (1 if alone else 2),  # came in one tensor with the ids
+        "combine: rows": 0 if alone else p.rows * p.row,
+    }
+
+
+def _fused_experts(p: Pass) -> Table:
+    """dsv2/kernels/fused/experts.py; `combine` keeps nothing."""
+    m = p.model
+    slots = p.rows * m.num_experts_per_tok
+    return {
+        "experts: indices": slots * (INT64 + INT32),
+        "experts: rows": 0 if p.ep_size == 1 else p.rows * p.row,
+        "experts: gate and up": 2 * p.pairs * m.moe_intermediate_size * p.itemsize,
+        "experts: weights": (slots + p.pairs) * FP32,
+    }
+
+
+def head(p: Pass) -> Table:
+    """The last norm, the output head and its cross-entropy: dsv2/kernels/head.py or fused/head.py."""
+    m, t = p.model, p.tokens
+    norm = _norm(p, m.hidden_size)
+    if p.fused:  # what it needs of the norm's output is in the gradients
+        return {"norm": norm - t * p.row, "ids": t * INT64, "gradients": (t + m.vocab_size) * p.row}
+    return {"norm": norm, "ids and labels": 2 * t * INT64, "log-probabilities": t * m.vocab_size * FP32}
+
+
+def _logits(p: Pass) -> float:
+    """Bytes at the head's fullest moment."""
+    m, t = p.model, p.tokens
+    if not p.fused:  # the log-probabilities, their gradient and the logits' gradient stand side by side
+        return sum(head(p).values()) + 2 * t * m.vocab_size * FP32
+    # Either a chunk's logits and its part of the matrix's fp32 gradient, or two chunks' logits.
+    logits, gradient = m.vocab_size * p.itemsize, m.vocab_size * m.hidden_size * FP32
+    chunk = max(gradient + min(HEAD_CHUNK, t) * logits, min(2 * HEAD_CHUNK, t) * logits)
+    return _norm(p, m.hidden_size) + 2 * t * INT64 + t * p.row + gradient + chunk
+
+
+def _attention_workspace(p: Pass) -> float:
+    """Gradients of queries, keys and values, and of the projections they are cut from."""
+    m = p.model
+    qk, v = m.qk_nope_head_dim + m.qk_rope_head_dim, m.v_head_dim
+    kv = m.qk_nope_head_dim + v
+    if m.attention is not AttentionKind.mla:
+        qk = v = m.qk_nope_head_dim
+        kv = 0
+    return p.tokens * m.num_attention_heads * (3 * qk + v + kv) * p.itemsize
+
+
+def _dense_workspace(p: Pass) -> float:
+    """Gradients of the dense FFN's product and of silu(gate), and the residual stream's."""
+    m = p.model
+    return p.tokens * (2 * m.intermediate_size * p.itemsize + m.hidden_size * (p.itemsize + FP32))
+
+
+def _moe_workspace(p: Pass) -> float:
+    """What an MoE layer needs at its fullest, beyond the layer's own tables.
+
+    The routed experts' backward runs first, then the shared ones'; each frees what it kept as it goes.
+    """
+    m, t = p.model, p.tokens
+    table = moe(p)
+    freed = sum(size for name, size in table.items() if name.startswith(("experts", "sums", "combine")))
+    shared = 2 * t * m.n_shared_experts * m.moe_intermediate_size * p.itemsize - freed
+    routed = _fused_workspace(p) if p.fused else _reference_workspace(p, table)
+    stream = t * (p.row + (0 if p.fused else m.hidden_size * FP32))
+    return max(shared, routed) + stream
+
+
+def _reference_workspace(p: Pass, table: Table) -> float:
+    """`combine`, then the sums in fp32, then the experts.
+
+    The experts' gradients exist one by one until the last expert is done, and are then stacked, first
+    w2's and then w13's: 3 + 1 and 2 + 2 matrices an expert.
+    """
+    m = p.model
+    combine = forward = 0.0
+    if p.ep_size > 1:  # a slot for each rank, whether a token reaches it or not
+        slots = p.tokens * p.ep_size * m.hidden_size
+        combine = p.cast * slots * p.itemsize + p.rows * p.row
+        # Empty slots and filled ones, then filled ones and their fp32 copies; with the rows sent home,
+        # the shared experts' output and, where its norm keeps but an fp32 copy, the residual stream.
+        forward = slots * max(2 * p.itemsize, p.itemsize + p.cast * FP32)
+        forward += (p.rows + (1 + p.cast) * p.tokens) * p.row
+    freed = table["combine: rows"]
+    sums = 2 * p.rows * m.num_experts_per_tok * m.hidden_size * FP32 - freed
+    if p.ep_size > 1:
+        sums += p.rows * (p.row + p.cast * m.hidden_size * FP32)
+    freed += sum(size for name, size in table.items() if name.startswith("sums"))
+    freed += table["experts: gate and up"] + table["experts: silu, product"]
+    weights = 4 * _expert_matrices(p) + table["experts: rows"] - freed
+    return max(forward, combine, sums, weights)
+
+
+def _fused_workspace(p: Pass) -> float:
+    """The backward of dsv2/kernels/fused/experts.py.
+
+    At the gradient of w2 there are those of the outputs, of the product and of gate and up; at the
+    input's those of gate and up, of both weights, of the pairs and of the rows.
+    """
+    width = p.pairs * p.model.moe_intermediate_size * p.itemsize
+    matrix, pairs, rows = _expert_matrices(p), p.pairs * p.row, p.rows * p.row
+    fullest = max(pairs + 3 * width + matrix, pairs + rows + 2 * width + 3 * matrix)
+    return fullest + (0 if p.ep_size == 1 else rows)  # with the gradient that came
+
+
+def _held_orders(p: Pass) -> float:
+    """The orders of rows, which the fused kernels hold past a checkpoint: they are no saved tensors."""
+    if not p.fused:
+        return 0
+    ranks = 0 if p.ep_size == 1 else p.tokens * p.ep_size
+    return (p.rows * p.model.num_experts_per_tok + ranks) * INT64
+
+
+def _expert_matrices(p: Pass) -> float:
+    """Bytes of one of this rank's experts' three matrices, of all its experts."""
+    m = p.model
+    return m.n_routed_experts // p.ep_size * m.hidden_size * m.moe_intermediate_size * p.itemsize
+
+
+class Activations(NamedTuple):
+    """Bytes a rank needs for one micro-batch beside its model states."""
+
+    kept: float  # by the layers, until their backward
+    peak: float  # `kept` and what its fullest moment adds to it
+    logits: float  # of the peak, at the head
+
+
+def activations(p: Pass) -> Activations:
+    """Bytes at the fullest moment of a forward and backward.
+
+    That moment is either at the head, when every layer's tensors are kept, or a layer's.
+    """
+    m = p.model
+    dense_layers = min(m.first_k_dense_replace, m.num_hidden_layers)
+    moe_layers = m.num_hidden_layers - dense_layers
+    attended, dense, mixture = (sum(table(p).values()) for table in (attention, dense_ffn, moe))
+    logits = _logits(p)
+    layer = _moe_workspace(p)
+    if p.recompute:  # a layer keeps its input alone, and makes the rest anew in its backward
+        kept = m.num_hidden_layers * p.tokens * p.row + moe_layers * _held_orders(p)
+        ffn = max(mixture + layer, (dense + _dense_workspace(p)) if dense_layers else 0)
+        layer = attended + max(ffn, _attention_workspace(p))
+    else:
+        kept = m.num_hidden_layers * attended + dense_layers * dense + moe_layers * mixture
+    return Activations(kept, kept + max(logits, layer), logits)

@@ -1,0 +1,180 @@
+"""Bytes of one rank under DeepSpeed 0.19.8 as dsv2/engine.py sets it up.
+
+`states` is what stays between steps, to the element: tests/dist/test_plan_memory.py holds it to the
+storages of real engines. `memory` adds the moments at which a rank needs most.
+
+What DeepSpeed does with the settings of `deepspeed_config`:
+- ZeRO-0 (fp32): torch's own AdamW on the model's parameters.
+- ZeRO-1 in bf16: BF16_Optimizer. Each rank keeps the WHOLE fp32 gradient of its parameters, and reduces
+  it in fp32, in place but for groups that share a bucket.
+- ZeRO-1 in fp32 and ZeRO-2: masters beside the weights even in fp32, and a reduction bucket of 5e8
+  elements from the first backward of a step on, however small the model.
+- ZeRO-3: that bucket always; tensors of at most 1e5 elements stay whole; up to 1e9 elements are gathered.
+"""
+
+from typing import NamedTuple
+
+from dsv2.config import Config, Precision
+from dsv2.planner.activations import FP32, Activations, activations, make_pass
+from dsv2.planner.parameters import Group, RankParameters, rank_parameters
+
+BUCKET = 500_000_000  # elements; zero_optimization.reduce_bucket_size
+PERSISTENT = 100_000  # stage3_param_persistence_threshold
+LIVE = 1_000_000_000  # stage3_max_live_parameters
+SUB_GROUP = 1_000_000_000  # sub_group_size of ZeRO-3
+
+
+class States(NamedTuple):
+    """Bytes that stay on a rank between steps."""
+
+    weights: int
+    gradients: int
+    masters: int  # fp32 weights beside the model's own
+    moments: int  # Adam's two
+    buffers: int
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+
+def _owned(group: Group, stage: int) -> int:
+    """Elements of the group whose fp32 weights and moments this rank keeps."""
+    if stage == 0:
+        return group.elements
+    if stage == 3:
+        return sum(-(-size // group.copies) for size in group.sizes)
+    return _flat(group) // group.copies
+
+
+def _flat(group: Group) -> int:
+    """Elements of the group's flat buffer under ZeRO-1 and 2, which pads it for its partitions."""
+    unit = 2 * group.copies
+    return -(-group.elements // unit) * unit
+
+
+def states(parameters: RankParameters, stage: int, bf16: bool) -> States:
+    """Bytes after a step: nothing in flight, no activations."""
+    size = 2 if bf16 else FP32
+    owned = sum(_owned(group, stage) for group in parameters)
+    moments = 2 * FP32 * owned
+    if stage == 0:
+        return States(FP32 * owned, 0, 0, moments, 0)
+    if stage == 3:
+        weights = size * (owned + _stays_whole(parameters))
+        return States(weights, FP32 * owned, FP32 * owned, moments, size * BUCKET)
+    flat = sum(_flat(group) for group in parameters)
+    gradients = FP32 * flat if stage == 1 and bf16 else 0
+    return States(size * flat, gradients, FP32 * owned, moments, 0)
+
+
+def _stays_whole(parameters: RankParameters) -> int:
+    """Elements of small tensors that ZeRO-3 keeps gathered beside their parts."""
+    spread = [group for group in parameters if group.copies > 1]
+    return sum(size for group in spread for size in group.sizes if size <= PERSISTENT)
+
+
+class Memory(NamedTuple):
+    """Bytes of one rank."""
+
+    states: States
+    step_gradients: float  # more gradients, while a step accumulates them
+    step_buffers: float  # reduction bucket and its copies, gathered weights
+    activations: Activations
+    phases: dict[str, float]  # each moment that may be the fullest: bytes then
+
+    @property
+    def peak(self) -> float:
+        return max(self.phases.values())
+
+    @property
+    def fullest(self) -> str:
+        return max(self.phases, key=lambda name: self.phases[name])
+
+
+def memory(config: Config, world_size: int, gpu: bool = True) -> Memory:
+    """What a rank of `world_size` needs for this configuration.
+
+    Args:
+        config: the whole configuration, validated for `world_size`.
+        world_size: ranks of the job.
+        gpu: False counts what torch's CPU kernels keep, which the tests can run.
+    """
+    parallel = config.parallel
+    stage, bf16 = parallel.zero_stage, parallel.precision is Precision.bf16
+    parameters = rank_parameters(config.model, world_size, parallel.expert_parallel_size)
+    held = states(parameters, stage, bf16)
+    needed = activations(make_pass(config, fused_norm=gpu))
+    gradients = _step_gradients(parameters, stage, bf16)
+    buffers = _step_buffers(parameters, stage, bf16)
+    reduction = _reduction(parameters, stage, bf16)
+    during = reduction if stage >= 2 else 0  # ZeRO-2 and 3 reduce as the backward goes
+    return Memory(
+        states=held,
+        step_gradients=gradients,
+        step_buffers=buffers + reduction,
+        activations=needed,
+        phases={
+            "building": _building(parameters, bf16),
+            "forward and backward": held.total + gradients + buffers + during + needed.peak,
+            "gradient reduction": held.total + gradients + buffers + reduction,
+            "optimizer step": held.total + gradients + _stepping(parameters, stage, bf16, gpu),
+        },
+    )
+
+
+def _step_gradients(parameters: RankParameters, stage: int, bf16: bool) -> float:
+    if stage == 3:
+        return 0  # their buffer is among the states
+    if stage == 2:
+        return FP32 * sum(_owned(group, stage) for group in parameters)
+    return (2 if bf16 else FP32) * parameters.elements
+
+
+def _step_buffers(parameters: RankParameters, stage: int, bf16: bool) -> float:
+    """What stands by from the first backward of a step on."""
+    size = 2 if bf16 else FP32
+    if stage == 0 or (stage == 1 and bf16):
+        return 0
+    if stage < 3:
+        return size * BUCKET
+    spread = sum(group.elements for group in parameters if group.copies > 1)
+    # A module's tensors are gathered together; of the routed experts that is a whole layer's.
+    module = _layer_of_experts(parameters) if parameters.experts.copies > 1 else 0
+    largest = max(module, *parameters.decay.sizes)
+    return size * min(spread - _stays_whole(parameters), max(LIVE, largest))
+
+
+def _layer_of_experts(parameters: RankParameters) -> int:
+    return sum(parameters.experts.sizes[:2])  # w13 and w2
+
+
+def _reduction(parameters: RankParameters, stage: int, bf16: bool) -> float:
+    """Copies made while gradients are reduced, at the most."""
+    size = 2 if bf16 else FP32
+    decay, experts = parameters.decay, parameters.experts
+    if stage == 1 and bf16:
+        # A group's gradients are one flat tensor. Groups that share a bucket are joined first.
+        return 0 if decay.elements > BUCKET else FP32 * parameters.dense
+    if stage == 1:
+        return 0  # what was copied into the bucket is freed where it came from
+    largest = max(*decay.sizes, *experts.sizes)
+    if stage == 3:  # experts and the rest alternate and never share a bucket
+        bucket = max(largest, min(BUCKET, _layer_of_experts(parameters)))
+        return bucket * (size + (FP32 / experts.copies if bf16 else 0))
+    return size * min(max(parameters.dense, experts.elements), max(BUCKET, largest))
+
+
+def _stepping(parameters: RankParameters, stage: int, bf16: bool, gpu: bool) -> float:
+    """AdamW's temporary (a root of the second moments; twice on CPU) and, where made, a flat gradient."""
+    flattened = stage == 3 or (stage > 0 and not bf16)
+    largest = max(_owned(group, stage) for group in parameters)
+    if stage == 3:
+        largest = min(largest, SUB_GROUP + max(parameters.decay.sizes))
+    return largest * FP32 * ((1 if gpu else 2) + flattened)
+
+
+def _building(parameters: RankParameters, bf16: bool) -> float:
+    """The model as built, before ZeRO spreads it: a rank's whole share, also under ZeRO-3."""
+    # A matrix is drawn in fp32 and scaled out of place; an expert at a time.
+    return (2 if bf16 else FP32) * parameters.elements + 2 * FP32 * max(parameters.decay.sizes)

@@ -1,0 +1,157 @@
+"""A plan as lines to read."""
+
+from dsv2.config import Config, Precision
+from dsv2.model.flops import count_parameters, flops_per_token
+from dsv2.planner.memory import Memory
+from dsv2.planner.parameters import rank_parameters
+from dsv2.planner.search import MORE_GPUS, USABLE, Machines, Planned, changes, smallest_change
+from dsv2.planner.speed import ARITHMETIC, LINKS, traffic
+
+GIB, MIB = 2**30, 2**20
+
+
+def short(number: float) -> str:
+    """Such as 37.7M or 8.10T."""
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if number >= size:
+            digits = 2 if number < 10 * size else 1
+            return f"{number / size:.{digits}f}{unit}"
+    return f"{number:.0f}"
+
+
+def _words(words: dict[str, object]) -> str:
+    return " ".join(f"{word}={value}" for word, value in words.items())
+
+
+def _title(planned: Planned) -> str:
+    config, machines = planned.config, planned.machines
+    parallel = config.parallel
+    layers = "layers recomputed" if parallel.activation_checkpointing else "layers kept"
+    return (
+        f"{config.name}: {machines.gpus} x {machines.gpu.name}, expert parallel "
+        f"{parallel.expert_parallel_size}, ZeRO-{parallel.zero_stage}, {parallel.precision.value}, "
+        f"micro-batch {parallel.micro_batch_size} x {config.data.sequence_length} tokens, {layers}, "
+        f"{parallel.kernels.value} kernels"
+    )
+
+
+def _parameter_line(planned: Planned) -> str:
+    model = planned.config.model
+    counts = count_parameters(model)
+    parallel = planned.config.parallel
+    held = rank_parameters(model, planned.machines.gpus, parallel.expert_parallel_size)
+    return (
+        f"parameters  {short(counts.total)}, {short(counts.active)} active a token; a rank computes with "
+        f"{short(held.elements)} ({short(held.dense)} and {short(held.experts.elements)} of routed experts)"
+    )
+
+
+def _memory_lines(needed: Memory, machines: Machines) -> list[str]:
+    states, kept = needed.states, needed.activations.kept
+    rows = {
+        "weights": states.weights,
+        "gradients": states.gradients,
+        "fp32 weights": states.masters,
+        "Adam's moments": states.moments,
+        "buffers": states.buffers,
+        "in a step: gradients": needed.step_gradients,
+        "in a step: buffers and copies": needed.step_buffers,
+        "activations: kept": kept,
+        "activations: more, at the most": needed.activations.peak - kept,
+        "  (at the logits)": needed.activations.logits,
+    }
+    lines = [f"  {name:<31}{size / GIB:9.2f}" for name, size in rows.items() if size]
+    phases = "  ".join(f"{name} {size / GIB:.1f}" for name, size in needed.phases.items())
+    return [
+        "memory of a rank, GiB",
+        *lines,
+        f"  {'peak':<31}{needed.peak / GIB:9.2f}   of {machines.usable / GIB:.1f} "
+        f"({USABLE:.0%} of the {machines.gpu.name}'s {machines.gpu.memory / GIB:.0f}); {needed.fullest}",
+        f"  {phases}",
+    ]
+
+
+def _verdict(planned: Planned) -> list[str]:
+    if planned.fits:
+        return ["it fits"]
+    other = smallest_change(planned)
+    if other is None:
+        most = planned.machines.gpus * MORE_GPUS[-1]
+        return [f"it does NOT fit, and no layout of up to gpus={most} does"]
+    return [
+        "it does NOT fit; it would with "
+        f"{_words(changes(planned, other))} ({other.memory.peak / GIB:.1f} GiB, {other.speed.days:.1f} days)"
+    ]
+
+
+def _work_lines(planned: Planned) -> list[str]:
+    config, machines = planned.config, planned.machines
+    moved = traffic(config, machines.gpus_per_node)
+    lines = [
+        "work of a token",
+        f"  arithmetic  {flops_per_token(config.model, config.data.sequence_length) / 1e9:.1f} GFLOP",
+    ]
+    if config.parallel.expert_parallel_size == 1:
+        return [*lines, "  all-to-all  none"]
+    model = config.model
+    lines.append(
+        f"  all-to-all  {moved.sent / MIB:.2f} MiB sent, {moved.between_machines / MIB:.2f} of it to other "
+        f"machines; it reaches {moved.ranks:.2f} ranks"
+    )
+    if model.topk_group < model.n_group:
+        limit = f"{model.topk_group} of {model.n_group} groups"
+        lines.append(f"              without the limit to {limit} {moved.sent_unlimited / MIB:.2f} MiB")
+    return lines
+
+
+def _time_lines(planned: Planned) -> list[str]:
+    config, speed = planned.config, planned.speed
+    tokens = config.optim.batch_size * config.data.sequence_length
+    parts = (
+        f"arithmetic {speed.arithmetic_s:.2f}, all-to-all {speed.all_to_all_s:.2f}, "
+        f"gradients and weights {speed.states_s:.2f}"
+    )
+    if planned.machines.mfu is None:
+        title = f"time, estimated ({ARITHMETIC:.0%} of the GPU's peak, {LINKS:.0%} of its links')"
+        step = f"  step        {speed.step_s:.2f} s for {short(tokens)} tokens: {parts}"
+    else:
+        title = "time, at the MFU given"
+        step = f"  step        {speed.step_s:.2f} s for {short(tokens)} tokens"
+    if config.parallel.precision is Precision.fp32 and planned.machines.mfu is None:
+        title += "; at bf16's rate, which fp32 does not reach"
+    return [
+        title,
+        step,
+        f"  rate        {short(speed.tokens_per_s)} tokens/s, MFU {speed.mfu:.1%}",
+        f"  run         {speed.days:.1f} days for {short(config.optim.total_tokens)} tokens; "
+        f"{short(speed.gpu_hours_per_trillion)} GPU-hours a trillion tokens",
+    ]
+
+
+def plan_lines(planned: Planned) -> list[str]:
+    """Everything about one layout."""
+    return [
+        _title(planned),
+        _parameter_line(planned),
+        *_memory_lines(planned.memory, planned.machines),
+        *_verdict(planned),
+        *_work_lines(planned),
+        *_time_lines(planned),
+    ]
+
+
+def search_lines(config: Config, machines: Machines, fitting: list[Planned], most: int = 20) -> list[str]:
+    """The fitting layouts as a table, best first."""
+    title = f"{config.name} on {machines.gpus} x {machines.gpu.name}: {len(fitting)} layouts fit"
+    if not fitting:
+        return [f"{title} {machines.usable / GIB:.1f} GiB"]
+    lines = [f"{title}, the fastest first" + (f"; {most} are shown" if len(fitting) > most else "")]
+    lines.append("  peak GiB  step s    MFU    days  words")
+    for one in fitting[:most]:
+        speed = one.speed
+        words = {word: value for word, value in one.words().items() if word != "gpus"}
+        lines.append(
+            f"  {one.memory.peak / GIB:8.1f} {speed.step_s:7.2f} {speed.mfu:6.1%} {speed.days:7.1f}  "
+            f"{_words(words)}"
+        )
+    return lines

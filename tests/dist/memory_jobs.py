@@ -1,0 +1,64 @@
+"""What a rank really holds: run by the pool's processes for test_plan_memory.py."""
+
+import contextlib
+import gc
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from dsv2.config import Kernels, ParallelConfig
+from dsv2.engine import build_model
+from dsv2.parallel.deepspeed_moe import start_mesh
+from tests.dist import jobs
+from tests.idle_triton import idle_triton
+from tests.live import LiveMemory
+
+
+def measure(rank: int, world_size: int, steps: int, micro_batches: int, **layout: Any) -> tuple[int, int]:
+    """(bytes held after the steps, most bytes during the last one) of this rank's engine."""
+    batch = jobs.cut(jobs.global_batch(0), 0, layout["micro_batch"])
+    gc.collect()  # engines of earlier jobs are cycles
+    with LiveMemory() as live:
+        engine = jobs.make_engine(rank, world_size, **layout)
+        for _ in range(steps):
+            gc.collect()
+            live.peak = live.total
+            engine.train_step([batch] * micro_batches, lr=1e-3)
+        gc.collect()
+        return live.total, live.peak
+
+
+def one_pass(
+    rank: int, world_size: int, sizes: dict[str, int], sequences: int, parallel: ParallelConfig
+) -> tuple[int, int]:
+    """(bytes that a forward keeps for its backward, most bytes during both), without weights and gradients.
+
+    Of three passes the least, as gloo's threads may let go of what they sent a little late.
+    """
+    from dsv2.moe.router import route
+
+    def at_random(x_TD: torch.Tensor, *rest: Any) -> Any:
+        """As the idle kernels' values are nonsense: every token somewhere, the same when recomputed."""
+        random_TD = torch.randn(x_TD.shape, generator=torch.Generator().manual_seed(rank))
+        return route(random_TD.to(x_TD.dtype), *rest)
+
+    with contextlib.ExitStack() as stack:
+        if parallel.kernels is Kernels.fused:
+            kernels = stack.enter_context(idle_triton(chunk=8192))
+            stack.enter_context(patch("dsv2.engine.fused_kernels", lambda: kernels))
+            stack.enter_context(patch("dsv2.moe.layer.route", at_random))
+        mesh = start_mesh(torch.device("cpu"), rank, world_size, parallel.expert_parallel_size)
+        model = build_model(jobs.model_config(**sizes), parallel, 0, mesh)
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        known = [t for p in model.parameters() for t in (p, p.grad) if t is not None]
+        batch = jobs.cut(jobs.global_batch(0), rank * sequences, sequences)
+        kept, peaks = [], []
+        for _ in range(3):
+            with LiveMemory(known) as live:
+                out = model(batch.input_ids, batch.labels, batch.sequence_ids)
+                kept.append(live.total)
+                out.loss.backward()
+            peaks.append(live.peak)
+        return min(kept), min(peaks)

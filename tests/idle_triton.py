@@ -1,0 +1,56 @@
+"""The fused kernels without a GPU, for counting bytes.
+
+A Triton kernel only writes to tensors that were made for it: with a Triton whose kernels do nothing the
+same bytes are taken, and only the values are nonsense.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from types import ModuleType
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from dsv2.kernels.library import KernelSet, fused_kernels
+
+FUSED = "dsv2.kernels.fused"
+
+
+class Idle:
+    """A kernel that does nothing when it is launched."""
+
+    def __init__(self, function: Callable[..., None]):
+        pass
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *tensors, **options: None
+
+
+def _mm(a: torch.Tensor, b: torch.Tensor, **options: Any) -> torch.Tensor:
+    """torch.mm, whose out_dtype a CPU has not."""
+    if "out_dtype" in options:
+        return a.new_empty(len(a), b.shape[1], dtype=options["out_dtype"])
+    return torch.matmul(a, b, **options)
+
+
+@contextmanager
+def idle_triton(chunk: int) -> Iterator[KernelSet]:
+    """The fused kernels on a CPU, their values nonsense; the head takes `chunk` tokens at a time."""
+    triton: Any = ModuleType("triton")
+    triton.language = ModuleType("triton.language")
+    triton.language.constexpr = int
+    triton.jit, triton.cdiv = Idle, lambda a, b: -(-a // b)
+    triton.next_power_of_2 = lambda n: 1 << (n - 1).bit_length()
+    modules = {name: module for name, module in sys.modules.items() if not name.startswith(FUSED)}
+    modules |= {"triton": triton, "triton.language": triton.language}
+    with patch.dict(sys.modules, modules, clear=True):  # torch itself must not meet this Triton
+        kernels = fused_kernels()
+        attention, head = (sys.modules[f"{FUSED}.{name}"] for name in ("attention", "head"))
+    with (
+        patch.object(attention, "sdpa_kernel", lambda backend: nullcontext()),
+        patch.object(head, "HEAD_CHUNK", chunk),
+        patch.object(torch, "mm", _mm),
+    ):
+        yield kernels
