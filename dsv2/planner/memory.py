@@ -106,6 +106,7 @@ def memory(config: Config, world_size: int, gpu: bool = True) -> Memory:
     held = states(parameters, stage, bf16)
     needed = activations(make_pass(config, fused_norm=gpu))
     gradients = _step_gradients(parameters, stage, bf16)
+    kept = 0 if stage == 1 and bf16 else gradients  # after backward
     buffers = _step_buffers(parameters, stage, bf16)
     reduction = _reduction(parameters, stage, bf16)
     during = reduction if stage >= 2 else 0  # ZeRO-2 and 3 reduce as the backward goes
@@ -117,8 +118,8 @@ def memory(config: Config, world_size: int, gpu: bool = True) -> Memory:
         phases={
             "building": _building(parameters, bf16),
             "forward and backward": held.total + gradients + buffers + during + needed.peak,
-            "gradient reduction": held.total + gradients + buffers + reduction,
-            "optimizer step": held.total + gradients + _stepping(parameters, stage, bf16, gpu),
+            "gradient reduction": held.total + kept + buffers + reduction,
+            "optimizer step": held.total + kept + _stepping(parameters, stage, bf16, gpu),
         },
     )
 
@@ -128,6 +129,8 @@ def _step_gradients(parameters: RankParameters, stage: int, bf16: bool) -> float
         return 0  # their buffer is among the states
     if stage == 2:
         return FP32 * sum(_owned(group, stage) for group in parameters)
+    if stage == 1 and bf16:  # each is freed as soon as it is in its fp32 buffer
+        return 2 * max(*parameters.decay.sizes, *parameters.experts.sizes)
     return (2 if bf16 else FP32) * parameters.elements
 
 
@@ -154,8 +157,9 @@ def _reduction(parameters: RankParameters, stage: int, bf16: bool) -> float:
     size = 2 if bf16 else FP32
     decay, experts = parameters.decay, parameters.experts
     if stage == 1 and bf16:
-        # A group's gradients are one flat tensor. Groups that share a bucket are joined first.
-        return 0 if decay.elements > BUCKET else FP32 * parameters.dense
+        # A group's gradients are one flat tensor. Groups that share a bucket are joined first. One process
+        # reduces nothing.
+        return 0 if decay.elements > BUCKET or decay.copies == 1 else FP32 * parameters.dense
     if stage == 1:
         return 0  # what was copied into the bucket is freed where it came from
     largest = max(*decay.sizes, *experts.sizes)
