@@ -170,12 +170,12 @@ def _reduction(parameters: RankParameters, stage: int, bf16: bool) -> float:
 
 
 def _stepping(parameters: RankParameters, stage: int, bf16: bool, gpu: bool) -> float:
-    """AdamW's temporary (a root of the second moments; twice on CPU) and, where made, a flat gradient."""
+    """AdamW's temporaries on CPU (on a GPU the fused one makes none) and, where made, a flat gradient."""
     flattened = stage == 3 or (stage > 0 and not bf16)
     largest = max(_owned(group, stage) for group in parameters)
     if stage == 3:
         largest = min(largest, SUB_GROUP + max(parameters.decay.sizes))
-    return largest * FP32 * ((1 if gpu else 2) + flattened)
+    return largest * FP32 * ((0 if gpu else 2) + flattened)
 
 
 def _building(parameters: RankParameters, bf16: bool) -> float:
