@@ -33,7 +33,7 @@ def _trained_and_exported(
     )
     tokenizer = _small_tokenizer(folder / "tokenizer.json")
     export(folder / f"step-{STEPS:08d}", folder / "out", "fp32", shard_gb=1e-5, tokenizer=str(tokenizer))
-    return folder / "out", jobs.whole([parts for _, parts in results])
+    return folder / "out", jobs.whole([result[1] for result in results])
 
 
 @pytest.mark.parametrize(

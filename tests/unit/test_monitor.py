@@ -72,6 +72,8 @@ def stats_of(step: int) -> RoutingStats:
         sent_G=torch.randint(10, 40, (2, 4), generator=generator).double(),
         token_entropy=torch.rand(2, generator=generator).double(),
         top1=torch.rand(2, generator=generator).double(),
+        rows_out=torch.zeros(2, dtype=torch.float64),
+        rows_in=torch.zeros(2, dtype=torch.float64),
     )
 
 
@@ -80,7 +82,7 @@ def monitor(run_dir: Path, state: RunState) -> Monitor:
 
 
 def feed(watch: Monitor, results: list[StepResult]) -> None:
-    engine: Any = SimpleNamespace(sum_over_ranks=sum_over_ranks)
+    engine: Any = SimpleNamespace(sum_over_ranks=sum_over_ranks, of_every_rank=lambda x: x.unsqueeze(0))
     for plan, outcome in zip(plan_steps(CONFIG.optim, 10), results, strict=False):
         watch.data_ready()
         watch.step(plan, outcome, engine)

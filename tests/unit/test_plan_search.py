@@ -10,7 +10,7 @@ from dsv2.validate import validate
 from tests.unit.helpers import compose_config
 
 LITE = compose_config("experiment=lite", "data.path=none")
-CROWDED = replace(LITE, parallel=replace(LITE.parallel, micro_batch_size=2))
+CROWDED = replace(LITE, parallel=replace(LITE.parallel, micro_batch_size=4))
 EIGHT = Machines(8, GPUS["h100"])
 
 

@@ -104,7 +104,18 @@ def test_tables_have_mean_and_spread_over_seeds(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(study, "run", train)
     out = tmp_path / "out"
-    assert study.main(["balance", "--out", str(out), "parallel.device=cpu", "optim.lr=1e-3"]) == 1
+    assert (
+        study.main(
+            [
+                "balance",
+                "--out",
+                str(out),
+                "parallel.device=cpu",
+                "optim.lr=1e-3",
+            ]
+        )
+        == 1
+    )
     assert ran == [f"{arm}-s{seed}" for seed in range(3) for arm in losses]
     assert capsys.readouterr().err == "error: 1 of 12 runs failed: expert-s1\n"
     result = json.loads((out / "table.json").read_text())
@@ -168,6 +179,7 @@ SMALL = [
     "parallel.micro_batch_size=4",
     "model.hidden_size=32",
     "model.num_hidden_layers=2",
+    "parallel.kernels=reference",
     "model.intermediate_size=48",
     "model.vocab_size=300",
     "model.kv_lora_rank=16",
