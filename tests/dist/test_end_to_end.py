@@ -320,6 +320,7 @@ def test_streamed_dataset_stops_resumes_and_is_exact(command, corpus, tmp_path):
     np.testing.assert_allclose([stopped[s] for s in whole], list(whole.values()), rtol=2e-6)
 
 
+@pytest.mark.full  # tests/dist/test_hf.py does the same without command lines
 def test_export_and_start_from_it(command, tmp_path):
     """A run, exported in fp32: another run starts where that one ended, then goes on from its checkpoint."""
     run(command("one"))

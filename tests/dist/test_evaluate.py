@@ -94,9 +94,18 @@ def alone(config: Config) -> tuple[float, float, str]:
     return sum(nats) / labels, sum(nats) / np.log(2) / n_bytes, tokenizer.decode(ids[1:])
 
 
-@pytest.mark.parametrize("stage", [1, 3])
 @pytest.mark.parametrize(
-    ("world_size", "ep", "micro_batch"), [(1, 1, 2), (2, 1, 2), (2, 2, 1), (4, 2, 1), (4, 4, 2)]
+    ("world_size", "ep", "micro_batch", "stage"),
+    [
+        (1, 1, 2, 1),
+        (2, 2, 1, 3),
+        (4, 2, 1, 1),
+        (4, 4, 2, 3),
+        *(
+            pytest.param(*layout, marks=pytest.mark.full)
+            for layout in [(1, 1, 2, 3), (2, 1, 2, 1), (2, 1, 2, 3), (2, 2, 1, 1), (4, 2, 1, 3), (4, 4, 2, 1)]
+        ),
+    ],
 )
 def test_evaluation_equals_plain_torch(pools, config, alone, world_size, ep, micro_batch, stage):
     """5 sequences divide among none of the layouts; nothing is dropped, though the model is trained so."""

@@ -72,7 +72,14 @@ KERNELS = [
 
 @pytest.mark.parametrize(("kernels", "precision"), KERNELS)
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize(("world_size", "changes"), [(2, {}), (4, {}), (4, ONE_EXPERT)])
+@pytest.mark.parametrize(
+    ("world_size", "changes"),
+    [
+        (2, {}),
+        pytest.param(4, {}, marks=pytest.mark.full),
+        pytest.param(4, ONE_EXPERT, marks=pytest.mark.full),
+    ],
+)
 def test_experts_elsewhere(pools, world_size, changes, recompute, kernels, precision):
     """What ranks that share the experts keep of a forward, and their fullest moment, against the tables."""
     # With one MoE layer a rank's fullest moment grows with its rows, and the ranks' mean is the balanced one.
