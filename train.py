@@ -11,7 +11,6 @@ import logging
 import os
 import sys
 import time
-from pathlib import Path
 from typing import NoReturn
 
 import hydra
@@ -52,7 +51,7 @@ def train(config: Config) -> None:
 
     logging.disable(logging.NOTSET)
     # What may be wrong with the files is found before any process group is made.
-    run_dir, parallel = Path(config.runs_dir) / config.name, config.parallel
+    run_dir, parallel = config.run_dir, config.parallel
     device, (store, found, weights) = pick_device(parallel, local_processes()), find_start(config)
     _lock = claim(run_dir) if rank == 0 else None
 

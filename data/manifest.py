@@ -11,6 +11,7 @@ from dsv2.errors import UserError
 FORMAT = "dsv2-prepared"
 VERSION = 1
 MANIFEST = "manifest.json"
+PROGRESS = "progress.json"  # there in place of it until all is done
 TOKEN_BYTES = "token_bytes.npy"  # int32 [vocab_size]: UTF-8 bytes of each id
 
 
@@ -76,7 +77,7 @@ def load_manifest(folder: str | Path) -> Manifest:
     folder = Path(folder)
     path = folder / MANIFEST
     make = f"make one with: python -m data.prepare files TEXTS --out {folder} (or jsonl, parquet, hub)"
-    if (folder / "progress.json").is_file():
+    if (folder / PROGRESS).is_file():
         make = "it was interrupted: run the command that began it again, and it continues"
     if not path.is_file():
         there = "holds no finished preparation" if folder.is_dir() else "does not exist"

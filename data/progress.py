@@ -8,10 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data.manifest import Shard
+from data.manifest import PROGRESS, Shard
 from dsv2.errors import UserError
 
-PROGRESS = "progress.json"
 LOCK = ".lock"
 
 

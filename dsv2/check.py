@@ -32,8 +32,7 @@ def find_start(config: Config) -> tuple["CheckpointStore", "Found | None", "HFWe
     from dsv2.hf.weights import HFWeights
 
     check_data(config.data, config.model.vocab_size, config.eval.sequences)
-    folder = Path(config.runs_dir) / config.name / "checkpoints"
-    store = CheckpointStore(folder, config.checkpoint.keep, to_plain(config))
+    store = CheckpointStore(config.run_dir / "checkpoints", config.checkpoint.keep, to_plain(config))
     found = store.find(config.resume, config.stop_step)
     if found is not None or config.init_from is None:
         return store, found, None
@@ -45,8 +44,7 @@ def _look(config: Config, processes: int) -> None:
 
     pick_device(config.parallel, processes)
     find_start(config)
-    run_dir = Path(config.runs_dir) / config.name
-    let_go(claim(run_dir), run_dir)
+    let_go(claim(config.run_dir), config.run_dir)
 
 
 def main(processes: str, *overrides: str) -> int:

@@ -92,8 +92,9 @@ def check_shown(arguments: list[str]) -> None:
 
 
 def _check_keys(composed: DictConfig) -> None:
+    known = field_types()
     for key in _keys(composed):
-        if key not in field_types():
+        if key not in known:
             raise UserError(unknown_key(key, f"+{key}={OmegaConf.select(composed, key)}"))
 
 

@@ -7,6 +7,7 @@ and `train.py --help` answers at once.
 
 import enum
 from dataclasses import dataclass, field
+from pathlib import Path
 
 
 class Precision(enum.Enum):
@@ -198,3 +199,8 @@ class Config:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    @property
+    def run_dir(self) -> Path:
+        """Where the run's files go."""
+        return Path(self.runs_dir) / self.name

@@ -79,7 +79,7 @@ class Job(NamedTuple):
 
     @property
     def run_dir(self) -> Path:
-        return Path(self.config.runs_dir) / self.config.name
+        return self.config.run_dir
 
 
 class Column(NamedTuple):

@@ -1,7 +1,6 @@
 """Feed-forward networks: the dense one, the shared one, and the stack of routed experts.
 
-Shapes: D hidden_size, F width, E experts held by this rank, R rows, K experts a row, P pairs of a row
-and an expert.
+Shapes: D hidden_size, F width, E experts held by this rank, R rows, K experts a row.
 """
 
 import torch

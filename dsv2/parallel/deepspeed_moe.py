@@ -172,17 +172,15 @@ class LeanBF16Optimizer(BF16_Optimizer):
     def _update_hp_grad(self, lp: Any, group_idx: int, param_idx: int, clear_lp_grads: bool) -> None:
         if lp.grad is None:
             return
-        buffer, has_gradient = (
-            self.fp32_groups_gradients[group_idx][param_idx],
-            self.fp32_groups_has_gradients,
-        )
+        buffer = self.fp32_groups_gradients[group_idx][param_idx]
+        has_gradient = self.fp32_groups_has_gradients[group_idx]
         gradient = lp.grad.view(buffer.shape)
-        if has_gradient[group_idx][param_idx]:
+        if has_gradient[param_idx]:
             buffer.add_(gradient)
         else:
             buffer.copy_(gradient)
         lp._hp_grad = buffer
-        has_gradient[group_idx][param_idx] = True
+        has_gradient[param_idx] = True
         if clear_lp_grads:
             lp.grad.zero_()
 

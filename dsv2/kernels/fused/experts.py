@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from dsv2.kernels.fused import swiglu
-from dsv2.kernels.fused.rows import add_rows, copy_rows
-from dsv2.kernels.rows import RowMap
+from dsv2.kernels.fused.rows import add_rows, copy_rows, places
+from dsv2.kernels.rows import RowMap, map_rows
 
 
 def _product(a: Tensor, b: Tensor, ends_E: Tensor) -> Tensor:
@@ -64,14 +64,10 @@ def routed_experts(
     w13_E2FD: Tensor,
     w2_EDF: Tensor,
 ) -> Tensor:
-    n_experts = len(counts_E)
     absent_RK = expert_ids_RK < 0
     # A radix sort takes time by the bits of its keys.
-    key_RK = expert_ids_RK.to(torch.int16).masked_fill(absent_RK, n_experts)
-    pairs = RowMap(key_RK.flatten().sort(stable=True).indices[:n_pairs], key_RK.shape[1])
-    place = torch.full((key_RK.numel(),), -1, dtype=torch.int32, device=x_RD.device)
-    numbers = torch.arange(n_pairs, dtype=torch.int32, device=x_RD.device)
-    place_RK = place.index_copy_(0, pairs.slot_P, numbers).view_as(key_RK).masked_fill(absent_RK, -1)
+    pairs = map_rows(expert_ids_RK.to(torch.int16).masked_fill(absent_RK, len(counts_E)), n_pairs)
+    place_RK = places(pairs, len(x_RD)).masked_fill(absent_RK, -1)
     ends_E = counts_E.cumsum(0).to(torch.int32)
     return _RoutedExperts.apply(
         x_RD.contiguous(), weights_RK.contiguous(), w13_E2FD, w2_EDF, pairs, place_RK, ends_E

@@ -99,7 +99,8 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y_PD: Tensor, weights_TJ: Tensor | None, rows: RowMap, n_tokens: int) -> Tensor:
         ctx.rows = rows
-        ctx.save_for_backward(y_PD, weights_TJ) if weights_TJ is not None else None
+        if weights_TJ is not None:
+            ctx.save_for_backward(y_PD, weights_TJ)
         return add_rows(y_PD.contiguous(), weights_TJ, places(rows, n_tokens))
 
     @staticmethod
