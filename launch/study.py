@@ -1,12 +1,12 @@
-"""Run a study: its arms, each with several seeds, one after another through train.py; then a table of them.
+"""Run a study: its arms, each with several seeds, through train.py; then a table of them.
 
     python launch/study.py balance
-    python launch/study.py granularity --seeds 5 --out runs/study-granularity optim.total_tokens=20_000_000
+    python launch/study.py granularity --seeds 5 --at-once 3 optim.total_tokens=20_000_000
 
 An arm is a set of overrides to experiment=study/NAME; overrides on the command line go to every arm. The
 runs, their logs and the tables (table.md, table.json) go to DIR. Called again it goes on: finished runs are
 kept. Their checkpoints are removed, as only their metrics are used. Exit codes: 0; 1 if a run failed; 2 for a
-mistake.
+mistake. Models this small leave a GPU idle half of the time: `--at-once N` lets N runs share it.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -165,7 +166,7 @@ def figures(run_dir: Path) -> dict[str, float]:
     return found
 
 
-def summary(study: str, jobs: list[Job], overrides: list[str]) -> dict[str, Any]:
+def summary(study: str, jobs: list[Job], overrides: list[str], at_once: int) -> dict[str, Any]:
     """The study's result: every seed's figures, their mean and sample standard deviation."""
     arms: dict[str, Any] = {}
     for arm, changes in STUDIES[study].items():
@@ -190,6 +191,7 @@ def summary(study: str, jobs: list[Job], overrides: list[str]) -> dict[str, Any]
         "study": study,
         "commit": commit(),
         "hardware": hardware(config),
+        "runs_at_once": at_once,
         "precision": config.parallel.precision.value,
         "tokens": config.optim.total_tokens,
         "sequence_length": config.data.sequence_length,
@@ -248,7 +250,8 @@ def markdown(result: dict[str, Any]) -> str:
             "is at the end, with nothing dropped. Routing figures are means over the last fifth of the "
             "windows and over layers, dead experts summed over layers. Speed is the median step's.",
             "",
-            f"Commit {result['commit']}; {result['hardware']}, {result['precision']}; "
+            f"Commit {result['commit']}; {result['hardware']}, {result['precision']}, "
+            f"{result['runs_at_once']} at once; "
             f"{fmt_count(result['tokens'])} tokens a run, {result['batch_size']} sequences of "
             f"{result['sequence_length']} tokens a step, peak learning rate {result['lr']}; seeds {seeds}.",
             "",
@@ -265,26 +268,31 @@ def with_spread(mean: float, std: float | None, digits: int) -> str:
     return f"{mean:.{digits}f}" if std is None else f"{mean:.{digits}f} ± {std:.{digits}f}"
 
 
-def run_study(study: str, seeds: int, out: Path, overrides: list[str]) -> int:
+def run_study(study: str, seeds: int, at_once: int, out: Path, overrides: list[str]) -> int:
     """Run what is missing and write the tables; the exit code."""
     jobs, failed = plan(study, seeds, out, overrides), []
-    before = {index for index, job in enumerate(jobs) if is_finished(job)}
+    before = [job for job in jobs if is_finished(job)]
     out.mkdir(parents=True, exist_ok=True)
-    for index, job in enumerate(jobs):
-        progress = f"{index + 1}/{len(jobs)} {job.config.name}"
-        if index in before:
-            print(f"{progress}: finished before", flush=True)
-            continue
-        start = time.monotonic()
-        code = run(job)
-        if code == 0 and is_finished(job):
-            shutil.rmtree(job.run_dir / "checkpoints")
-            loss = figures(job.run_dir)["val/loss"]
-            print(f"{progress}: validation loss {loss:.4f}, {time.monotonic() - start:.0f} s", flush=True)
-        else:
-            failed.append(job.config.name)
-            print(f"{progress}: ended with exit code {code}; see {job.run_dir}.log", flush=True)
-    result = summary(study, jobs, overrides)
+    for job in before:
+        print(f"{job.config.name}: finished before", flush=True)
+    missing = [job for job in jobs if job not in before]
+    with ThreadPoolExecutor(at_once) as pool:
+        started = {pool.submit(_timed_run, job): job for job in missing}
+        try:
+            for count, done in enumerate(as_completed(started), start=len(before) + 1):
+                job, (code, seconds) = started[done], done.result()
+                progress = f"{count}/{len(jobs)} {job.config.name}"
+                if code == 0 and is_finished(job):
+                    shutil.rmtree(job.run_dir / "checkpoints")
+                    loss = figures(job.run_dir)["val/loss"]
+                    print(f"{progress}: validation loss {loss:.4f}, {seconds:.0f} s", flush=True)
+                else:
+                    failed.append(job.config.name)
+                    print(f"{progress}: ended with exit code {code}; see {job.run_dir}.log", flush=True)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # the runs under way got the interrupt too, and save
+            raise
+    result = summary(study, jobs, overrides, at_once)
     (out / "table.json").write_text(json.dumps(result, indent=1) + "\n")
     (out / "table.md").write_text(markdown(result))
     print(f"{out / 'table.md'}\n\n{markdown(result)}")
@@ -293,17 +301,25 @@ def run_study(study: str, seeds: int, out: Path, overrides: list[str]) -> int:
     return 1 if failed else 0
 
 
+def _timed_run(job: Job) -> tuple[int, float]:
+    start = time.monotonic()
+    return run(job), time.monotonic() - start
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return its exit status."""
     parser = argparse.ArgumentParser(description="Run a study and write its table.")
     parser.add_argument("study", help=", ".join(STUDIES))
     parser.add_argument("overrides", nargs="*", help="of the configuration, for every arm")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each arm (3)")
+    parser.add_argument("--at-once", type=int, default=1, metavar="N", help="runs at the same time (1)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where it all goes (runs/study-NAME)")
     arguments = parser.parse_intermixed_args(argv)
     out = arguments.out or Path(f"runs/study-{arguments.study}")
     try:
-        return run_study(arguments.study, arguments.seeds, out, arguments.overrides)
+        if arguments.at_once < 1:
+            raise UserError(f"--at-once {arguments.at_once}: must be at least 1")
+        return run_study(arguments.study, arguments.seeds, arguments.at_once, out, arguments.overrides)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -7,6 +7,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -142,6 +143,22 @@ def test_tables_have_mean_and_spread_over_seeds(tmp_path, monkeypatch, capsys):
     assert ran == ["expert-s1"]
 
 
+def test_runs_at_once(tmp_path, monkeypatch):
+    """Three runs wait for each other: with fewer at once none would end."""
+    together = threading.Barrier(3, timeout=60)
+
+    def train(job: study.Job) -> int:
+        together.wait()
+        return made_up(job, 1.0 + job.seed)
+
+    monkeypatch.setattr(study, "run", train)
+    arguments = ["attention", "--at-once", "3", "--out", str(tmp_path), "parallel.device=cpu"]
+    assert study.main(arguments) == 0
+    result = json.loads((tmp_path / "table.json").read_text())
+    assert result["runs_at_once"] == 3
+    assert all(arm["metrics"]["val/loss"]["values"] == [1.0, 2.0, 3.0] for arm in result["arms"].values())
+
+
 def test_runs_of_another_configuration_are_not_mixed_in(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(study, "run", lambda job: made_up(job, 1.0))
     arguments = ["attention", "--seeds", "1", "--out", str(tmp_path), "parallel.device=cpu"]
@@ -161,6 +178,7 @@ def test_runs_of_another_configuration_are_not_mixed_in(tmp_path, monkeypatch, c
     [
         (["balanc"], "balanc: there is no such study; one of balance, granularity, attention"),
         (["balance", "--seeds", "0"], "--seeds 0: must be at least 1"),
+        (["balance", "--at-once", "0"], "--at-once 0: must be at least 1"),
         (["balance", "optim.lrr=1"], "optim.lrr=1: there is no such field; did you mean optim.lr?"),
         (["balance", "optim.batch_size=80"], "optim.batch_size=80: must be a multiple of 32"),
     ],
@@ -215,7 +233,7 @@ def test_a_small_study_from_training_to_table(tmp_path, monkeypatch, capsys):
     assert list(losses) == ["mla", "gqa"]
     assert losses["mla"] != losses["gqa"]
     assert all(3 < loss < 1.1 * math.log(300) for loss in losses.values())
-    assert re.search(r"\d CPU cores, fp32; 1\.0K tokens a run", (out / "table.md").read_text())
+    assert re.search(r"\d CPU cores, fp32, 1 at once; 1\.0K tokens a run", (out / "table.md").read_text())
     assert sorted(path.name for path in out.iterdir() if path.is_dir()) == ["gqa-s0", "mla-s0"]
     capsys.readouterr()
     assert study.main(arguments) == 0  # again: nothing is trained
