@@ -147,6 +147,9 @@ class ParallelConfig:
     zero_stage: int = 1  # DeepSpeed ZeRO: 0, 1, 2 or 3
     micro_batch_size: int = 4  # sequences a rank runs forward at once
     precision: Precision = Precision.fp32
+    # Master weights and Adam's moments. With bf16 there is no master beside the model's own bf16 weights, and
+    # all three are rounded stochastically; ZeRO-1 only.
+    optimizer_states: Precision = Precision.fp32
     activation_checkpointing: bool = False  # recompute each layer in backward
     device: Device = Device.auto
     kernels: Kernels = Kernels.reference  # how the costly operations are computed

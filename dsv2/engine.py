@@ -24,13 +24,13 @@ from dsv2.model.transformer import DeepseekV2, ModelOutput
 from dsv2.moe.balance import BalanceLosses
 from dsv2.moe.execution import Execution
 from dsv2.moe.stats import RoutingStats
+from dsv2.parallel.deepspeed_bf16 import expect, take_over
 from dsv2.parallel.deepspeed_moe import (
     Fragment,
     adopt,
     base_optimizer,
     fragments,
     is_expert,
-    make_lean,
     parameter_groups,
     refresh_model_weights,
 )
@@ -126,7 +126,7 @@ class Engine:
         config = deepspeed_config(optim, parallel, mesh.world_size)
         with contextlib.redirect_stdout(io.StringIO()):  # it prints the memory after every parameter group
             self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
-        make_lean(self.deepspeed)
+        take_over(self.deepspeed, mesh, model.execution.kernels, parallel.optimizer_states)
 
     @property
     def model(self) -> nn.Module:
@@ -148,6 +148,7 @@ class Engine:
     def train_step(self, micro_batches: Sequence[Batch], lr: float) -> StepResult:
         """One optimizer step over this rank's micro-batches."""
         count = len(micro_batches)
+        expect(self.deepspeed, count)
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = lr
         self.deepspeed.train()
@@ -214,12 +215,7 @@ class Engine:
         for parameter in self.model.parameters():
             if parameter.grad is not None:
                 (experts if is_expert(parameter) else dense).append(parameter.grad)
-        square, expert_square = (
-            torch.stack([g.norm() ** 2 for g in grads]).sum() for grads in (dense, experts)
-        )
-        if self.mesh.ep_group is not None:
-            dist.all_reduce(expert_square, group=self.mesh.ep_group)
-        norm = (square + expert_square).sqrt()
+        norm = self.mesh.gradient_norm(dense, experts)
         for grad in dense + experts:
             grad.mul_((self.grad_clip / (norm + 1e-6)).clamp(max=1.0))
         return float(norm)

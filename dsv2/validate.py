@@ -255,6 +255,13 @@ def _validate_parallel(config: Config, world_size: int) -> None:
             stage,
             "bf16 needs stage 1, 2 or 3, which keep fp32 master weights; or use parallel.precision=fp32",
         )
+    if parallel.optimizer_states is Precision.bf16 and (stage != 1 or parallel.precision is Precision.fp32):
+        _refuse(
+            "parallel.optimizer_states",
+            "bf16",
+            f"needs parallel.zero_stage=1 and parallel.precision=bf16, not {stage} and "
+            f"{parallel.precision.value}; or use fp32",
+        )
     if parallel.kernels is Kernels.fused and parallel.precision is not Precision.bf16:
         _refuse("parallel.kernels", "fused", "needs parallel.precision=bf16; or use reference")
     share = parallel.micro_batch_size * world_size

@@ -28,6 +28,11 @@ class Idle:
         return lambda *tensors, **options: None
 
 
+def _jit(function: Callable[..., None] | None = None, **options: Any) -> Any:
+    """A decorator, with or without options."""
+    return Idle if function is None else Idle(function)
+
+
 def _mm(a: torch.Tensor, b: torch.Tensor, **options: Any) -> torch.Tensor:
     """torch.mm, whose out_dtype a CPU has not."""
     if "out_dtype" in options:
@@ -41,7 +46,7 @@ def idle_triton(chunk: int) -> Iterator[KernelSet]:
     triton: Any = ModuleType("triton")
     triton.language = ModuleType("triton.language")
     triton.language.constexpr = int
-    triton.jit, triton.cdiv = Idle, lambda a, b: -(-a // b)
+    triton.jit, triton.cdiv = _jit, lambda a, b: -(-a // b)
     triton.next_power_of_2 = lambda n: 1 << (n - 1).bit_length()
     modules = {name: module for name, module in sys.modules.items() if not name.startswith(FUSED)}
     modules |= {"triton": triton, "triton.language": triton.language}

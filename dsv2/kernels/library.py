@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from dsv2.kernels.adamw import adamw
 from dsv2.kernels.attention import latent_attention
 from dsv2.kernels.experts import routed_experts
 from dsv2.kernels.head import head_loss
@@ -22,11 +23,12 @@ class KernelSet:
     sum_rows: Callable[..., Tensor]
     silu_mul: Callable[[Tensor, Tensor], Tensor]
     head_loss: Callable[[Tensor, Tensor, Tensor], Tensor]
+    adamw: Callable[..., None]
 
 
 def fused_kernels() -> KernelSet:
     """The same for an NVIDIA GPU, bf16 only. Importing them needs Triton."""
-    from dsv2.kernels.fused import attention, experts, head, rows, swiglu
+    from dsv2.kernels.fused import adamw, attention, experts, head, rows, swiglu
 
     return KernelSet(
         attention.latent_attention,
@@ -35,7 +37,8 @@ def fused_kernels() -> KernelSet:
         rows.sum_rows,
         swiglu.silu_mul,
         head.head_loss,
+        adamw.adamw,
     )
 
 
-REFERENCE = KernelSet(latent_attention, routed_experts, gather_rows, sum_rows, silu_mul, head_loss)
+REFERENCE = KernelSet(latent_attention, routed_experts, gather_rows, sum_rows, silu_mul, head_loss, adamw)

@@ -1,4 +1,4 @@
-"""The only file that touches DeepSpeed's privates (pinned to 0.19.8 in requirements.txt).
+"""DeepSpeed's privates (pinned to 0.19.8 in requirements.txt); only deepspeed_bf16.py touches more of them.
 
 DeepSpeed's engine recognises a mixture of experts by isinstance, and treats a parameter as an expert
 by attributes on it. `adopt` makes our layer one that it recognises; `fragments` finds what each rank
@@ -14,7 +14,6 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
-from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.utils import groups
 from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor, nn
@@ -159,61 +158,6 @@ def fragments(engine: AnyEngine) -> Iterator[Fragment]:
                 base, total = place(parameter, parameter.numel())
                 low, high = mapping.lp_fragment_address, mapping.hp_fragment_address
                 yield Fragment(names[id(parameter)], base + low.start, total, owner, high.start, high.numel)
-
-
-class LeanBF16Optimizer(BF16_Optimizer):
-    """DeepSpeed's bf16 ZeRO-1 optimizer with fewer passes over the fp32 gradients; the same results.
-
-    A step's first gradient is written to its fp32 buffer, which then needs no clearing; further ones are
-    added without a copy in between. One process reduces nothing.
-    """
-
-    @torch.no_grad()
-    def _update_hp_grad(self, lp: Any, group_idx: int, param_idx: int, clear_lp_grads: bool) -> None:
-        if lp.grad is None:
-            return
-        buffer = self.fp32_groups_gradients[group_idx][param_idx]
-        has_gradient = self.fp32_groups_has_gradients[group_idx]
-        gradient = lp.grad.view(buffer.shape)
-        if has_gradient[param_idx]:
-            buffer.add_(gradient)
-        else:
-            buffer.copy_(gradient)
-        lp._hp_grad = buffer
-        has_gradient[param_idx] = True
-        if clear_lp_grads:
-            lp.grad.zero_()
-
-    def clear_hp_grads(self) -> None:
-        for index, group in enumerate(self.fp32_groups_gradients):
-            self.fp32_groups_has_gradients[index] = [False] * len(group)
-
-    def get_grads_for_reduction(self) -> Any:
-        return ([], {}) if dist.get_world_size() == 1 else super().get_grads_for_reduction()
-
-    def step(self, closure: None = None) -> None:
-        # What a buffer still holds of the step before would be taken for a gradient.
-        assert all(map(all, self.fp32_groups_has_gradients)), "every parameter has a gradient in every step"
-        super().step(closure)
-
-
-def make_lean(engine: AnyEngine) -> None:
-    """Let a fresh engine's bf16 ZeRO-1 optimizer take fewer passes; other optimizers stay as they are."""
-    optimizer = engine.optimizer
-    if not isinstance(optimizer, BF16_Optimizer):
-        return
-    optimizer.__class__ = LeanBF16Optimizer
-    adam: Any = optimizer.optimizer
-    if not adam.defaults["fused"]:
-        return
-    # The fused Adam divides gradients on its way through them: clipping needs no pass of its own.
-    clip, optimizer.clip_grad = optimizer.clip_grad, 0.0
-
-    def clip_on_the_way(*_: Any) -> None:
-        divisor = max(1.0, (float(optimizer._global_grad_norm) + 1e-6) / clip)
-        adam.grad_scale = torch.full((), divisor, device=optimizer.bf16_groups[0][0].device)
-
-    adam.register_step_pre_hook(clip_on_the_way)
 
 
 def base_optimizer(engine: AnyEngine) -> torch.optim.Optimizer:

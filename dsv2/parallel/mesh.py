@@ -11,6 +11,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from dsv2.config import Device, Kernels, ParallelConfig
 from dsv2.errors import UserError
@@ -31,6 +32,19 @@ class Mesh:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    def gradient_norm(self, dense: list[Tensor], experts: list[Tensor]) -> Tensor:
+        """fp32 []: the 2-norm of reduced gradients, which this rank holds whole but for others' experts.
+
+        Collective over the EP group.
+        """
+        square, expert_square = (
+            torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in grads]).square().sum()
+            for grads in (dense, experts)
+        )
+        if self.ep_group is not None:
+            dist.all_reduce(expert_square, group=self.ep_group)
+        return (square + expert_square).sqrt()
 
 
 def pick_device(config: ParallelConfig, processes: int) -> torch.device:

@@ -5,8 +5,9 @@ storages of real engines. `memory` adds the moments at which a rank needs most.
 
 What DeepSpeed does with the settings of `deepspeed_config`:
 - ZeRO-0 (fp32): torch's own AdamW on the model's parameters.
-- ZeRO-1 in bf16: BF16_Optimizer. Each rank keeps the WHOLE fp32 gradient of its parameters, and reduces
-  it in fp32, in place but for groups that share a bucket.
+- ZeRO-1 in bf16: BF16_Optimizer, and ours over it. Each rank keeps the WHOLE fp32 gradient of its parameters,
+  and reduces it in fp32, in place but for groups that share a bucket. A gradient that is one micro-batch's
+  on one rank stays in bf16. DeepSpeed begins with fp32 masters and sums; those not needed are let go.
 - ZeRO-1 in fp32 and ZeRO-2: masters beside the weights even in fp32, and a reduction bucket of 5e8
   elements from the first backward of a step on, however small the model.
 - ZeRO-3: that bucket always; tensors of at most 1e5 elements stay whole; up to 1e9 elements are gathered.
@@ -14,7 +15,7 @@ What DeepSpeed does with the settings of `deepspeed_config`:
 
 from typing import NamedTuple
 
-from dsv2.config import Config, Precision
+from dsv2.config import Config, Kernels, Precision
 from dsv2.planner.activations import FP32, Activations, activations, make_pass
 from dsv2.planner.parameters import Group, RankParameters, rank_parameters
 
@@ -24,12 +25,43 @@ LIVE = 1_000_000_000  # stage3_max_live_parameters
 SUB_GROUP = 1_000_000_000  # sub_group_size of ZeRO-3
 
 
+class Layout(NamedTuple):
+    """What of the configuration decides how states are kept."""
+
+    stage: int
+    bf16: bool  # parallel.precision
+    states: int  # bytes of an element of masters and moments
+    sums: bool  # has a step's gradient several terms, micro-batches or ranks?
+    fused: bool  # parallel.kernels
+
+    @property
+    def size(self) -> int:
+        """Bytes of a weight."""
+        return 2 if self.bf16 else FP32
+
+    @property
+    def ours(self) -> bool:
+        """ZeRO-1 in bf16, of which dsv2/parallel/deepspeed_bf16.py has its part."""
+        return self.stage == 1 and self.bf16
+
+
+def _layout(config: Config, world_size: int) -> Layout:
+    parallel = config.parallel
+    return Layout(
+        stage=parallel.zero_stage,
+        bf16=parallel.precision is Precision.bf16,
+        states=2 if parallel.optimizer_states is Precision.bf16 else FP32,
+        sums=config.optim.batch_size > parallel.micro_batch_size,
+        fused=parallel.kernels is Kernels.fused,
+    )
+
+
 class States(NamedTuple):
     """Bytes that stay on a rank between steps."""
 
     weights: int
     gradients: int
-    masters: int  # fp32 weights beside the model's own
+    masters: int  # weights beside the model's own
     moments: int  # Adam's two
     buffers: int
 
@@ -53,19 +85,20 @@ def _flat(group: Group) -> int:
     return -(-group.elements // unit) * unit
 
 
-def states(parameters: RankParameters, stage: int, bf16: bool) -> States:
+def states(parameters: RankParameters, layout: Layout) -> States:
     """Bytes after a step: nothing in flight, no activations."""
-    size = 2 if bf16 else FP32
+    stage, size = layout.stage, layout.size
     owned = sum(_owned(group, stage) for group in parameters)
-    moments = 2 * FP32 * owned
+    moments = 2 * layout.states * owned
     if stage == 0:
         return States(FP32 * owned, 0, 0, moments, 0)
     if stage == 3:
         weights = size * (owned + _stays_whole(parameters))
         return States(weights, FP32 * owned, FP32 * owned, moments, size * BUCKET)
     flat = sum(_flat(group) for group in parameters)
-    gradients = FP32 * flat if stage == 1 and bf16 else 0
-    return States(size * flat, gradients, FP32 * owned, moments, 0)
+    gradients = FP32 * flat if layout.ours and layout.sums else 0
+    masters = FP32 * owned if layout.states == FP32 else 0
+    return States(size * flat, gradients, masters, moments, 0)
 
 
 def _stays_whole(parameters: RankParameters) -> int:
@@ -100,46 +133,45 @@ def memory(config: Config, world_size: int, gpu: bool = True) -> Memory:
         world_size: ranks of the job.
         gpu: False counts what torch's CPU kernels keep, which the tests can run.
     """
-    parallel = config.parallel
-    stage, bf16 = parallel.zero_stage, parallel.precision is Precision.bf16
-    parameters = rank_parameters(config.model, world_size, parallel.expert_parallel_size)
-    held = states(parameters, stage, bf16)
+    layout = _layout(config, world_size)
+    parameters = rank_parameters(config.model, world_size, config.parallel.expert_parallel_size)
+    held = states(parameters, layout)
     needed = activations(make_pass(config, fused_norm=gpu))
-    gradients = _step_gradients(parameters, stage, bf16)
-    kept = 0 if stage == 1 and bf16 else gradients  # after backward
-    buffers = _step_buffers(parameters, stage, bf16)
-    reduction = _reduction(parameters, stage, bf16)
-    during = reduction if stage >= 2 else 0  # ZeRO-2 and 3 reduce as the backward goes
+    gradients = _step_gradients(parameters, layout)
+    kept = 0 if layout.ours and layout.sums else gradients  # after backward
+    buffers = _step_buffers(parameters, layout)
+    reduction = _reduction(parameters, layout)
+    during = reduction if layout.stage >= 2 else 0  # ZeRO-2 and 3 reduce as the backward goes
     return Memory(
         states=held,
         step_gradients=gradients,
         step_buffers=buffers + reduction,
         activations=needed,
         phases={
-            "building": _building(parameters, bf16),
+            "building": _building(parameters, layout),
             "forward and backward": held.total + gradients + buffers + during + needed.peak,
             "gradient reduction": held.total + kept + buffers + reduction,
-            "optimizer step": held.total + kept + _stepping(parameters, stage, bf16, gpu),
+            "optimizer step": held.total + kept + _stepping(parameters, layout, gpu),
         },
     )
 
 
-def _step_gradients(parameters: RankParameters, stage: int, bf16: bool) -> float:
-    if stage == 3:
+def _step_gradients(parameters: RankParameters, layout: Layout) -> float:
+    if layout.stage == 3:
         return 0  # their buffer is among the states
-    if stage == 2:
-        return FP32 * sum(_owned(group, stage) for group in parameters)
-    if stage == 1 and bf16:  # each is freed as soon as it is in its fp32 buffer
+    if layout.stage == 2:
+        return FP32 * sum(_owned(group, layout.stage) for group in parameters)
+    if layout.ours and layout.sums:  # each is freed as soon as it is in its fp32 sum
         return 2 * max(*parameters.decay.sizes, *parameters.experts.sizes)
-    return (2 if bf16 else FP32) * parameters.elements
+    return layout.size * parameters.elements
 
 
-def _step_buffers(parameters: RankParameters, stage: int, bf16: bool) -> float:
+def _step_buffers(parameters: RankParameters, layout: Layout) -> float:
     """What stands by from the first backward of a step on."""
-    size = 2 if bf16 else FP32
-    if stage == 0 or (stage == 1 and bf16):
+    size = layout.size
+    if layout.stage == 0 or layout.ours:
         return 0
-    if stage < 3:
+    if layout.stage < 3:
         return size * BUCKET
     spread = sum(group.elements for group in parameters if group.copies > 1)
     # A module's tensors are gathered together; of the routed experts that is a whole layer's.
@@ -152,11 +184,11 @@ def _layer_of_experts(parameters: RankParameters) -> int:
     return sum(parameters.experts.sizes[:2])  # w13 and w2
 
 
-def _reduction(parameters: RankParameters, stage: int, bf16: bool) -> float:
+def _reduction(parameters: RankParameters, layout: Layout) -> float:
     """Copies made while gradients are reduced, at the most."""
-    size = 2 if bf16 else FP32
+    stage, size = layout.stage, layout.size
     decay, experts = parameters.decay, parameters.experts
-    if stage == 1 and bf16:
+    if layout.ours:
         # A group's gradients are one flat tensor. Groups that share a bucket are joined first. One process
         # reduces nothing.
         return 0 if decay.elements > BUCKET or decay.copies == 1 else FP32 * parameters.dense
@@ -165,20 +197,36 @@ def _reduction(parameters: RankParameters, stage: int, bf16: bool) -> float:
     largest = max(*decay.sizes, *experts.sizes)
     if stage == 3:  # experts and the rest alternate and never share a bucket
         bucket = max(largest, min(BUCKET, _layer_of_experts(parameters)))
-        return bucket * (size + (FP32 / experts.copies if bf16 else 0))
+        return bucket * (size + (FP32 / experts.copies if layout.bf16 else 0))
     return size * min(max(parameters.dense, experts.elements), max(BUCKET, largest))
 
 
-def _stepping(parameters: RankParameters, stage: int, bf16: bool, gpu: bool) -> float:
-    """AdamW's temporaries on CPU (on a GPU the fused one makes none) and, where made, a flat gradient."""
-    flattened = stage == 3 or (stage > 0 and not bf16)
+def _stepping(parameters: RankParameters, layout: Layout, gpu: bool) -> float:
+    """AdamW's temporaries, where it makes any, and a flat gradient where one is made."""
+    stage = layout.stage
+    if layout.ours:
+        # dsv2/kernels/adamw.py on a tensor: its gradient in fp32; of bf16 states three more, and random bits.
+        copies = (1 if layout.sums else 2) if layout.states == FP32 else 1 + 3 + 3 * 2
+        return 0 if layout.fused else copies * FP32 * max(_largest_owned(group) for group in parameters)
+    # torch's takes the gradient's size twice on a CPU, nothing on a GPU.
+    flattened = stage > 0
     largest = max(_owned(group, stage) for group in parameters)
     if stage == 3:
         largest = min(largest, SUB_GROUP + max(parameters.decay.sizes))
     return largest * FP32 * ((0 if gpu else 2) + flattened)
 
 
-def _building(parameters: RankParameters, bf16: bool) -> float:
-    """The model as built, before ZeRO spreads it: a rank's whole share, also under ZeRO-3."""
-    # A matrix is drawn in fp32 and scaled out of place; an expert at a time.
-    return (2 if bf16 else FP32) * parameters.elements + 2 * FP32 * max(parameters.decay.sizes)
+def _largest_owned(group: Group) -> int:
+    """Elements of the longest stretch of one tensor that a rank may own under ZeRO-1."""
+    return min(max(group.sizes), _owned(group, 1))
+
+
+def _building(parameters: RankParameters, layout: Layout) -> float:
+    """The model as built, before ZeRO spreads it: a rank's whole share, also under ZeRO-3.
+
+    A matrix is drawn in fp32 and scaled out of place; an expert at a time. ZeRO-1 in bf16 then begins with
+    flat weights, its own fp32 masters and whole fp32 gradients.
+    """
+    built = layout.size * parameters.elements + 2 * FP32 * max(parameters.decay.sizes)
+    begun = sum((2 + FP32) * _flat(group) + FP32 * _owned(group, 1) for group in parameters)
+    return max(built, begun) if layout.ours else built

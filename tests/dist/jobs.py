@@ -136,6 +136,7 @@ def make_engine(
     micro_batch: int,
     recompute: bool = False,
     bf16: bool = False,
+    states: Precision = Precision.fp32,
     init_from: str | None = None,
     **changes: Any,
 ) -> Any:
@@ -150,6 +151,7 @@ def make_engine(
         micro_batch_size=micro_batch,
         activation_checkpointing=recompute,
         precision=Precision.bf16 if bf16 else Precision.fp32,
+        optimizer_states=states,
     )
     config = model_config(**changes)
     weights = HFWeights(Path(init_from), config) if init_from else None

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from dsv2.config import Precision
 from dsv2.weights import CheckpointReader, load_model
 from tests.dist import jobs
 
@@ -33,9 +34,12 @@ def _load(pools: Any, folder: Path, world_size: int, **layout: Any) -> Outcome:
     return results[0][1].losses, jobs.whole(parts), random_states
 
 
-def _layout(world_size: int, ep: int, stage: int, bf16: bool = False) -> dict[str, Any]:
+BF16 = {"bf16": True, "states": Precision.bf16}
+
+
+def _layout(world_size: int, ep: int, stage: int, bf16: bool = False, **more: Any) -> dict[str, Any]:
     layout = {"world_size": world_size, "ep": ep, "stage": stage, "micro_batch": 4 // world_size}
-    return layout | ({"bf16": True} if bf16 else {})
+    return layout | ({"bf16": True} if bf16 else {}) | more
 
 
 @pytest.mark.parametrize(
@@ -86,6 +90,20 @@ def test_same_layout_is_exact_to_the_bit(pools, tmp_path, world_size, ep, stage,
         assert np.array_equal(resumed_weights[name], want), name
 
 
+@pytest.mark.parametrize("saved_on", [(1, 1, 1), (2, 2, 1)])
+def test_bf16_states_continue(pools, tmp_path, saved_on):
+    """On the same layout to the bit; on others, with other states or in fp32 as near as bf16 lets them."""
+    losses, weights, _ = _save(pools, tmp_path, **_layout(*saved_on, **BF16))
+    same_losses, same_weights, _ = _load(pools, tmp_path, **_layout(*saved_on, **BF16))
+    assert same_losses == losses
+    assert all(np.array_equal(same_weights[name], want) for name, want in weights.items())
+    for other in (_layout(4, 2, 1, **BF16), _layout(2, 2, 3, bf16=True), _layout(2, 1, 1)):
+        resumed_losses, resumed_weights, _ = _load(pools, tmp_path, **other)
+        np.testing.assert_allclose(resumed_losses, losses, rtol=5e-3)
+        for name, want in weights.items():
+            assert jobs.relative(resumed_weights[name], want) < 1.5e-2, name
+
+
 @pytest.mark.parametrize(
     ("world_size", "ep", "stage", "bf16"), [(1, 1, 1, False), (4, 2, 3, False), (2, 2, 2, True)]
 )
@@ -103,3 +121,10 @@ def test_one_process_reads_the_whole_model(pools, tmp_path, world_size, ep, stag
         assert torch.equal(half, model.get_parameter(name).bfloat16()), name
     reader = CheckpointReader(path)
     assert (reader.tensor("lm_head.weight", 61 * 24, "exp_avg_sq") > 0).all()
+
+
+def test_one_process_reads_bf16_states(pools, tmp_path):
+    _, trained, _ = _save(pools, tmp_path, save_at=STEPS, **_layout(2, 2, 1, **BF16))
+    for name, parameter in load_model(tmp_path / f"step-{STEPS:08d}").named_parameters():
+        assert parameter.dtype == torch.float32
+        assert np.array_equal(parameter.detach().flatten().numpy(), trained[name]), name

@@ -8,6 +8,7 @@ import subprocess
 import time
 from pathlib import Path
 from shutil import copytree
+from typing import Any
 
 import numpy as np
 import psutil
@@ -147,9 +148,11 @@ def test_a_second_job_in_the_same_folder_is_refused(command, tmp_path):
 
 
 def test_interrupted_before_training(command, tmp_path):
-    job = subprocess.Popen(
-        command("early"), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    def heed_interrupts() -> None:  # a shell's background jobs, these tests maybe, are started to ignore them
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    job = subprocess.Popen(command("early"), cwd=ROOT, preexec_fn=heed_interrupts, **pipes)
     while not (tmp_path / "early" / ".lock-owner").exists():
         assert job.poll() is None
         time.sleep(0.01)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dsv2.kernels.adamw import AdamWStep
 from dsv2.kernels.library import REFERENCE, KernelSet
 
 pytestmark = pytest.mark.gpu
@@ -150,3 +151,32 @@ def test_latent_attention(fused, batch, length, heads, nope, rope, v_dim):
         return lambda q, kv, c: kernels.latent_attention(q, kv, c[..., 40:], cos, sin, scale)
 
     check(apply(REFERENCE), apply(fused), [q, kv, latent_and_rope], bound=1e-2)
+
+
+@pytest.mark.parametrize("states", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("gradient", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("count", [1, 1000, 3_000_001])
+def test_adamw(fused, states, gradient, count):
+    """The reference's weights, moments and rounding, but for the last bit of its fp32 arithmetic."""
+    hyper = AdamWStep(lr=3e-3, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, step=3, seed=11)
+    start = [
+        normal(count).to(states),
+        normal(count, seed=1).to(states),
+        normal(count, seed=2).abs().to(states),
+    ]
+    grad, separate = normal(count, seed=3).to(gradient), states == torch.float32
+    results = []
+    for kernels in (REFERENCE, fused):
+        tensors = [x.clone() for x in start]
+        weight = torch.zeros(count, dtype=torch.bfloat16, device="cuda") if separate else None
+        for scale in (0.7, float("nan")):  # the second changes nothing
+            factor = torch.tensor(scale, device="cuda")
+            kernels.adamw(*tensors, grad, factor, weight, hyper, first=2**32 + 5)
+        results.append([*tensors, *([weight] if separate else [])])
+    for want, got, before in zip(*results, [*start, start[0] * 0], strict=False):
+        assert not torch.equal(want, before)
+        if want.dtype == torch.float32:
+            torch.testing.assert_close(got, want, rtol=2e-6, atol=1e-7)
+        else:
+            assert (got != want).float().mean().item() < 2e-3
+            torch.testing.assert_close(got, want, rtol=2**-7, atol=0)

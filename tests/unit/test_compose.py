@@ -39,7 +39,7 @@ MISTAKES = {
     # groups
     "model=lit": [
         "model=lit: there is no such option; did you mean lite?",
-        "debug, lite, lite_slice, small, v2",
+        "debug, lite, lite_slice, small, v2, v2_slice",
     ],
     "model=small,lite": ["model=small,lite: must name a file of conf/model, without .yaml"],
     "+model=small": ["+model=small: must name a file of conf/model, without .yaml"],
@@ -92,7 +92,7 @@ def test_other_ranks_keep_silent(mistake, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["--help"], "model: debug, lite, lite_slice, small, v2"),
+        (["--help"], "model: debug, lite, lite_slice, small, v2, v2_slice"),
         (["--cfg", "job"], "batch_size_start: null"),
         (["--cfg", "job", "experiment=quickstart"], "name: quickstart"),
         (["--cfg", "job", "data=local"], "path: ???"),

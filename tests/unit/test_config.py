@@ -242,6 +242,11 @@ def test_a_moment_that_never_moves(name):
         ),
         ([("parallel.zero_stage", 4)], "parallel.zero_stage=4: must be 0, 1, 2 or 3"),
         (
+            [("parallel.optimizer_states", Precision.bf16)],
+            "parallel.optimizer_states=bf16: needs parallel.zero_stage=1 and parallel.precision=bf16, not 1 "
+            "and fp32; or use fp32",
+        ),
+        (
             [("parallel.zero_stage", 0), ("parallel.precision", Precision.bf16)],
             "parallel.zero_stage=0: bf16 needs stage 1, 2 or 3, which keep fp32 master weights; or use "
             "parallel.precision=fp32",

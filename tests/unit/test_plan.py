@@ -44,7 +44,7 @@ def refusal(*words: str) -> str:
         (
             ["gpus=8", "model=lit"],
             "model=lit: there is no such option; did you mean lite? "
-            "one of debug, lite, lite_slice, small, v2",
+            "one of debug, lite, lite_slice, small, v2, v2_slice",
         ),
         (
             ["gpus=8", "experiment=nope"],
