@@ -1,18 +1,17 @@
-"""Time optimizer steps of any model through the engine that trains it.
+"""Time optimizer steps of any model through the engine that trains it, and see where the time goes.
 
     python launch/benchmark.py --steps 10 model=lite_slice parallel=gpu parallel.micro_batch_size=8
     torchrun --nproc_per_node=8 launch/benchmark.py model=lite parallel=gpu parallel.expert_parallel_size=8
 
 Random tokens, data.sequence_length long (4096 unless given); routing as the model's weights have it.
-Prints a row and, with --out FILE, writes it as JSON; --profile FILE writes a trace for chrome://tracing
-and prints where the GPU's time goes.
+Prints a row and, of one more step, the share of each part; --out FILE writes both as JSON, and
+--profile FILE keeps that step's trace for chrome://tracing and prints its top kernels.
 """
 
 import argparse
 import json
-import statistics
 import sys
-import time
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +28,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", help="of the configuration, as for train.py")
     parser.add_argument("--steps", type=int, default=10, help="steps that count (10)")
     parser.add_argument("--warmup", type=int, default=4, help="steps before them (4)")
-    parser.add_argument("--out", help="write the row there, as JSON")
-    parser.add_argument("--profile", help="write a trace of one step there")
+    parser.add_argument("--out", help="write the figures there, as JSON")
+    parser.add_argument("--profile", help="write a trace of one step there, and print its top kernels")
     return parser.parse_args(argv)
 
 
@@ -45,76 +44,61 @@ def configuration(overrides: list[str], world_size: int) -> Config:
     return config
 
 
-def measure(config: Config, steps: int, warmup: int, profile: str | None) -> dict[str, Any]:
+def measure(config: Config, steps: int, warmup: int, profile: Path | None) -> dict[str, Any]:
     """Train on random tokens and return what a step took, on this rank."""
-    import torch
+    from torch import Tensor, arange
 
     from data.stream import Batch
     from dsv2.engine import Engine, build_model
-    from dsv2.model.flops import flops_per_token, peak_flops
     from dsv2.parallel.deepspeed_moe import start_mesh
     from dsv2.parallel.mesh import end_process_group, pick_device
+    from launch.timing import random_tokens, row, time_steps
 
     rank, world_size = launched_ranks()
-    parallel, length = config.parallel, config.data.sequence_length
-    mesh = start_mesh(
-        pick_device(parallel, local_processes()), rank, world_size, parallel.expert_parallel_size
-    )
-    engine = Engine(build_model(config.model, parallel, config.seed, mesh), config.optim, parallel, mesh)
-    on_gpu = mesh.device.type == "cuda"
-    generator = torch.Generator().manual_seed(rank)
-    count = config.optim.batch_size // (parallel.micro_batch_size * world_size)
+    device = pick_device(config.parallel, local_processes())
+    mesh = start_mesh(device, rank, world_size, config.parallel.expert_parallel_size)
+    model = build_model(config.model, config.parallel, config.seed, mesh)
+    engine = Engine(model, config.optim, config.parallel, mesh)
+    tokens = random_tokens(config, rank, world_size)
 
-    def step() -> float:
-        shape = (parallel.micro_batch_size, length + 1)
-        batches = []
-        for _ in range(count):
-            tokens = torch.randint(config.model.vocab_size, shape, generator=generator)
-            batches.append(Batch(tokens[:, :-1], tokens[:, 1:], torch.arange(len(tokens))))
-        start = time.perf_counter()
-        engine.train_step(batches, config.optim.lr)
-        if on_gpu:
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
+    def step(micro_batches: list[Tensor]) -> float:
+        batches = [Batch(t[:, :-1], t[:, 1:], arange(len(t))) for t in micro_batches]
+        return engine.train_step(batches, config.optim.lr).loss
 
-    for _ in range(warmup):
-        step()
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats()
-    seconds = statistics.median(step() for _ in range(steps))
-    tokens = config.optim.batch_size * length / world_size
-    flops = tokens * flops_per_token(config.model, length) / seconds
-    peak = peak_flops(torch.cuda.get_device_name()) if on_gpu else None
-    row = {
-        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
-        "layers": config.model.num_hidden_layers,
-        "kernels": parallel.kernels.value,
-        "micro_batch": parallel.micro_batch_size,
-        "length": length,
-        "step_ms": seconds * 1e3,
-        "tok_s_gpu": tokens / seconds,
-        "tflops": flops / 1e12,
-        "mfu": flops / peak if peak else None,
-        "mem_gib": torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None,
+    timing = time_steps(step, tokens, device, steps, warmup)
+    figures = row(config, device, timing, world_size)
+    figures |= {
+        "kernels": config.parallel.kernels.value,
+        "optimizer_states": config.parallel.optimizer_states.value,
     }
-    if profile and mesh.is_main:
-        _profile(step, profile)
+    parts = _parts(engine, lambda: step(next(tokens)), profile if mesh.is_main else None)
     end_process_group()
-    return row
+    return figures | parts
 
 
-def _profile(step: Any, file: str) -> None:
-    from torch.profiler import ProfilerActivity
-    from torch.profiler import profile as profiler
+def _parts(engine: Any, step: Any, keep: Path | None) -> dict[str, Any]:
+    """The share of each part, as (JSON, text to print); the trace goes to `keep`."""
+    from launch.parts import Ranges, parts_of_modules, read, record
 
-    with profiler(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
-        step()
-    recorded.export_chrome_trace(file)
-    print(
-        recorded.key_averages().table(
-            sort_by="self_device_time_total", row_limit=40, max_name_column_width=70
-        )
-    )
+    methods = [
+        (engine.deepspeed, "step", "optimizer"),
+        (engine.deepspeed, "allreduce_gradients", "gradients"),
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        file = keep or Path(folder) / "trace.json"
+        with Ranges(parts_of_modules(engine.model), methods):
+            record(step, file, engine.mesh.device.type == "cuda")
+        found = read(file)
+    return {
+        "profiled_step_ms": found.step_ms,
+        "parts": found.as_json(),
+        "text": found.table() + (f"\n\n{found.top_kernels()}" if keep else ""),
+    }
+
+
+def one_line(row: dict[str, Any]) -> str:
+    shown = {k: v for k, v in row.items() if not isinstance(v, list | dict)}
+    return "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items())
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -122,15 +106,14 @@ def main(argv: list[str] | None = None) -> int:
     rank, world_size = launched_ranks()
     try:
         config = configuration(arguments.overrides, world_size)
-        row = measure(config, arguments.steps, arguments.warmup, arguments.profile)
+        keep = Path(arguments.profile) if arguments.profile else None
+        row = measure(config, arguments.steps, arguments.warmup, keep)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if rank == 0:
-        print(
-            "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()),
-            flush=True,
-        )
+        text = row.pop("text")
+        print(f"{one_line(row)}\n\n{text}", flush=True)
         if arguments.out:
             Path(arguments.out).write_text(json.dumps(row) + "\n")
     return 0

@@ -1,0 +1,79 @@
+"""What every contender of a benchmark shares: its tokens, the clock, and the row of figures."""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dsv2.config import Config
+from dsv2.model.flops import flops_per_token, peak_flops
+
+Step = Callable[[list[Tensor]], float]  # trains on a step's micro-batches and returns its loss
+
+
+class Timing(NamedTuple):
+    seconds: list[float]  # of each step that counts
+    loss: float  # of the last one
+    peak_gib: float | None  # None on a CPU
+
+
+def random_tokens(config: Config, rank: int, world_size: int) -> Iterator[list[Tensor]]:
+    """This rank's micro-batches of one step after another, [sequences, length + 1] each."""
+    generator = torch.Generator().manual_seed(rank)
+    micro = config.parallel.micro_batch_size
+    while True:
+        yield [
+            torch.randint(
+                config.model.vocab_size, (micro, config.data.sequence_length + 1), generator=generator
+            )
+            for _ in range(config.optim.batch_size // (micro * world_size))
+        ]
+
+
+def time_steps(
+    step: Step, tokens: Iterator[list[Tensor]], device: torch.device, steps: int, warmup: int
+) -> Timing:
+    """Seconds of `steps` steps after `warmup` others; making the tokens is not counted."""
+    on_gpu = device.type == "cuda"
+
+    def once() -> tuple[float, float]:
+        batch = next(tokens)
+        start = time.perf_counter()
+        loss = step(batch)
+        if on_gpu:
+            torch.cuda.synchronize()
+        return time.perf_counter() - start, loss
+
+    for _ in range(warmup):
+        once()
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    timed = [once() for _ in range(steps)]
+    peak = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None
+    return Timing([seconds for seconds, _ in timed], timed[-1][1], peak)
+
+
+def row(config: Config, device: torch.device, timing: Timing, world_size: int) -> dict[str, Any]:
+    """The figures, with one accounting of FLOPs for all."""
+    on_gpu = device.type == "cuda"
+    seconds, length = statistics.median(timing.seconds), config.data.sequence_length
+    tokens = config.optim.batch_size * length / world_size
+    flops = tokens * flops_per_token(config.model, length) / seconds
+    peak = peak_flops(torch.cuda.get_device_name()) if on_gpu else None
+    return {
+        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+        "torch": torch.__version__,
+        "layers": config.model.num_hidden_layers,
+        "micro_batch": config.parallel.micro_batch_size,
+        "length": length,
+        "step_ms": seconds * 1e3,
+        "step_ms_all": [s * 1e3 for s in timing.seconds],
+        "tok_s_gpu": tokens / seconds,
+        "tflops": flops / 1e12,
+        "mfu": flops / peak if peak else None,
+        "mem_gib": timing.peak_gib,
+        "loss": timing.loss,
+    }
