@@ -2,10 +2,15 @@
 
     python launch/benchmark.py --steps 10 model=lite_slice parallel=gpu parallel.micro_batch_size=8
     torchrun --nproc_per_node=8 launch/benchmark.py model=lite parallel=gpu parallel.expert_parallel_size=8
+    python launch/benchmark.py --against transformers,deepspeed_autoep:6 model=lite_slice parallel=gpu
 
 Random tokens, data.sequence_length long (4096 unless given); routing as the model's weights have it.
 Prints a row and, of one more step, the share of each part; --out FILE writes both as JSON, and
 --profile FILE keeps that step's trace for chrome://tracing and prints its top kernels.
+
+--against has other frameworks do the same work: this one and they take turns, each turn in a process of
+its own. NAME:6 gives a peer another micro-batch than the configuration's. launch/peers says how each is
+set up; one that is not installed is refused.
 """
 
 import argparse
@@ -18,9 +23,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from dsv2.compose import compose_config, launched_ranks, local_processes
-from dsv2.config import Config
+from dsv2.config import Config, Precision
 from dsv2.errors import UserError
 from dsv2.validate import validate
+from launch.compare import OURS, alternate, run_turn, summary, table
+from launch.peers import Work, adapter, check_peers
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -30,7 +37,17 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=4, help="steps before them (4)")
     parser.add_argument("--out", help="write the figures there, as JSON")
     parser.add_argument("--profile", help="write a trace of one step there, and print its top kernels")
-    return parser.parse_args(argv)
+    parser.add_argument("--against", help="peers to compare with, such as transformers,torchtitan:4")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each contender, with --against (3)")
+    parser.add_argument("--contender", default=None, help=argparse.SUPPRESS)  # one turn of `--against`
+    arguments = parser.parse_args(argv)
+    for name, least in (("steps", 1), ("warmup", 0), ("rounds", 1)):
+        if (value := getattr(arguments, name)) < least:
+            raise UserError(f"--{name} {value}: must be at least {least}")
+    for name in ("out", "profile"):
+        if (file := getattr(arguments, name)) and not Path(file).absolute().parent.is_dir():
+            raise UserError(f"--{name} {file}: there is no such folder")
+    return arguments
 
 
 def configuration(overrides: list[str], world_size: int) -> Config:
@@ -44,18 +61,17 @@ def configuration(overrides: list[str], world_size: int) -> Config:
     return config
 
 
-def measure(config: Config, steps: int, warmup: int, profile: Path | None) -> dict[str, Any]:
+def measure(config: Config, device: Any, arguments: argparse.Namespace) -> dict[str, Any]:
     """Train on random tokens and return what a step took, on this rank."""
     from torch import Tensor, arange
 
     from data.stream import Batch
     from dsv2.engine import Engine, build_model
     from dsv2.parallel.deepspeed_moe import start_mesh
-    from dsv2.parallel.mesh import end_process_group, pick_device
+    from dsv2.parallel.mesh import end_process_group
     from launch.timing import random_tokens, row, time_steps
 
     rank, world_size = launched_ranks()
-    device = pick_device(config.parallel, local_processes())
     mesh = start_mesh(device, rank, world_size, config.parallel.expert_parallel_size)
     model = build_model(config.model, config.parallel, config.seed, mesh)
     engine = Engine(model, config.optim, config.parallel, mesh)
@@ -65,19 +81,22 @@ def measure(config: Config, steps: int, warmup: int, profile: Path | None) -> di
         batches = [Batch(t[:, :-1], t[:, 1:], arange(len(t))) for t in micro_batches]
         return engine.train_step(batches, config.optim.lr).loss
 
-    timing = time_steps(step, tokens, device, steps, warmup)
+    timing = time_steps(step, tokens, device, arguments.steps, arguments.warmup)
     figures = row(config, device, timing, world_size)
     figures |= {
         "kernels": config.parallel.kernels.value,
         "optimizer_states": config.parallel.optimizer_states.value,
     }
-    parts = _parts(engine, lambda: step(next(tokens)), profile if mesh.is_main else None)
+    if arguments.contender is None:
+        keep = Path(arguments.profile) if arguments.profile and mesh.is_main else None
+        batch = next(tokens)  # once, as making them is no part of a step
+        figures |= _parts(engine, lambda: step(batch), keep)
     end_process_group()
-    return figures | parts
+    return figures
 
 
 def _parts(engine: Any, step: Any, keep: Path | None) -> dict[str, Any]:
-    """The share of each part, as (JSON, text to print); the trace goes to `keep`."""
+    """The share of each part, and it as text; the trace goes to `keep`."""
     from launch.parts import Ranges, parts_of_modules, read, record
 
     methods = [
@@ -96,27 +115,74 @@ def _parts(engine: Any, step: Any, keep: Path | None) -> dict[str, Any]:
     }
 
 
+def measure_peer(config: Config, device: Any, arguments: argparse.Namespace) -> dict[str, Any]:
+    """The same of a peer, in this process."""
+    import torch
+
+    from launch.timing import random_tokens, row, time_steps
+
+    parallel = config.parallel
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dtype = torch.bfloat16 if parallel.precision is Precision.bf16 else torch.float32
+    length = config.data.sequence_length
+    work = Work(config.model, config.optim, parallel.micro_batch_size, length, config.seed, device, dtype)
+    step = adapter(arguments.contender).build(work)
+    timing = time_steps(step, random_tokens(config, 0, 1), device, arguments.steps, arguments.warmup)
+    return row(config, device, timing, 1)
+
+
+def compare(sizes: dict[str, int | None], arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """Contenders in turn: (JSON, text to print)."""
+
+    def turn(name: str, number: int) -> dict[str, Any]:
+        options = ["--steps", str(arguments.steps), "--warmup", str(arguments.warmup)]
+        if name != OURS or number:  # our first turn has the parts too
+            options += ["--contender", name]
+        elif arguments.profile:
+            options += ["--profile", arguments.profile]
+        overrides = list(arguments.overrides)
+        if size := sizes.get(name):
+            overrides += [f"parallel.micro_batch_size={size}", f"optim.batch_size={size}"]
+        return run_turn([*options, *overrides])
+
+    rows = alternate([OURS, *sizes], arguments.rounds, turn)
+    first = rows[OURS][0].get("printed", "")
+    for row in (row for of in rows.values() for row in of):
+        row.pop("printed", None)
+    found = [summary(name, of) for name, of in rows.items()]
+    return {"rounds": arguments.rounds, "contenders": found}, f"\n{first}\n{table(found)}"
+
+
 def one_line(row: dict[str, Any]) -> str:
     shown = {k: v for k, v in row.items() if not isinstance(v, list | dict)}
     return "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items())
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = parse_arguments(argv)
+    from dsv2.parallel.mesh import pick_device
+
     rank, world_size = launched_ranks()
     try:
+        arguments = parse_arguments(argv)
         config = configuration(arguments.overrides, world_size)
-        keep = Path(arguments.profile) if arguments.profile else None
-        row = measure(config, arguments.steps, arguments.warmup, keep)
+        sizes = check_peers(arguments.against, config, world_size) if arguments.against else {}
+        device = pick_device(config.parallel, local_processes())
+        if sizes:
+            result, text = compare(sizes, arguments)
+        else:
+            peer = arguments.contender not in (None, OURS)
+            result = (measure_peer if peer else measure)(config, device, arguments)
+            parts = result.pop("text", "")
+            text = f"{one_line(result)}\n\n{parts}"
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if rank == 0:
-        text = row.pop("text")
-        print(f"{one_line(row)}\n\n{text}", flush=True)
+        print(text, flush=True)
         if arguments.out:
-            Path(arguments.out).write_text(json.dumps(row) + "\n")
-    return 0
+            Path(arguments.out).write_text(json.dumps(result) + "\n")
+    return int(any(found["errors"] for found in result.get("contenders", ())))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-PARTS = (
+PARTS: tuple[str, ...] = (
     "embedding",
     "attention",  # the kernel, RoPE, and what puts queries and keys together
     "attention projections",  # and the norms between them

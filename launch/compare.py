@@ -1,0 +1,100 @@
+"""`launch/benchmark.py --against`: contenders in alternation, each turn in a process of its own.
+
+One after another they have the whole machine and clean memory; in alternation, so that a card that
+grows warm or slows down does so for all of them alike.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from launch.peers import adapter, version
+
+OURS = "dsv2"
+Turn = Callable[[str, int], dict[str, Any]]  # (contender, round) -> its row, or {"error": why}
+
+
+def alternate(names: list[str], rounds: int, turn: Turn) -> dict[str, list[dict[str, Any]]]:
+    """Every contender's rows, by round."""
+    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    for number in range(rounds):
+        for name in names:
+            row = turn(name, number)
+            rows[name].append(row)
+            said = row.get("error") or f"{row['step_ms']:.1f} ms a step, {row['tok_s_gpu']:.0f} tokens/s"
+            print(f"round {number + 1} of {rounds}: {name}: {said}", flush=True)
+    return rows
+
+
+def run_turn(arguments: list[str]) -> dict[str, Any]:
+    """The row that launch/benchmark.py writes under these arguments, in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "row.json"
+        program = [sys.executable, str(Path(__file__).with_name("benchmark.py")), "--out", str(out)]
+        done = subprocess.run([*program, *arguments], capture_output=True, text=True)
+        if done.returncode == 0:
+            return json.loads(out.read_text()) | {"printed": done.stdout}
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    # What an exception says comes last, but for what libraries print at exit.
+    said = [line for line in lines if "Error" in line.split(":")[0] or line.startswith("error:")]
+    return {"error": (said or lines or [f"exit code {done.returncode}"])[-1].strip()[:300]}
+
+
+def summary(name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """A contender's figures: medians over its rounds, and how far the rounds lie apart."""
+    good = [row for row in rows if "error" not in row]
+    found: dict[str, Any] = {"name": name, "about": about(name), "rounds": rows}
+    found["version"] = None if name == OURS else version(name)
+    found["errors"] = [row["error"] for row in rows if "error" in row]
+    if good:
+        for key in ("step_ms", "tok_s_gpu", "tflops", "mfu", "mem_gib"):
+            values = [row[key] for row in good]
+            found[key] = None if None in values else statistics.median(values)
+        steps = [row["step_ms"] for row in good]
+        found["spread"] = (max(steps) - min(steps)) / found["step_ms"]
+        found["micro_batch"] = good[0]["micro_batch"]
+    return found
+
+
+def about(name: str) -> str:
+    return "this repository" if name == OURS else adapter(name).ABOUT
+
+
+def table(summaries: list[dict[str, Any]]) -> str:
+    """One line a contender; `speed` is its tokens/s over ours."""
+    ours = summaries[0].get("tok_s_gpu")
+    heads = (
+        "contender",
+        "micro-batch",
+        "ms a step",
+        "spread",
+        "tokens/s",
+        "TFLOP/s",
+        "MFU",
+        "peak GiB",
+        "speed",
+    )
+    lines = [f"{heads[0]:<28}" + "".join(f"{head:>12}" for head in heads[1:])]
+    for found in summaries:
+        label = " ".join(filter(None, (found["name"], found["version"])))
+        if "step_ms" not in found:
+            lines.append(f"{label:<28}  {found['errors'][-1]}")
+            continue
+        cells = (
+            found["micro_batch"],
+            f"{found['step_ms']:.1f}",
+            f"{found['spread']:.1%}",
+            f"{found['tok_s_gpu']:.0f}",
+            f"{found['tflops']:.4g}",
+            "-" if found["mfu"] is None else f"{found['mfu']:.1%}",
+            "-" if found["mem_gib"] is None else f"{found['mem_gib']:.1f}",
+            f"{found['tok_s_gpu'] / ours:.3f}" if ours else "-",
+        )
+        lines.append(f"{label:<28}" + "".join(f"{cell:>12}" for cell in cells))
+    lines += ["", *(f"{found['name']}: {found['about']}" for found in summaries)]
+    return "\n".join(lines)

@@ -1,0 +1,108 @@
+"""Other frameworks on the same work, one a file, for `launch/benchmark.py --against`.
+
+An adapter has `REQUIRES`, the packages by name with the versions it is written for (`>=` that one, or `==`),
+`ABOUT`, a line on how it is set up, and `build(work)`, which returns a step: forward, loss, backward, the
+gradient's norm clipped, and AdamW, on a micro-batch of tokens. Nothing of its framework is imported before.
+"""
+
+import importlib
+import re
+from importlib import metadata
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from dsv2.config import Config, ModelConfig, OptimConfig
+from dsv2.errors import UserError
+from dsv2.hf.config import check_exportable
+
+PEERS = ("transformers", "deepspeed_autoep", "torchtitan")
+
+
+class Work(NamedTuple):
+    """What a peer is to train, on one device."""
+
+    model: ModelConfig
+    optim: OptimConfig
+    micro_batch: int
+    length: int
+    seed: int
+    device: Any  # torch.device
+    dtype: Any  # torch.dtype of weights and activations
+
+
+def adapter(name: str) -> ModuleType:
+    return importlib.import_module(f"launch.peers.{name}")
+
+
+def version(name: str) -> str:
+    """The version of the peer's first package."""
+    return metadata.version(next(iter(adapter(name).REQUIRES)))
+
+
+def parse(given: str) -> dict[str, int | None]:
+    """`transformers,deepspeed_autoep:6`: each peer with its micro-batch, None for that of the configuration.
+
+    Raises:
+        UserError: a name that no adapter has, one given twice, or a micro-batch that is no positive number.
+    """
+    found: dict[str, int | None] = {}
+    for item in given.split(","):
+        name, colon, size = item.strip().partition(":")
+        if name not in PEERS:
+            raise UserError(f"--against {given}: there is no peer {name!r}; one of {', '.join(PEERS)}")
+        if name in found:
+            raise UserError(f"--against {given}: {name} is given twice")
+        if colon and not re.fullmatch(r"[1-9]\d*", size):
+            raise UserError(f"--against {given}: {item} must be a peer and its micro-batch, as {name}:6")
+        found[name] = int(size) if colon else None
+    return found
+
+
+def check_peers(given: str, config: Config, world_size: int) -> dict[str, int | None]:
+    """`parse`, and every peer checked."""
+    sizes = parse(given)
+    for name in sizes:
+        check(name, config, world_size)
+    return sizes
+
+
+def check(name: str, config: Config, world_size: int) -> None:
+    """Refuse a peer that is not installed, or work that it cannot do.
+
+    Raises:
+        UserError: says what to install, or which field stands in the way.
+    """
+    for package, wanted in adapter(name).REQUIRES.items():
+        install = f"pip install {package}=={wanted.lstrip('>=')}"
+        if not (found := _installed(package)):
+            raise UserError(f"--against {name}: {package} is not installed; {install}")
+        if not _fits(found, wanted):
+            raise UserError(f"--against {name}: {package} is {found}, must be {wanted}; {install}")
+    check_exportable(config.model)
+    parallel = config.parallel
+    for fits, field, value, reason in (
+        (world_size == 1, "torchrun", world_size, "peers run as one process"),
+        (
+            config.optim.batch_size == parallel.micro_batch_size,
+            "optim.batch_size",
+            config.optim.batch_size,
+            "a peer's step is one micro-batch; leave it out",
+        ),
+        (
+            not parallel.activation_checkpointing,
+            "parallel.activation_checkpointing",
+            "true",
+            "peers run without; leave it out",
+        ),
+    ):
+        if not fits:
+            raise UserError(f"--against {name}: {field}={value}: {reason}")
+
+
+def _installed(package: str) -> str | None:
+    return next((d.version for d in metadata.distributions(name=package)), None)
+
+
+def _fits(found: str, wanted: str) -> bool:
+    numbers = [[int(n) for n in re.findall(r"\d+", text)[:3]] for text in (found, wanted)]
+    return numbers[0] >= numbers[1] if wanted.startswith(">=") else numbers[0] == numbers[1]

@@ -1,0 +1,134 @@
+"""torchtitan's DeepSeek model as a library on one GPU: its modules, overrides and compilation, no trainer."""
+
+import importlib
+from typing import Any
+
+from launch.peers import Work
+from launch.timing import Step
+
+REQUIRES = {
+    "torchtitan": "==0.3.0",
+    "spmd_types": "==0.2.3",
+    "tyro": ">=1.0",
+    "docstring-parser": ">=0.16",
+    "typeguard": ">=4.0",
+    "triton": ">=3.0",
+}
+ABOUT = (
+    "fused MLA, SwiGLU and experts, each block compiled, SDPA attention with cuDNN first, compiled loss; "
+    "softmax scores, no bias, no group limit, plain RoPE; torch's AdamW on the weights themselves"
+)
+OVERRIDES = [
+    "torchtitan.overrides.fused_mla.fused_mla",
+    "torchtitan.overrides.fused_swiglu.fused_swiglu",
+    "torchtitan.overrides.fused_swiglu.fused_grouped_experts",
+]
+
+
+def model_config(work: Work) -> Any:
+    """Its configuration with our sizes."""
+    titan: Any = importlib.import_module("torchtitan.models.deepseek_v3")
+    common: Any = importlib.import_module("torchtitan.models.common")
+    attention: Any = importlib.import_module("torchtitan.models.common.attention")
+    model, width = work.model, work.model.hidden_size
+    rope = common.ComplexRoPE.Config(
+        dim=model.qk_rope_head_dim, max_seq_len=work.length, theta=model.rope_theta, scaling="none"
+    )
+    layers = titan.build_mla_moe_layers(
+        n_layers=model.num_hidden_layers,
+        n_dense_layers=model.first_k_dense_replace,
+        dim=width,
+        n_heads=model.num_attention_heads,
+        q_lora_rank=model.q_lora_rank or 0,
+        kv_lora_rank=model.kv_lora_rank,
+        qk_nope_head_dim=model.qk_nope_head_dim,
+        qk_rope_head_dim=model.qk_rope_head_dim,
+        v_head_dim=model.v_head_dim,
+        mscale=1.0,
+        dense_hidden_dim=model.intermediate_size,
+        moe_hidden_dim=model.moe_intermediate_size,
+        num_experts=model.n_routed_experts,
+        num_shared_experts=model.n_shared_experts,
+        router_top_k=model.num_experts_per_tok,
+        router_score_func="softmax",
+        router_route_scale=model.routed_scaling_factor,
+        attn_backend="flex",
+        moe_comm_backend="standard",
+        non_blocking_capacity_factor=None,
+        linear_init=titan._LINEAR_INIT,
+        norm_init=titan._NORM_INIT,
+        depth_init=titan._depth_init,
+        depth_experts_init=titan._depth_experts_init,
+        rope=rope,
+    )
+    for layer in layers:
+        layer.attention.inner_attention = attention.ScaledDotProductAttention.Config()
+        if layer.moe is not None:
+            layer.moe.load_balance_coeff = None
+    return titan.DeepSeekV3Model.Config(
+        vocab_size=model.vocab_size,
+        dim=width,
+        tok_embeddings=common.Embedding.Config(
+            num_embeddings=model.vocab_size, embedding_dim=width, param_init=titan._EMBEDDING_INIT
+        ),
+        norm=common.RMSNorm.Config(normalized_shape=width, param_init=titan._NORM_INIT),
+        lm_head=common.Linear.Config(
+            in_features=width, out_features=model.vocab_size, param_init=titan._output_linear_init(width)
+        ),
+        layers=layers,
+        mtp_layers=[],
+    )
+
+
+def build_model(work: Work) -> Any:
+    """The model with fresh weights, on the device; on a GPU with the overrides and compiled."""
+    import torch
+
+    config = model_config(work)
+    fused = work.device.type == "cuda"
+    if fused:
+        override: Any = importlib.import_module("torchtitan.config.override")
+        override.apply_overrides(override.OverrideConfig(imports=OVERRIDES), config)
+    torch.manual_seed(work.seed)
+    with torch.device("meta"):
+        model = config.build()
+    model.to(work.dtype).to_empty(device=work.device)
+    with torch.no_grad():
+        model.init_states(buffer_device=work.device)
+    if fused:  # as torchtitan.distributed.compile.apply_compile, which wants a mesh
+        torch._dynamo.config.capture_scalar_outputs = True
+        for block in model.layers.values():
+            block.compile(fullgraph=True)
+    return model
+
+
+def build(work: Work) -> Step:
+    import torch
+    from torch import Tensor
+
+    components: Any = importlib.import_module("torchtitan.components.loss")
+    model, optim = build_model(work), work.optim
+    loss_of = components.cross_entropy_loss
+    if work.device.type == "cuda":
+        loss_of = torch.compile(loss_of)
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=optim.lr,
+        betas=(optim.beta1, optim.beta2),
+        eps=optim.eps,
+        weight_decay=optim.weight_decay,
+        fused=True,
+    )
+
+    def step(micro_batches: list[Tensor]) -> float:
+        (tokens,) = micro_batches
+        tokens = tokens.to(work.device)
+        labels = tokens[:, 1:].contiguous()
+        loss = loss_of(model(tokens[:, :-1]), labels) / labels.numel()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), optim.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    return step

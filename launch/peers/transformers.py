@@ -1,0 +1,61 @@
+"""transformers' DeepseekV2ForCausalLM, as its documentation would have it trained on one GPU."""
+
+from typing import Any
+
+from dsv2.config import ModelConfig
+from dsv2.hf.config import published_config
+from launch.peers import Work
+from launch.timing import Step
+
+REQUIRES = {"transformers": ">=5.0"}
+ABOUT = "grouped_mm experts, SDPA attention, fp32 logits; torch's AdamW on the weights themselves"
+
+
+def build_model(work: Work) -> Any:
+    """The model with fresh weights, on the device."""
+    import torch
+    from transformers import AutoModelForCausalLM, DeepseekV2Config
+
+    torch.manual_seed(work.seed)
+    config = DeepseekV2Config(**settings(work.model))
+    with torch.device(work.device):
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=work.dtype, attn_implementation="sdpa", experts_implementation="grouped_mm"
+        )
+    return model.train()
+
+
+def settings(model: ModelConfig) -> dict[str, Any]:
+    """`published_config` without the fields of other versions and of generation."""
+    dropped = ("architectures", "model_type", "torch_dtype", "bos_token_id", "eos_token_id", "use_cache")
+    fields = published_config(model, 0, 0, "bfloat16")
+    return {name: value for name, value in fields.items() if name not in dropped} | {"use_cache": False}
+
+
+def build(work: Work) -> Step:
+    import torch
+    from torch import Tensor
+
+    model = build_model(work)
+    optim = work.optim
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=optim.lr,
+        betas=(optim.beta1, optim.beta2),
+        eps=optim.eps,
+        weight_decay=optim.weight_decay,
+        fused=True,
+    )
+
+    def step(micro_batches: list[Tensor]) -> float:
+        (tokens,) = micro_batches
+        tokens = tokens.to(work.device)
+        labels = tokens[:, 1:].contiguous()
+        loss = model(input_ids=tokens[:, :-1], labels=labels, shift_labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), optim.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    return step

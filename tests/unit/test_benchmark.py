@@ -1,0 +1,196 @@
+"""launch/benchmark.py: its refusals, the order of turns, the figures, and peers on a tiny model."""
+
+import json
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from dsv2.config import Config
+from dsv2.errors import UserError
+from launch import benchmark, compare, peers
+from launch.timing import random_tokens, row, time_steps
+
+TINY = ["data.sequence_length=16", "model.vocab_size=64", "model.num_hidden_layers=2", "optim.lr=1e-3"]
+
+
+def configuration(*overrides: str) -> Config:
+    return benchmark.configuration([*TINY, *overrides], 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--steps", "0"], "--steps 0: must be at least 1"),
+        (["--warmup", "-1"], "--warmup -1: must be at least 0"),
+        (["--rounds", "0"], "--rounds 0: must be at least 1"),
+        (["--out", "/nowhere/row.json"], "--out /nowhere/row.json: there is no such folder"),
+        (["--profile", "/nowhere/t.json"], "--profile /nowhere/t.json: there is no such folder"),
+        (["model=nope"], "model=nope: there is no such option"),
+        (["model.hiden_size=3"], "did you mean model.hidden_size?"),
+        (["--against", "megatron"], "there is no peer 'megatron'; one of transformers, deepspeed_autoep"),
+        (["--against", "transformers,transformers:2"], "transformers is given twice"),
+        (["--against", "transformers:0"], "transformers:0 must be a peer and its micro-batch"),
+        (["--against", "transformers:x"], "as transformers:6"),
+        (["--against", "transformers", "optim.batch_size=8"], "optim.batch_size=8: a peer's step is one"),
+        (["--against", "transformers", "parallel.activation_checkpointing=true"], "peers run without"),
+        (["--against", "transformers", "model.attention=mha"], "attention=mha"),
+        (["parallel=gpu"], "there is no GPU on this machine"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(capsys, monkeypatch, arguments, said):
+    monkeypatch.setattr(peers, "_installed", lambda package: "5.17.0")
+    assert benchmark.main(arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("error: ")
+    assert printed.err.count("\n") == 1
+    assert said in printed.err
+
+
+@pytest.mark.parametrize(
+    ("peer", "installed", "said"),
+    [
+        ("transformers", {}, "transformers is not installed; pip install transformers=="),
+        ("transformers", {"transformers": "4.57.1"}, "transformers is 4.57.1, must be >=5.0"),
+        ("deepspeed_autoep", {}, "deepspeed is not installed; pip install deepspeed==0.19.8"),
+        ("deepspeed_autoep", {"deepspeed": "0.20.0"}, "deepspeed is 0.20.0, must be ==0.19.8; pip install"),
+        ("deepspeed_autoep", {"deepspeed": "0.19.8"}, "transformers is not installed"),
+        ("torchtitan", {}, "torchtitan is not installed; pip install torchtitan==0.3.0"),
+        ("torchtitan", {"torchtitan": "0.3.0"}, "spmd_types is not installed; pip install spmd_types==0.2.3"),
+    ],
+)
+def test_a_peer_that_is_not_there_is_refused_before_anything_runs(capsys, monkeypatch, peer, installed, said):
+    monkeypatch.setattr(peers, "_installed", installed.get)
+    monkeypatch.setattr(benchmark, "run_turn", lambda arguments: pytest.fail("something ran"))
+    assert benchmark.main(["--against", f"{peer}:2"]) == 2
+    assert f"error: --against {peer}: " in (said_so := capsys.readouterr().err)
+    assert said in said_so
+    assert said_so.count("\n") == 1
+
+
+def test_peers_are_one_process():
+    with pytest.raises(UserError, match="torchrun=2: peers run as one process"):
+        peers.check("transformers", configuration(), 2)
+
+
+@pytest.mark.parametrize("name", peers.PEERS)
+def test_an_adapter_says_what_it_needs_and_does(name):
+    adapter = peers.adapter(name)
+    assert adapter.ABOUT
+    assert callable(adapter.build)
+    assert all(version.startswith((">=", "==")) for version in adapter.REQUIRES.values())
+
+
+def turns(ours: list[float], theirs: list[Any]) -> dict[str, list[dict[str, Any]]]:
+    """Rows of ours and of transformers, from their ms a step."""
+    rows = iter([value for pair in zip(ours, theirs, strict=True) for value in pair])
+    called = []
+
+    def turn(name: str, number: int) -> dict[str, Any]:
+        called.append((name, number))
+        value = next(rows)
+        if isinstance(value, str):
+            return {"error": value}
+        return {
+            "step_ms": value,
+            "tok_s_gpu": 1e6 / value,
+            "tflops": 1.0,
+            "mfu": None,
+            "mem_gib": 3.0,
+            "micro_batch": 4,
+        }
+
+    found = compare.alternate(["dsv2", "transformers"], len(ours), turn)
+    assert called == [(name, n) for n in range(len(ours)) for name in ("dsv2", "transformers")]
+    return found
+
+
+def test_turns_alternate_and_medians_are_over_rounds(capsys):
+    rows = turns([100, 104, 90], [200, 210, 190])
+    assert "round 3 of 3: transformers: 190.0 ms a step, 5263 tokens/s" in capsys.readouterr().out
+    ours, theirs = (compare.summary(name, of) for name, of in rows.items())
+    assert (ours["step_ms"], ours["spread"], ours["mem_gib"]) == (100, pytest.approx(0.14), 3.0)
+    assert ours["version"] is None
+    assert theirs["version"][0].isdigit()
+    lines = compare.table([ours, theirs]).splitlines()
+    assert lines[1].split() == ["dsv2", "4", "100.0", "14.0%", "10000", "1", "-", "3.0", "1.000"]
+    assert lines[2].split()[2:] == ["4", "200.0", "10.0%", "5000", "1", "-", "3.0", "0.500"]
+
+
+def test_a_peer_that_fails_is_shown_and_the_others_go_on():
+    rows = turns([100, 100], ["OutOfMemoryError: too large", "OutOfMemoryError: too large"])
+    ours, theirs = (compare.summary(name, of) for name, of in rows.items())
+    assert theirs["errors"] == ["OutOfMemoryError: too large"] * 2
+    assert "OutOfMemoryError: too large" in compare.table([ours, theirs])
+
+
+def test_a_turn_that_fails_says_why():
+    (said,) = compare.run_turn(["model=nope"]).values()
+    assert said.startswith("error: model=nope: there is no such option")
+
+
+def test_timing_counts_steps_after_warmup_and_one_accounting_of_flops():
+    config = configuration("parallel.micro_batch_size=2", "optim.batch_size=4")
+    seen = []
+
+    def step(micro_batches: list[torch.Tensor]) -> float:
+        seen.append(micro_batches)
+        return float(len(seen))
+
+    timing = time_steps(step, random_tokens(config, 0, 1), torch.device("cpu"), steps=3, warmup=2)
+    assert [[list(t.shape) for t in batch] for batch in seen] == [[[2, 17], [2, 17]]] * 5
+    assert not torch.equal(seen[0][0], seen[1][0])
+    assert (len(timing.seconds), timing.loss, timing.peak_gib) == (3, 5.0, None)
+    figures = row(config, torch.device("cpu"), timing._replace(seconds=[1.0, 2.0, 9.0]), 1)
+    assert (figures["step_ms"], figures["tok_s_gpu"]) == (2000, 32)
+    again = next(random_tokens(config, 0, 1))
+    assert all(torch.equal(a, b) for a, b in zip(again, seen[0], strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_transformers_learns_what_it_is_shown(dtype):
+    config = configuration("model.initializer_range=0.006")
+    work = peers.Work(config.model, config.optim, 4, 16, 0, torch.device("cpu"), dtype)
+    adapter = peers.adapter("transformers")
+    model = adapter.build_model(work)
+    assert model.config._experts_implementation == "grouped_mm"
+    assert model.config._attn_implementation == "sdpa"
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    step, batch = adapter.build(work), next(random_tokens(config, 0, 1))
+    losses = [step(batch) for _ in range(4)]
+    assert losses[0] == pytest.approx(math.log(64), abs=0.1)  # the loss of the next token, not of this one
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < losses[0] - 0.3
+
+
+def test_a_comparison_of_all_that_is_here(tmp_path, capsys):
+    out = tmp_path / "row.json"
+    arguments = [
+        "--against",
+        "transformers,deepspeed_autoep",
+        "--rounds",
+        "1",
+        "--steps",
+        "2",
+        "--warmup",
+        "1",
+    ]
+    assert benchmark.main([*arguments, "--out", str(out), *TINY]) == 0
+    printed = capsys.readouterr().out
+    assert "routed experts" in printed  # our parts
+    assert "speed" in printed
+    ours, transformers, autoep = json.loads(out.read_text())["contenders"]
+    assert [found["name"] for found in (ours, transformers, autoep)] == ["dsv2", *peers.PEERS[:2]]
+    assert ours["rounds"][0]["parts"]["routed experts"]["ms"] > 0
+    # The same weights, tokens, clipping and AdamW, so the same loss after three steps.
+    losses = [found["rounds"][0]["loss"] for found in (transformers, autoep)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-3)
+    assert ours["rounds"][0]["loss"] == pytest.approx(losses[0], abs=0.2)
+
+
+def test_the_configuration_is_one_micro_batch_a_rank_unless_given():
+    assert benchmark.configuration(["parallel.micro_batch_size=2"], 3).optim.batch_size == 6
+    assert benchmark.configuration(["optim.batch_size=8"], 1).optim.batch_size == 8
+    assert configuration().data.sequence_length == 16
