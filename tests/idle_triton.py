@@ -7,6 +7,7 @@ same bytes are taken, and only the values are nonsense.
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 from unittest.mock import patch
@@ -14,6 +15,7 @@ from unittest.mock import patch
 import torch
 
 from dsv2.kernels.library import KernelSet, fused_kernels
+from dsv2.kernels.router import Routing
 
 FUSED = "dsv2.kernels.fused"
 
@@ -40,6 +42,18 @@ def _mm(a: torch.Tensor, b: torch.Tensor, **options: Any) -> torch.Tensor:
     return torch.matmul(a, b, **options)
 
 
+def _somewhere(route: Callable[..., Routing]) -> Callable[..., Routing]:
+    """`route` with experts in place of nonsense: always the same ones for as many tokens."""
+
+    def routed(x_TD: torch.Tensor, centroids_ED: torch.Tensor, top_k: int, *limits: int) -> Routing:
+        routing = route(x_TD, centroids_ED, top_k, *limits)
+        scores_TE = torch.rand(len(x_TD), len(centroids_ED), generator=torch.Generator().manual_seed(0))
+        routing.expert_ids_TK.copy_(scores_TE.topk(top_k, dim=1).indices)
+        return routing
+
+    return routed
+
+
 @contextmanager
 def idle_triton(chunk: int) -> Iterator[KernelSet]:
     """The fused kernels on a CPU, their values nonsense; the head takes `chunk` tokens at a time."""
@@ -58,4 +72,4 @@ def idle_triton(chunk: int) -> Iterator[KernelSet]:
         patch.object(head, "HEAD_CHUNK", chunk),
         patch.object(torch, "mm", _mm),
     ):
-        yield kernels
+        yield replace(kernels, route=_somewhere(kernels.route))

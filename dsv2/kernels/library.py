@@ -9,36 +9,65 @@ from dsv2.kernels.adamw import adamw
 from dsv2.kernels.attention import latent_attention
 from dsv2.kernels.experts import routed_experts
 from dsv2.kernels.head import head_loss
+from dsv2.kernels.linear import linears
+from dsv2.kernels.norm import add_rms_norm, add_up, rms_norm
+from dsv2.kernels.router import Routing, SequenceSums, route, sequence_sums
 from dsv2.kernels.rows import gather_rows, sum_rows
-from dsv2.kernels.swiglu import silu_mul
+from dsv2.kernels.swiglu import swiglu
 
 
 @dataclass(frozen=True)
 class KernelSet:
     """Functions with the signatures of the reference ones."""
 
+    rms_norm: Callable[[Tensor, Tensor, float], Tensor]
+    add_rms_norm: Callable[[Tensor, Tensor | None, Tensor, float], tuple[Tensor, Tensor]]
+    add_up: Callable[..., Tensor]
+    linears: Callable[..., tuple[Tensor, ...]]
     latent_attention: Callable[..., Tensor]
+    swiglu: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    route: Callable[..., Routing]
+    sequence_sums: Callable[[Routing, int, int], SequenceSums]
     routed_experts: Callable[..., Tensor]
     gather_rows: Callable[..., Tensor]
     sum_rows: Callable[..., Tensor]
-    silu_mul: Callable[[Tensor, Tensor], Tensor]
     head_loss: Callable[[Tensor, Tensor, Tensor], Tensor]
     adamw: Callable[..., None]
 
 
 def fused_kernels() -> KernelSet:
     """The same for an NVIDIA GPU, bf16 only. Importing them needs Triton."""
-    from dsv2.kernels.fused import adamw, attention, experts, head, rows, swiglu
+    from dsv2.kernels.fused import adamw, attention, experts, head, linear, norm, router, rows, swiglu
 
     return KernelSet(
-        attention.latent_attention,
-        experts.routed_experts,
-        rows.gather_rows,
-        rows.sum_rows,
-        swiglu.silu_mul,
-        head.head_loss,
-        adamw.adamw,
+        rms_norm=norm.rms_norm,
+        add_rms_norm=norm.add_rms_norm,
+        add_up=norm.add_up,
+        linears=linear.linears,
+        latent_attention=attention.latent_attention,
+        swiglu=swiglu.swiglu,
+        route=router.route,
+        sequence_sums=router.sequence_sums,
+        routed_experts=experts.routed_experts,
+        gather_rows=rows.gather_rows,
+        sum_rows=rows.sum_rows,
+        head_loss=head.head_loss,
+        adamw=adamw.adamw,
     )
 
 
-REFERENCE = KernelSet(latent_attention, routed_experts, gather_rows, sum_rows, silu_mul, head_loss, adamw)
+REFERENCE = KernelSet(
+    rms_norm=rms_norm,
+    add_rms_norm=add_rms_norm,
+    add_up=add_up,
+    linears=linears,
+    latent_attention=latent_attention,
+    swiglu=swiglu,
+    route=route,
+    sequence_sums=sequence_sums,
+    routed_experts=routed_experts,
+    gather_rows=gather_rows,
+    sum_rows=sum_rows,
+    head_loss=head_loss,
+    adamw=adamw,
+)

@@ -56,11 +56,10 @@ def prefill(model: DeepseekV2, ids_BS: Tensor, lengths_B: Tensor, capacity: int)
     x_BSD = model.model.embed_tokens(ids_BS)
     layers = []
     for layer in _layers(model):
-        normed_BSD = layer.input_layernorm(x_BSD)
+        x_BSD, normed_BSD = layer.input_layernorm(x_BSD)
         first, second = layer.self_attn.cached(normed_BSD, cos_SP, sin_SP)
         layers.append((_room(first, capacity), _room(second, capacity)))
-        x_BSD = x_BSD + layer.self_attn(normed_BSD, cos_SP, sin_SP)
-        x_BSD, _, _ = layer.feed_forward(x_BSD, rows_B)
+        x_BSD, _, _ = layer.feed_forward(x_BSD, layer.self_attn(normed_BSD, cos_SP, sin_SP), rows_B)
     last_BD = model.model.norm(x_BSD[rows_B, lengths_B - 1])
     return model.lm_head(last_BD).float(), Cache(layers, lengths_B.clone(), longest)
 
@@ -75,12 +74,12 @@ def decode(model: DeepseekV2, ids_B: Tensor, cache: Cache) -> Tensor:
     visible_BT = torch.arange(cache.longest, device=ids_B.device) <= positions_B1
     x_B1D = model.model.embed_tokens(ids_B).unsqueeze(1)
     for layer, pair in zip(_layers(model), cache.layers, strict=True):
-        normed_B1D = layer.input_layernorm(x_B1D)
+        x_B1D, normed_B1D = layer.input_layernorm(x_B1D)
         new = layer.self_attn.cached(normed_B1D, cos_B1P, sin_B1P)
         for places, kept in zip(pair, new, strict=True):
             places[rows_B, cache.lengths_B] = kept.squeeze(1)
         first, second = (places[:, : cache.longest] for places in pair)
-        x_B1D = x_B1D + layer.self_attn.decode(normed_B1D, cos_B1P, sin_B1P, first, second, visible_BT)
-        x_B1D, _, _ = layer.feed_forward(x_B1D, rows_B)
+        attended_B1D = layer.self_attn.decode(normed_B1D, cos_B1P, sin_B1P, first, second, visible_BT)
+        x_B1D, _, _ = layer.feed_forward(x_B1D, attended_B1D, rows_B)
     cache.lengths_B += 1
     return model.lm_head(model.model.norm(x_B1D.squeeze(1))).float()

@@ -11,6 +11,7 @@ from dsv2.config import ModelConfig
 from dsv2.kernels.attention import masked_softmax
 from dsv2.kernels.library import REFERENCE, KernelSet
 from dsv2.kernels.rope import apply_rope
+from dsv2.model.norm import RMSNorm
 from dsv2.model.rope import softmax_scale
 
 
@@ -31,27 +32,27 @@ class MultiHeadLatentAttention(nn.Module):
             self.q_proj = nn.Linear(hidden, heads * (nope + rope), bias=False)
         else:
             self.q_a_proj = nn.Linear(hidden, config.q_lora_rank, bias=False)
-            self.q_a_layernorm = nn.RMSNorm(config.q_lora_rank, eps=eps)
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank, eps, kernels)
             self.q_b_proj = nn.Linear(config.q_lora_rank, heads * (nope + rope), bias=False)
         # Eqs. 41 and 43: W_DKV and W_KR as one product; eqs. 42 and 45: W_UK and W_UV as one.
         self.kv_a_proj_with_mqa = nn.Linear(hidden, config.kv_lora_rank + rope, bias=False)
-        self.kv_a_layernorm = nn.RMSNorm(config.kv_lora_rank, eps=eps)
+        self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, eps, kernels)
         self.kv_b_proj = nn.Linear(config.kv_lora_rank, heads * (nope + config.v_head_dim), bias=False)
         self.o_proj = nn.Linear(heads * config.v_head_dim, hidden, bias=False)
 
-    def _queries(self, x_BSD: Tensor) -> Tensor:
-        """Eqs. 37-39 before rotation: [B, S, H, N + R]."""
-        if hasattr(self, "q_proj"):
-            q = self.q_proj(x_BSD)
-        else:
-            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BSD)))
+    @property
+    def _query_down(self) -> nn.Linear:
+        """What acts on h itself: W_DQ, or all of the query's projection without compression."""
+        return self.q_proj if hasattr(self, "q_proj") else self.q_a_proj
+
+    def _queries(self, down: Tensor) -> Tensor:
+        """Eqs. 38-39 before rotation, from `_query_down`'s result: [B, S, H, N + R]."""
+        q = down if hasattr(self, "q_proj") else self.q_b_proj(self.q_a_layernorm(down))
         return q.unflatten(-1, (self.num_heads, self.nope_dim + self.rope_dim))
 
-    def _latent(self, x_BSD: Tensor) -> tuple[Tensor, Tensor]:
+    def _latent(self, down: Tensor) -> tuple[Tensor, Tensor]:
         """c_kv after its norm [B, S, C], and the decoupled key of eq. 43 before rotation [B, S, R]."""
-        latent_BSC, k_rope_BSR = self.kv_a_proj_with_mqa(x_BSD).split(
-            [self.kv_lora_rank, self.rope_dim], dim=-1
-        )
+        latent_BSC, k_rope_BSR = down.split([self.kv_lora_rank, self.rope_dim], dim=-1)
         return self.kv_a_layernorm(latent_BSC), k_rope_BSR
 
     def cached(self, x_BSD: Tensor, cos_SP: Tensor, sin_SP: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,14 +60,16 @@ class MultiHeadLatentAttention(nn.Module):
 
         Eq. 43: ONE decoupled key, taken from h and shared by all heads.
         """
-        latent_BSC, k_rope_BSR = self._latent(x_BSD)
+        latent_BSC, k_rope_BSR = self._latent(self.kv_a_proj_with_mqa(x_BSD))
         return latent_BSC, apply_rope(k_rope_BSR.unsqueeze(2), cos_SP, sin_SP).squeeze(2)
 
     def forward(self, x_BSD: Tensor, cos_SP: Tensor, sin_SP: Tensor) -> Tensor:
-        latent_BSC, k_rope_BSR = self._latent(x_BSD)
+        first = (self._query_down.weight, self.kv_a_proj_with_mqa.weight)
+        query_down, latent_down = self.kernels.linears(x_BSD, *first)
+        latent_BSC, k_rope_BSR = self._latent(latent_down)
         kv_BSHX = self.kv_b_proj(latent_BSC).unflatten(-1, (self.num_heads, -1))
         out_BSHV = self.kernels.latent_attention(
-            self._queries(x_BSD), kv_BSHX, k_rope_BSR, cos_SP, sin_SP, self.scale
+            self._queries(query_down), kv_BSHX, k_rope_BSR, cos_SP, sin_SP, self.scale
         )
         return self.o_proj(out_BSHV.flatten(-2))
 
@@ -84,7 +87,9 @@ class MultiHeadLatentAttention(nn.Module):
         q_nope . (W_UK c) = (W_UK^T q_nope) . c, and W_UV moves behind the sum over tokens in the same
         way: no key and no value of any head is ever made (section 2.1.2).
         """
-        q_nope_B1HN, q_rope_B1HR = self._queries(x_B1D).split([self.nope_dim, self.rope_dim], dim=-1)
+        q_nope_B1HN, q_rope_B1HR = self._queries(self._query_down(x_B1D)).split(
+            [self.nope_dim, self.rope_dim], dim=-1
+        )
         q_nope_BHN = q_nope_B1HN.squeeze(1)
         q_rope_BHR = apply_rope(q_rope_B1HR, cos_B1P, sin_B1P).squeeze(1)
         w_HXC = self.kv_b_proj.weight.unflatten(0, (self.num_heads, -1))

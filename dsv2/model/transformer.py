@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from dsv2.config import ModelConfig
 from dsv2.kernels.library import KernelSet
 from dsv2.model.attention import build_attention, rotary_width
+from dsv2.model.norm import ResidualNorm, RMSNorm
 from dsv2.model.rope import rope_tables
 from dsv2.moe.balance import BalanceLosses
 from dsv2.moe.execution import Execution
@@ -26,9 +27,10 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, config: ModelConfig, dense: bool, execution: Execution):
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        norm = (config.hidden_size, config.rms_norm_eps, execution.kernels)
+        self.input_layernorm = ResidualNorm(*norm)
         self.self_attn = build_attention(config, execution.kernels)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = ResidualNorm(*norm)
         self.mlp = (
             SwiGLU(config.hidden_size, config.intermediate_size, execution.kernels)
             if dense
@@ -38,17 +40,16 @@ class DecoderLayer(nn.Module):
     def forward(
         self, x_BSD: Tensor, cos_SP: Tensor, sin_SP: Tensor, sequence_ids_B: Tensor
     ) -> tuple[Tensor, BalanceLosses | None, RoutingStats | None]:
-        x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), cos_SP, sin_SP)
-        return self.feed_forward(x_BSD, sequence_ids_B)
+        x_BSD, normed_BSD = self.input_layernorm(x_BSD)
+        return self.feed_forward(x_BSD, self.self_attn(normed_BSD, cos_SP, sin_SP), sequence_ids_B)
 
     def feed_forward(
-        self, x_BSD: Tensor, sequence_ids_B: Tensor
+        self, x_BSD: Tensor, attended_BSD: Tensor, sequence_ids_B: Tensor
     ) -> tuple[Tensor, BalanceLosses | None, RoutingStats | None]:
-        """What follows the attention."""
-        normed_BSD = self.post_attention_layernorm(x_BSD)
+        """What follows the attention, whose result is not yet added to the stream x."""
+        x_BSD, normed_BSD = self.post_attention_layernorm(x_BSD, attended_BSD)
         if isinstance(self.mlp, MoELayer):
-            out = self.mlp(normed_BSD, sequence_ids_B)
-            return x_BSD + out.y_BSD, out.losses, out.stats
+            return self.mlp(normed_BSD, sequence_ids_B, x_BSD)
         return x_BSD + self.mlp(normed_BSD), None, None
 
 
@@ -62,7 +63,7 @@ class Decoder(nn.Module):
             DecoderLayer(config, index < config.first_k_dense_replace, execution)
             for index in range(config.num_hidden_layers)
         )
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, execution.kernels)
 
 
 class ModelOutput(NamedTuple):

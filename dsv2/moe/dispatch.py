@@ -46,6 +46,7 @@ class DispatchPlan:
     """Where everything goes in one layer."""
 
     kept_ids_TK: Tensor  # int64: the token's experts, -1 for a dropped pair
+    kept_E: Tensor  # int64: this rank's pairs of each expert of the layer, without the dropped ones
     first_expert: int  # this rank's first
     rows_of_expert: Tensor  # int64 [E / W]: pairs at each expert here
     n_pairs: int  # rows at the experts here; with one rank dropped pairs too, behind all others
@@ -73,7 +74,7 @@ def plan_dispatch(
     counts_E.scatter_add_(0, kept_TK.flatten() + 1, torch.ones_like(kept_TK).flatten())
     counts_E = counts_E[1:]
     if group is None or group.size() == 1:
-        return DispatchPlan(kept_TK, 0, counts_E, kept_TK.numel(), None)
+        return DispatchPlan(kept_TK, counts_E, 0, counts_E, kept_TK.numel(), None)
     size, here = group.size(), n_experts // group.size()
     reached_TW = _ranks_reached(kept_TK, here, size)
     # To each rank: its experts' pairs and the rows that bring them.
@@ -86,7 +87,7 @@ def plan_dispatch(
     sent, received, n_pairs = numbers[:size], numbers[size : 2 * size], numbers[-1]
     ranks_TW = torch.arange(size, device=kept_TK.device).where(reached_TW, size)
     exchange = Exchange(map_rows(ranks_TW, sum(sent)), sent, received, group)
-    return DispatchPlan(kept_TK, group.rank() * here, rows_of_expert, n_pairs, exchange)
+    return DispatchPlan(kept_TK, counts_E, group.rank() * here, rows_of_expert, n_pairs, exchange)
 
 
 def _ranks_reached(kept_TK: Tensor, experts_a_rank: int, n_ranks: int) -> Tensor:

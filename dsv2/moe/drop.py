@@ -34,7 +34,9 @@ def kept_by_budget(
     # Affinities are at most 1, so 2 puts the exempt pairs before all others.
     order = torch.where(exempt_P, 2.0, affinity_P).sort(descending=True, stable=True).indices
     order = order[groups_P[order].sort(stable=True).indices]
-    load_G = torch.bincount(groups_P, minlength=n_group)
+    # Not bincount, for which the host would wait.
+    load_G = torch.zeros(n_group, dtype=torch.int64, device=order.device)
+    load_G.scatter_add_(0, groups_P, torch.ones_like(groups_P))
     first_G = load_G.cumsum(0) - load_G
     place_P = torch.empty_like(order)
     place_P[order] = torch.arange(len(order), device=order.device)

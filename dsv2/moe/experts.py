@@ -20,7 +20,7 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(width, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.kernels.silu_mul(self.gate_proj(x), self.up_proj(x)))
+        return self.kernels.swiglu(x, self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
 
 
 class RoutedExperts(nn.Module):

@@ -13,7 +13,6 @@ from dsv2.moe.dispatch import combine, plan_dispatch, start_dispatch
 from dsv2.moe.drop import keep_within_budget
 from dsv2.moe.execution import Execution
 from dsv2.moe.experts import RoutedExperts, SwiGLU
-from dsv2.moe.router import route
 from dsv2.moe.stats import RoutingStats, routing_stats
 
 
@@ -50,12 +49,17 @@ class MoELayer(nn.Module):
             else None
         )
 
-    def forward(self, x_BSD: Tensor, sequence_ids_B: Tensor) -> MoEOutput:
-        """Eq. 20 without the residual. Tokens are dropped in training only (section 2.2.4)."""
+    def forward(self, x_BSD: Tensor, sequence_ids_B: Tensor, residual_BSD: Tensor | None = None) -> MoEOutput:
+        """Eq. 20 of x, on top of the residual if given. Tokens are dropped in training only (2.2.4)."""
         assert len(sequence_ids_B) == len(x_BSD), "one id a sequence"
         config, balance, group = self.config, self.config.balance, self.execution.ep_group
-        x_TD = x_BSD.flatten(0, 1)
-        routing = route(x_TD, self.gate.weight, config.num_experts_per_tok, config.n_group, config.topk_group)
+        kernels, limits = (
+            self.execution.kernels,
+            (config.num_experts_per_tok, config.n_group, config.topk_group),
+        )
+        (n_sequences, n_tokens), x_TD = x_BSD.shape[:2], x_BSD.flatten(0, 1)
+        routing = kernels.route(x_TD, self.gate.weight, *limits)
+        sums = kernels.sequence_sums(routing, n_sequences, config.n_group)
         keep_TK = None
         if self.training and balance.token_dropping:
             keep_TK = keep_within_budget(
@@ -74,11 +78,10 @@ class MoELayer(nn.Module):
         # The shared experts run while rows are on their way (section 3.1.3).
         shared_BSD = None if self.shared_experts is None else self.shared_experts(x_BSD)
         y_RD = self.experts(*pending.wait(), plan.rows_of_expert, plan.n_pairs)
-        y_BSD = combine(y_RD, plan, self.execution).view_as(x_BSD)
-        if shared_BSD is not None:
-            y_BSD = y_BSD + shared_BSD
+        routed_BSD = combine(y_RD, plan, self.execution).view_as(x_BSD)
+        terms = [term for term in (shared_BSD, residual_BSD) if term is not None]
         return MoEOutput(
-            y_BSD,
-            balance_losses(routing, len(sequence_ids_B), config.n_group, config.topk_group),
-            routing_stats(routing, keep_TK, config.n_group, plan.exchange),
+            kernels.add_up(routed_BSD, *terms),
+            balance_losses(sums, n_tokens, *limits),
+            routing_stats(sums, n_tokens, plan.kept_E, plan.exchange),
         )

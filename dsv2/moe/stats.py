@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dsv2.kernels.router import SequenceSums
 from dsv2.moe.dispatch import Exchange
-from dsv2.moe.router import Routing, tokens_sent_TG
 
 
 class RoutingStats(NamedTuple):
@@ -37,28 +37,25 @@ class RoutingStats(NamedTuple):
 
 @torch.no_grad()
 def routing_stats(
-    routing: Routing, keep_TK: Tensor | None, n_group: int, exchange: Exchange | None = None
+    sums: SequenceSums, n_tokens: int, kept_E: Tensor, exchange: Exchange | None = None
 ) -> RoutingStats:
-    """Statistics of one layer's routing of T tokens."""
-    n_experts = routing.affinity_TE.shape[1]
-    ids_P = routing.expert_ids_TK.flatten()
-    load_E = torch.bincount(ids_P, minlength=n_experts).double()
-    if keep_TK is None:
-        dropped_E = torch.zeros_like(load_E)
-    else:
-        dropped_E = torch.bincount(ids_P, weights=(~keep_TK).flatten().double(), minlength=n_experts)
-    affinity_TE = routing.affinity_TE
+    """Statistics of one layer's routing of sequences of `n_tokens` tokens; `kept_E` pairs were kept."""
+    n_sequences, n_experts = sums.selected_BE.shape
+    numbers_B1 = (sums.entropy_B.unsqueeze(1), sums.top1_B.unsqueeze(1))
+    together_BN = torch.cat((sums.selected_BE, sums.sent_BG, *numbers_B1), dim=1)
+    total_N = together_BN.sum(dim=0, dtype=torch.float64)
+    load_E, sent_G, (entropy, top1) = total_N.split([n_experts, sums.sent_BG.shape[1], 2])
 
     def number(value: int) -> Tensor:
         return torch.full((), float(value), dtype=torch.float64, device=load_E.device)
 
     return RoutingStats(
-        tokens=number(len(affinity_TE)),
+        tokens=number(n_sequences * n_tokens),
         load_E=load_E,
-        dropped_E=dropped_E,
-        sent_G=tokens_sent_TG(routing.expert_ids_TK, n_experts, n_group).sum(dim=0).double(),
-        token_entropy=torch.special.entr(affinity_TE).sum(dtype=torch.float64),
-        top1=routing.weights_TK[:, 0].sum(dtype=torch.float64),
+        dropped_E=load_E - kept_E,
+        sent_G=sent_G,
+        token_entropy=entropy,
+        top1=top1,
         rows_out=number(exchange.rows_out if exchange else 0),
         rows_in=number(exchange.rows_in if exchange else 0),
     )

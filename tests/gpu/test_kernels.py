@@ -10,6 +10,7 @@ from dsv2.kernels.adamw import AdamWStep
 from dsv2.kernels.library import REFERENCE, KernelSet
 
 pytestmark = pytest.mark.gpu
+DEVICE = "cuda"
 
 
 @pytest.fixture(scope="module")
@@ -20,15 +21,15 @@ def fused() -> KernelSet:
 
 
 def normal(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
-    generator = torch.Generator("cuda").manual_seed(seed)
-    return (torch.randn(*shape, generator=generator, device="cuda") * scale).bfloat16()
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    return (torch.randn(*shape, generator=generator, device=DEVICE) * scale).bfloat16()
 
 
 def run(function: Callable[..., Tensor], tensors: list[Tensor], dtype: torch.dtype | None) -> list[Tensor]:
     """The result and the gradient of every tensor; in their own precision, or in `dtype`."""
     inputs = [(t if dtype is None else t.to(dtype)).detach().clone().requires_grad_() for t in tensors]
     out = function(*inputs)
-    readout = torch.linspace(-1, 1, out.numel(), device="cuda", dtype=torch.float64).view(out.shape)
+    readout = torch.linspace(-1, 1, out.numel(), device=DEVICE, dtype=torch.float64).view(out.shape)
     (out * readout.to(out.dtype)).sum().backward()
     return [out.detach(), *(t.grad for t in inputs)]
 
@@ -53,15 +54,15 @@ def check(reference: Callable, fused: Callable, tensors: list[Tensor], bound: fl
 
 def choices(rows: int, top_k: int, experts: int, kind: str) -> Tensor:
     """Experts of each row: even, skewed (one takes five times its share), some absent, one empty."""
-    generator = torch.Generator("cuda").manual_seed(1)
-    weights = torch.ones(rows, experts, device="cuda")
+    generator = torch.Generator(DEVICE).manual_seed(1)
+    weights = torch.ones(rows, experts, device=DEVICE)
     if kind == "skewed":
         weights[:, 0] *= 5
     if kind == "empty":
         weights[:, 1] = 0
     ids = torch.multinomial(weights, top_k, generator=generator)
     if kind == "absent":
-        ids = ids.masked_fill(torch.rand(ids.shape, generator=generator, device="cuda") < 0.4, -1)
+        ids = ids.masked_fill(torch.rand(ids.shape, generator=generator, device=DEVICE) < 0.4, -1)
     return ids
 
 
@@ -77,7 +78,7 @@ def test_routed_experts(fused, rows, top_k, experts, hidden, width, kind):
         normal(experts, 2 * width, hidden, seed=2, scale=0.05),
         normal(experts, hidden, width, seed=3, scale=0.05),
     )
-    weights = torch.rand(rows, top_k, device="cuda")
+    weights = torch.rand(rows, top_k, device=DEVICE)
 
     def apply(kernels: KernelSet, n_pairs: int) -> Callable[..., Tensor]:
         return lambda x, w, a, b: kernels.routed_experts(x, ids, w, counts, n_pairs, a, b)
@@ -91,8 +92,8 @@ def test_routed_experts(fused, rows, top_k, experts, hidden, width, kind):
 def test_rows(fused, tokens, slots, width, weighted):
     from dsv2.kernels.rows import map_rows
 
-    generator = torch.Generator("cuda").manual_seed(0)
-    keys = torch.randint(0, 5, (tokens, slots), device="cuda", generator=generator)
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    keys = torch.randint(0, 5, (tokens, slots), device=DEVICE, generator=generator)
     rows = map_rows(keys, max(1, int((keys < 4).sum())))
     check(
         lambda x: REFERENCE.gather_rows(x, rows),
@@ -101,7 +102,7 @@ def test_rows(fused, tokens, slots, width, weighted):
     )
     y = normal(len(rows.slot_P), width)
     if weighted:
-        weights = torch.rand(tokens, slots, device="cuda")
+        weights = torch.rand(tokens, slots, device=DEVICE)
         check(
             lambda y, w: REFERENCE.sum_rows(y, w, rows, tokens),
             lambda y, w: fused.sum_rows(y, w, rows, tokens),
@@ -115,15 +116,110 @@ def test_rows(fused, tokens, slots, width, weighted):
         )
 
 
-@pytest.mark.parametrize("shape", [(1, 8), (3, 5, 100), (2, 17, 2816), (129, 10944)])
-def test_silu_mul(fused, shape):
-    check(REFERENCE.silu_mul, fused.silu_mul, [normal(*shape), normal(*shape, seed=1)])
+@pytest.mark.parametrize(
+    ("lead", "hidden", "width"), [((1,), 16, 8), ((3, 5), 64, 104), ((2, 65), 256, 2816)]
+)
+def test_swiglu(fused, lead, hidden, width):
+    gate, up = normal(width, hidden, seed=1, scale=0.1), normal(width, hidden, seed=2, scale=0.1)
+    tensors = [normal(*lead, hidden), gate, up, normal(hidden, width, seed=3, scale=0.1)]
+    check(REFERENCE.swiglu, fused.swiglu, tensors, bound=1e-2)
+
+
+@pytest.mark.parametrize(("lead", "hidden"), [((1,), 16), ((3, 5), 64), ((2, 65), 256)])
+def test_linears(fused, lead, hidden):
+    weights = [normal(width, hidden, seed=width) for width in (24, 8, 96)]
+
+    def joined(kernels: KernelSet) -> Callable[..., Tensor]:
+        return lambda x, *w: torch.cat(kernels.linears(x, *w), dim=-1)
+
+    check(joined(REFERENCE), joined(fused), [normal(*lead, hidden), *weights])
+
+
+@pytest.mark.parametrize(("rows", "width"), [(1, 8), (37, 100), (2500, 512), (3, 5120)])
+def test_norms(fused, rows, width):
+    weight, wide = 1 + normal(width, seed=1, scale=0.3), normal(rows, width + 24)
+    check(
+        lambda x, w: REFERENCE.rms_norm(x[:, :width], w, 1e-6),
+        lambda x, w: fused.rms_norm(x[:, :width], w, 1e-6),  # of strided rows
+        [wide, weight],
+    )
+    x, change = normal(2, rows, width, seed=2), normal(2, rows, width, seed=3)
+
+    def both(kernels: KernelSet) -> Callable[..., Tensor]:
+        return lambda x, c, w: torch.cat(kernels.add_rms_norm(x, c, w, 1e-6))
+
+    def alone(kernels: KernelSet) -> Callable[..., Tensor]:
+        return lambda x, w: torch.cat(kernels.add_rms_norm(x, None, w, 1e-6))
+
+    check(both(REFERENCE), both(fused), [x, change, weight])
+    check(alone(REFERENCE), alone(fused), [x, weight])
+    check(REFERENCE.add_up, fused.add_up, [x, change, normal(2, rows, width, seed=4)])
+
+
+LIMITS = [
+    (8, 1, 1, 2),
+    (64, 1, 1, 6),
+    (160, 8, 3, 6),
+    (12, 4, 2, 3),
+    (6, 3, 1, 2),
+    (7, 7, 5, 5),
+    (5, 1, 1, 5),
+]
+
+
+@pytest.mark.parametrize(("experts", "n_group", "topk_group", "top_k"), LIMITS)
+@pytest.mark.parametrize("tokens", [1, 333])
+def test_route_chooses_as_the_reference(fused, tokens, experts, n_group, topk_group, top_k):
+    """Logits on a coarse grid, so that many are equal; and one so high that all others underflow to 0."""
+    x = (normal(tokens, experts) * 2).round() / 2
+    x[0, experts // 2] = 200
+    centroids, limits = torch.eye(experts, device=DEVICE, dtype=torch.bfloat16), (top_k, n_group, topk_group)
+    want, got = (kernels.route(x, centroids, *limits) for kernels in (REFERENCE, fused))
+    assert torch.equal(got.expert_ids_TK, want.expert_ids_TK)
+    torch.testing.assert_close(got.affinity_TE, want.affinity_TE, rtol=2e-6, atol=1e-12)
+    assert torch.equal(got.weights_TK, got.affinity_TE.gather(1, got.expert_ids_TK))
+
+
+def test_route_survives_nan(fused):
+    x = normal(20, 64)
+    x[3] = float("nan")
+    routing = fused.route(x, normal(20, 64, seed=1), 3, 4, 2)
+    assert ((routing.expert_ids_TK >= 0) & (routing.expert_ids_TK < 20)).all()
+    assert routing.affinity_TE[3].isnan().all()
+
+
+@pytest.mark.parametrize(("experts", "n_group", "topk_group", "top_k"), LIMITS)
+@pytest.mark.parametrize(("n_sequences", "length"), [(1, 1), (3, 111)])
+def test_router_and_sums(fused, n_sequences, length, experts, n_group, topk_group, top_k):
+    """Affinities, and through them gradients, of weights and of sums over sequences."""
+    limits = (top_k, n_group, topk_group)
+    tensors = [normal(n_sequences * length, 256), normal(experts, 256, seed=1, scale=0.1)]
+    chosen = REFERENCE.route(*tensors, *limits)
+    gap = chosen.affinity_TE.sort(dim=1).values.diff(dim=1).amin(dim=1)
+    tensors[0] = tensors[0] * (gap > 1e-6).unsqueeze(1)  # no choice hangs on the order of a sum
+    sums = []
+
+    def weights_and_sums(kernels: KernelSet) -> Callable[..., Tensor]:
+        def apply(x: Tensor, centroids: Tensor) -> Tensor:
+            routing = kernels.route(x, centroids, *limits)
+            sums.append(kernels.sequence_sums(routing, n_sequences, n_group))
+            return torch.cat((routing.weights_TK.flatten(), sums[-1].affinity_BE.flatten() * experts))
+
+        return apply
+
+    check(weights_and_sums(REFERENCE), weights_and_sums(fused), tensors)
+    exact, _, got = sums
+    for name, want, value in zip(exact._fields, exact, got, strict=True):
+        if name in ("selected_BE", "sent_BG"):
+            assert torch.equal(value.double(), want.double()), name
+        else:
+            torch.testing.assert_close(value.double(), want.double(), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(("tokens", "hidden", "vocab"), [(1, 64, 1000), (33, 128, 5003), (9000, 256, 4096)])
 def test_head_loss(fused, tokens, hidden, vocab):
     labels = torch.randint(
-        0, vocab, (tokens,), device="cuda", generator=torch.Generator("cuda").manual_seed(0)
+        0, vocab, (tokens,), device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(0)
     )
     tensors = [normal(tokens, hidden), normal(vocab, hidden, seed=1, scale=0.2)]
     check(
@@ -141,7 +237,7 @@ def test_head_loss(fused, tokens, hidden, vocab):
 def test_latent_attention(fused, batch, length, heads, nope, rope, v_dim):
     from dsv2.model.rope import rope_tables
 
-    cos, sin = rope_tables(torch.arange(length, device="cuda"), rope, 10000.0)
+    cos, sin = rope_tables(torch.arange(length, device=DEVICE), rope, 10000.0)
     scale = (nope + rope) ** -0.5
     q = normal(batch, length, heads, nope + rope)
     kv = normal(batch, length, heads, nope + v_dim, seed=1)
@@ -168,9 +264,9 @@ def test_adamw(fused, states, gradient, count):
     results = []
     for kernels in (REFERENCE, fused):
         tensors = [x.clone() for x in start]
-        weight = torch.zeros(count, dtype=torch.bfloat16, device="cuda") if separate else None
+        weight = torch.zeros(count, dtype=torch.bfloat16, device=DEVICE) if separate else None
         for scale in (0.7, float("nan")):  # the second changes nothing
-            factor = torch.tensor(scale, device="cuda")
+            factor = torch.tensor(scale, device=DEVICE)
             kernels.adamw(*tensors, grad, factor, weight, hyper, first=2**32 + 5)
         results.append([*tensors, *([weight] if separate else [])])
     for want, got, before in zip(*results, [*start, start[0] * 0], strict=False):

@@ -12,7 +12,9 @@ from hypothesis import settings
 from dsv2 import compose
 from dsv2.checkpoint_files import FORMAT
 from dsv2.config import AttentionKind, BalanceConfig, Config, ModelConfig, RopeScalingConfig
+from dsv2.kernels.router import Routing, sequence_sums
 from dsv2.model.transformer import DeepseekV2
+from dsv2.moe.balance import BalanceLosses, balance_losses
 
 REPO = Path(__file__).parents[2]
 
@@ -44,6 +46,13 @@ KINDS: dict[str, dict[str, Any]] = {
     },
     "mqa": {"attention": AttentionKind.mqa, "v_head_dim": 8},
 }
+
+
+def balance_of(routing: Routing, n_sequences: int, n_group: int, topk_group: int) -> BalanceLosses:
+    """The losses of `n_sequences` sequences whose tokens stand one sequence after another."""
+    n_tokens, top_k = len(routing.affinity_TE) // n_sequences, routing.expert_ids_TK.shape[1]
+    sums = sequence_sums(routing, n_sequences, n_group)
+    return balance_losses(sums, n_tokens, top_k, n_group, topk_group)
 
 
 def tiny_config(**changes: Any) -> ModelConfig:

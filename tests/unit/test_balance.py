@@ -6,10 +6,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsv2.moe.balance import BalanceLosses, balance_losses
-from dsv2.moe.router import Routing, route
+from dsv2.kernels.router import Routing, route
+from dsv2.moe.balance import BalanceLosses
 from tests.unit import reference
-from tests.unit.helpers import properties
+from tests.unit.helpers import balance_of, properties
 
 N_GROUP, TOPK_GROUP, TOP_K, EXPERTS = 4, 2, 3, 12
 LIMITS = (TOP_K, N_GROUP, TOPK_GROUP)
@@ -31,7 +31,7 @@ def random_routing(n_sequences: int, length: int, seed: int = 0) -> Routing:
 
 
 def losses_of(routing: Routing, n_sequences: int) -> BalanceLosses:
-    return balance_losses(routing, n_sequences, N_GROUP, TOPK_GROUP)
+    return balance_of(routing, n_sequences, N_GROUP, TOPK_GROUP)
 
 
 @properties
@@ -49,7 +49,7 @@ def test_against_the_equations(n_sequences, length, n_group, size, data):
     routing = routing_of(
         rng.standard_normal((n_sequences * length, n_group * size)), top_k, n_group, topk_group
     )
-    losses = balance_losses(routing, n_sequences, n_group, topk_group)
+    losses = balance_of(routing, n_sequences, n_group, topk_group)
     per_sequence = [
         reference.balance(
             routing.affinity_TE[b * length : (b + 1) * length].numpy(),
@@ -68,7 +68,7 @@ def test_uniform_routing_gives_one():
     groups = [(0, 1), (1, 2), (2, 3), (3, 0)]
     ids = torch.tensor([[2 * a + e, 2 * b + e] for a, b in groups for e in range(2)])
     affinity = torch.full((8, 8), 1 / 8)
-    losses = balance_losses(Routing(ids, affinity.gather(1, ids), affinity), 1, 4, 2)
+    losses = balance_of(Routing(ids, affinity.gather(1, ids), affinity), 1, 4, 2)
     assert [float(x) for x in losses] == [1.0, 1.0, 1.0]
 
 
@@ -77,7 +77,7 @@ def test_collapsed_routing_gives_the_largest_losses():
     affinity = torch.zeros(5, 8)
     affinity[:, :2] = 0.5
     ids = torch.tensor([[0, 1]] * 5)
-    losses = balance_losses(Routing(ids, affinity.gather(1, ids), affinity), 1, 4, 2)
+    losses = balance_of(Routing(ids, affinity.gather(1, ids), affinity), 1, 4, 2)
     assert [float(x) for x in losses] == [8 / 2, 4.0, 4 / 2]
 
 
@@ -154,6 +154,6 @@ def test_affinity_before_the_device_limit():
     """P counts a closed group's affinity too: here it is half of all, and no token is sent there."""
     affinity = torch.tensor([[0.4, 0.1, 0.3, 0.2]] * 3, dtype=torch.float64)
     ids = torch.tensor([[0, 1]] * 3)
-    losses = balance_losses(Routing(ids, affinity.gather(1, ids), affinity), 1, 2, 1)
+    losses = balance_of(Routing(ids, affinity.gather(1, ids), affinity), 1, 2, 1)
     # f = 2, 2, 0, 0; f' = 2, 0; f'' = 2, 0
     np.testing.assert_allclose([float(x) for x in losses], [2 * 0.5] * 3)

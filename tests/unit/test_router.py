@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsv2.moe.router import pairs_TE, route, tokens_sent_TG
+from dsv2.kernels.router import Routing, route, sequence_sums
 from tests.unit import reference
 from tests.unit.helpers import properties
 
@@ -158,13 +158,19 @@ def test_gradient_flows_through_the_selected_affinities():
 
 
 @properties
-@given(shape=shapes(), seed=st.integers(0, 10_000))
-def test_pairs_and_tokens_sent(shape, seed):
-    rng = np.random.default_rng(seed)
-    ids = np.stack([rng.permutation(shape.experts)[: shape.top_k] for _ in range(shape.tokens)])
-    pairs = pairs_TE(torch.from_numpy(ids), shape.experts)
-    sent = tokens_sent_TG(torch.from_numpy(ids), shape.experts, shape.n_group)
-    for t in range(shape.tokens):
-        assert pairs[t].tolist() == [float(e in ids[t]) for e in range(shape.experts)]
-        reached = {int(e) // shape.size for e in ids[t]}
-        assert sent[t].tolist() == [g in reached for g in range(shape.n_group)]
+@given(shape=shapes(), n_sequences=st.integers(1, 3), seed=st.integers(0, 10_000))
+def test_sums_over_each_sequence(shape, n_sequences, seed):
+    rng, tokens = np.random.default_rng(seed), n_sequences * shape.tokens
+    s = rng.dirichlet(np.ones(shape.experts), size=tokens)
+    ids = np.stack([rng.permutation(shape.experts)[: shape.top_k] for _ in range(tokens)])
+    affinity, ids_TK = torch.from_numpy(s), torch.from_numpy(ids)
+    sums = sequence_sums(Routing(ids_TK, affinity.gather(1, ids_TK), affinity), n_sequences, shape.n_group)
+    for b in range(n_sequences):
+        own = range(b * shape.tokens, (b + 1) * shape.tokens)
+        selected = [float(sum(e in ids[t] for t in own)) for e in range(shape.experts)]
+        reached = [{int(e) // shape.size for e in ids[t]} for t in own]
+        assert sums.selected_BE[b].tolist() == selected
+        assert sums.sent_BG[b].tolist() == [float(sum(g in r for r in reached)) for g in range(shape.n_group)]
+        np.testing.assert_allclose(sums.affinity_BE[b], s[own].sum(axis=0))
+        np.testing.assert_allclose(sums.entropy_B[b], sum(-(s[t] * np.log(s[t])).sum() for t in own))
+        np.testing.assert_allclose(sums.top1_B[b], sum(s[t, ids[t, 0]] for t in own))

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from dsv2.kernels.router import Routing, sequence_sums
 from dsv2.metrics import balance_metrics, bits_per_byte, exchange_metrics, routing_maps, routing_metrics
 from dsv2.moe.balance import BalanceLosses
-from dsv2.moe.router import Routing
 from dsv2.moe.stats import RoutingStats, routing_stats
 from dsv2.moe.traffic import bytes_per_row
 from tests.unit.helpers import tiny_config
@@ -75,12 +75,18 @@ def test_routing_metrics_against_loops():
     assert routing_metrics(stats, CONFIG) == pytest.approx(slow_metrics(stats), rel=1e-12)
 
 
+def stats_of(routing: Routing, n_group: int) -> RoutingStats:
+    """Of one sequence, nothing dropped."""
+    sums = sequence_sums(routing, 1, n_group)
+    return routing_stats(sums, len(routing.affinity_TE), sums.selected_BE.sum(dim=0))
+
+
 def test_balanced_routing():
     """Every token's affinity is uniform, every expert equally loaded, every token reaches two groups."""
     groups = [(0, 1), (1, 2), (2, 3), (3, 0)]
     ids = torch.tensor([[3 * a + e, 3 * b + e] for a, b in groups for e in range(3)])
     affinity = torch.full((12, 12), 1 / 12)
-    stats = routing_stats(Routing(ids, affinity.gather(1, ids), affinity), None, GROUPS)
+    stats = stats_of(Routing(ids, affinity.gather(1, ids), affinity), GROUPS)
     metrics = routing_metrics(RoutingStats.stack([stats, stats]), CONFIG)
     # ln 12 in fp32 and back: 1e-6.
     assert metrics == pytest.approx(
@@ -107,7 +113,7 @@ def test_a_dead_expert_has_no_weight_in_the_entropy():
 def test_entropy_of_an_affinity_that_underflowed():
     affinity = torch.tensor([[1.0, 0.0], [0.5, 0.5]])
     ids = torch.tensor([[0], [0]])
-    stats = routing_stats(Routing(ids, affinity.gather(1, ids), affinity), None, 1)
+    stats = stats_of(Routing(ids, affinity.gather(1, ids), affinity), 1)
     assert stats.token_entropy.item() == pytest.approx(math.log(2))
     assert stats.top1.item() == 1.5
 

@@ -15,6 +15,13 @@ HEADS = 8  # of one program
 
 
 @triton.jit
+def _turn(x, cos, sin):
+    """Each interleaved pair of the columns turned by its angle, fp32."""
+    even, odd = tl.split(tl.reshape(x.to(tl.float32), (x.shape[0], x.shape[1] // 2, 2)))
+    return tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), x.shape)
+
+
+@triton.jit
 def _assemble(
     q,
     kv,
@@ -35,27 +42,21 @@ def _assemble(
     """Turn the queries' rotary part; put the keys together."""
     t = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
-    p = tl.arange(0, R // 2)[None, :]
-    angle = (t % S) * (R // 2) + p
+    n, r = tl.arange(0, BN)[None, :], tl.arange(0, R)[None, :]
+    angle = (t % S) * (R // 2) + tl.arange(0, R // 2)[None, :]
     c, s = tl.load(cos + angle), tl.load(sin + angle)
 
-    n = tl.arange(0, BN)[None, :]
     inside = (h < H) & (n < N)
     row = (t * H + h) * (N + R)
     tl.store(q_out + row + n, tl.load(q + row + n, mask=inside), mask=inside)
-    even = tl.load(q + row + N + 2 * p, mask=h < H).to(tl.float32)
-    odd = tl.load(q + row + N + 2 * p + 1, mask=h < H).to(tl.float32)
-    tl.store(q_out + row + N + 2 * p, (even * c - odd * s).to(q_out.dtype.element_ty), mask=h < H)
-    tl.store(q_out + row + N + 2 * p + 1, (even * s + odd * c).to(q_out.dtype.element_ty), mask=h < H)
+    turned = _turn(tl.load(q + row + N + r, mask=h < H, other=0.0), c, s)
+    tl.store(q_out + row + N + r, turned.to(q_out.dtype.element_ty), mask=h < H)
 
     nope = tl.load(kv + (t * H + h) * (N + V) + n, mask=inside)
     tl.store(k + row + n, nope, mask=inside)
-    even = tl.load(k_rope + t * rope_step + 2 * p).to(tl.float32)
-    odd = tl.load(k_rope + t * rope_step + 2 * p + 1).to(tl.float32)
-    at = k + row + N + 2 * p
-    same = tl.zeros((HEADS, R // 2), tl.float32)
-    tl.store(at, (even * c - odd * s + same).to(k.dtype.element_ty), mask=h < H)
-    tl.store(at + 1, (even * s + odd * c + same).to(k.dtype.element_ty), mask=h < H)
+    turned = _turn(tl.load(k_rope + t * rope_step + r), c, s)
+    of_every_head = tl.broadcast_to(turned, (HEADS, R))
+    tl.store(k + row + N + r, of_every_head.to(k.dtype.element_ty), mask=h < H)
 
 
 @triton.jit
@@ -89,33 +90,27 @@ def _take_apart(
     """The transpose of `_assemble`: gradients of what it was given."""
     t = tl.program_id(0).to(tl.int64)
     b, place = t // S, t % S
-    p = tl.arange(0, R // 2)[None, :]
-    c, s = tl.load(cos + place * (R // 2) + p), tl.load(sin + place * (R // 2) + p)
-    sum_even = tl.zeros((1, R // 2), tl.float32)
-    sum_odd = tl.zeros((1, R // 2), tl.float32)
-    n = tl.arange(0, BN)[None, :]
-    v = tl.arange(0, BV)[None, :]
+    angle = place * (R // 2) + tl.arange(0, R // 2)[None, :]
+    c, s = tl.load(cos + angle), -tl.load(sin + angle)
+    of_all_heads = tl.zeros((1, R), tl.float32)
+    n, r, v = tl.arange(0, BN)[None, :], tl.arange(0, R)[None, :], tl.arange(0, BV)[None, :]
     for start in range(0, H, HEADS):
         h = start + tl.arange(0, HEADS)[:, None]
         own = h < H
         at = gq + b * qb + place * qs + h * qh
         out = q_out + (t * H + h) * (N + R)
         tl.store(out + n, tl.load(at + n, mask=own & (n < N)), mask=own & (n < N))
-        even = tl.load(at + N + 2 * p, mask=own).to(tl.float32)
-        odd = tl.load(at + N + 2 * p + 1, mask=own).to(tl.float32)
-        tl.store(out + N + 2 * p, (even * c + odd * s).to(q_out.dtype.element_ty), mask=own)
-        tl.store(out + N + 2 * p + 1, (odd * c - even * s).to(q_out.dtype.element_ty), mask=own)
+        turned = _turn(tl.load(at + N + r, mask=own, other=0.0), c, s)
+        tl.store(out + N + r, turned.to(q_out.dtype.element_ty), mask=own)
 
         at = gk + b * kb + place * ks + h * kh
         out = kv_out + (t * H + h) * (N + V)
         tl.store(out + n, tl.load(at + n, mask=own & (n < N)), mask=own & (n < N))
-        sum_even += tl.sum(tl.load(at + N + 2 * p, mask=own, other=0.0).to(tl.float32), 0)[None, :]
-        sum_odd += tl.sum(tl.load(at + N + 2 * p + 1, mask=own, other=0.0).to(tl.float32), 0)[None, :]
+        of_all_heads += tl.sum(tl.load(at + N + r, mask=own, other=0.0).to(tl.float32), 0)[None, :]
         at = gv + b * vb + place * vs + h * vh
         tl.store(out + N + v, tl.load(at + v, mask=own & (v < V)), mask=own & (v < V))
-    out = rope_out + t * R + 2 * p
-    tl.store(out, (sum_even * c + sum_odd * s).to(rope_out.dtype.element_ty))
-    tl.store(out + 1, (sum_odd * c - sum_even * s).to(rope_out.dtype.element_ty))
+    turned = _turn(of_all_heads, c, s)
+    tl.store(rope_out + t * R + r, turned.to(rope_out.dtype.element_ty))
 
 
 class _Assemble(torch.autograd.Function):

@@ -2,7 +2,7 @@
 
 A pair's weight multiplies its hidden activations, in the pass that makes them: W2 (w h) = w (W2 h). So
 the way back to the tokens is a plain sum, and the gradient of a weight is found where the activations
-are at hand; the experts' outputs are never kept. Kept for backward: x and the gate and up activations.
+are at hand; the experts' outputs are never kept. Kept for backward: the pairs' rows, and gate and up.
 
 Shapes: R rows, K slots a row, P pairs of a row and an expert, D hidden_size, E experts, F their width.
 """
@@ -26,23 +26,22 @@ class _RoutedExperts(torch.autograd.Function):
         ctx.pairs = pairs
         x_PD = copy_rows(x_RD, pairs)
         gate_up_P2F = _product(x_PD, w13_E2FD.transpose(1, 2), ends_E)
-        del x_PD
         weight_P = weights_RK.flatten()[pairs.slot_P]
         hidden_PF = swiglu.forward(*gate_up_P2F.chunk(2, dim=1), weight_P)
         y_PD = _product(hidden_PF, w2_EDF.transpose(1, 2), ends_E)
-        ctx.save_for_backward(x_RD, weights_RK, w13_E2FD, w2_EDF, place_RK, ends_E, gate_up_P2F, weight_P)
+        ctx.save_for_backward(x_PD, weights_RK, w13_E2FD, w2_EDF, place_RK, ends_E, gate_up_P2F, weight_P)
         return add_rows(y_PD, None, place_RK)
 
     @staticmethod
     def backward(ctx, grad_RD):
-        x_RD, weights_RK, w13_E2FD, w2_EDF, place_RK, ends_E, gate_up_P2F, weight_P = ctx.saved_tensors
+        x_PD, weights_RK, w13_E2FD, w2_EDF, place_RK, ends_E, gate_up_P2F, weight_P = ctx.saved_tensors
         pairs = ctx.pairs
         grad_y_PD = copy_rows(grad_RD.contiguous(), pairs)
         hidden_PF = _product(grad_y_PD, w2_EDF, ends_E)  # its gradient, then in its place itself
-        grad_gate_up, grad_weight_P = swiglu.backward_weighted(hidden_PF, gate_up_P2F, weight_P)
+        grad_gate_up, grad_weight_P = swiglu.backward(hidden_PF, *gate_up_P2F.chunk(2, dim=1), weight_P)
         grad_w2 = _product(grad_y_PD.t(), hidden_PF, ends_E)
         del grad_y_PD, hidden_PF
-        grad_w13 = _product(grad_gate_up.t(), copy_rows(x_RD, pairs), ends_E)
+        grad_w13 = _product(grad_gate_up.t(), x_PD, ends_E)
         grad_x = add_rows(_product(grad_gate_up, w13_E2FD, ends_E), None, place_RK)
         # Rows beyond the last expert's are dropped pairs: whatever stands there counts for nothing.
         grad_weights = torch.zeros_like(weights_RK).flatten().index_copy_(0, pairs.slot_P, grad_weight_P)

@@ -36,13 +36,25 @@ def _cross_entropy(logits, label_C, loss_C, scale, V, step, BLOCK: tl.constexpr)
         tl.store(logits + v, grad.to(logits.dtype.element_ty), mask=v < V)
 
 
+@triton.jit
+def _scale(x, factor, out, N, BLOCK: tl.constexpr):
+    n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(x + n, mask=n < N).to(tl.float32) * tl.load(factor)
+    tl.store(out + n, value.to(out.dtype.element_ty), mask=n < N)
+
+
+def _scaled(x: Tensor, factor: Tensor) -> Tensor:
+    out = torch.empty_like(x)
+    _scale[(triton.cdiv(x.numel(), 4096),)](x, factor, out, x.numel(), 4096)
+    return out
+
+
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor) -> Tensor:
         tokens, vocab = len(hidden_TD), len(weight_VD)
         losses_T = torch.empty(tokens, dtype=torch.float32, device=hidden_TD.device)
-        grad_hidden = torch.empty_like(hidden_TD)
-        grad_weight = torch.zeros(weight_VD.shape, dtype=torch.float32, device=hidden_TD.device)
+        grad_hidden, grad_weight = torch.empty_like(hidden_TD), None
         for start in range(0, tokens, HEAD_CHUNK):
             part = slice(start, min(start + HEAD_CHUNK, tokens))
             hidden_CD = hidden_TD[part]
@@ -52,14 +64,20 @@ class _HeadLoss(torch.autograd.Function):
                 *block, 1.0 / tokens, vocab, logits_CV.stride(0), 4096, num_warps=8
             )
             torch.mm(logits_CV, weight_VD, out=grad_hidden[part])
-            grad_weight += torch.mm(logits_CV.t(), hidden_CD, out_dtype=torch.float32)
+            if tokens <= HEAD_CHUNK:
+                grad_weight = torch.mm(logits_CV.t(), hidden_CD)
+            else:  # several terms are added up in fp32
+                term = torch.mm(logits_CV.t(), hidden_CD, out_dtype=torch.float32)
+                grad_weight = term if grad_weight is None else grad_weight.add_(term)
+                del term
+            del logits_CV
         ctx.save_for_backward(grad_hidden, grad_weight.to(weight_VD.dtype))
         return losses_T.mean()
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad, grad_weight * grad, None
+        return _scaled(grad_hidden, grad), _scaled(grad_weight, grad), None
 
 
 def head_loss(hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor) -> Tensor:

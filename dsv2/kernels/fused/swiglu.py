@@ -1,12 +1,14 @@
-"""silu(gate) * up in one pass, and its backward in another.
+"""SwiGLU: silu(gate) * up in one pass, and its backward in another, between the products.
 
-Shapes: R rows, F width.
+Shapes: R rows, F width; of the network: T tokens, D hidden_size.
 """
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from dsv2.kernels.fused.linear import input_gradient
 
 BLOCK = 1024
 
@@ -65,7 +67,7 @@ def _backward(
         h = g * s * u
         if HAS_WEIGHT:
             dot += tl.sum(d * h, 0)
-            tl.store(value + row * F + f, (h * factor).to(value.dtype.element_ty), mask=f < F)
+        tl.store(value + row * F + f, (h * factor).to(value.dtype.element_ty), mask=f < F)
         d *= factor
         to_gate, to_up = d * u * s * (1 + g * (1 - s)), d * g * s
         at = row * grad_step + f
@@ -86,36 +88,45 @@ def forward(gate_RF: Tensor, up_RF: Tensor, weight_R: Tensor | None) -> Tensor:
     return out
 
 
-def backward_weighted(grad_RF: Tensor, gate_up_R2F: Tensor, weight_R: Tensor) -> tuple[Tensor, Tensor]:
-    """(gradient of gate and up [R, 2F], of the weights [R]); `grad` is overwritten by the weighted result."""
+def backward(
+    grad_RF: Tensor, gate_RF: Tensor, up_RF: Tensor, weight_R: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """(gradient of gate and up side by side [R, 2F], of the weights [R]); `grad` is overwritten by the
+    forward's result. Rows of gate and up may be strided."""
     rows, width = grad_RF.shape
-    grad_gate_up, grad_weight = torch.empty_like(gate_up_R2F), torch.empty_like(weight_R)
+    grad_gate_up = grad_RF.new_empty(rows, 2 * width)
+    grad_weight = None if weight_R is None else torch.empty_like(weight_R)
     if grad_RF.numel():
-        gate, up = gate_up_R2F.split(width, dim=1)
         grad_gate, grad_up = grad_gate_up.split(width, dim=1)
-        tensors = (grad_RF, gate, up, weight_R, grad_gate, grad_up, grad_weight, grad_RF)
-        _backward[(rows,)](*tensors, 2 * width, 2 * width, 2 * width, width, True, BLOCK)
+        weights = (grad_RF, grad_RF) if grad_weight is None else (weight_R, grad_weight)
+        tensors = (grad_RF, gate_RF, up_RF, weights[0], grad_gate, grad_up, weights[1], grad_RF)
+        steps = (gate_RF.stride(0), up_RF.stride(0), 2 * width)
+        _backward[(rows,)](*tensors, *steps, width, weight_R is not None, BLOCK)
     return grad_gate_up, grad_weight
 
 
-class _SiluMul(torch.autograd.Function):
+class _SwiGLU(torch.autograd.Function):
+    """Kept for backward: x, gate and up; their product is made again in the pass that needs them anyway."""
+
     @staticmethod
-    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
-        gate, up = gate.contiguous(), up.contiguous()
-        ctx.save_for_backward(gate, up)
-        width = gate.shape[-1]
-        return forward(gate.view(-1, width), up.view(-1, width), None).view_as(gate)
+    def forward(ctx, x: Tensor, gate_FD: Tensor, up_FD: Tensor, down_DF: Tensor) -> Tensor:
+        x_TD = x.flatten(0, -2)
+        gate_TF, up_TF = torch.mm(x_TD, gate_FD.t()), torch.mm(x_TD, up_FD.t())
+        ctx.save_for_backward(x, gate_FD, up_FD, down_DF, gate_TF, up_TF)
+        return torch.mm(forward(gate_TF, up_TF, None), down_DF.t()).view(x.shape)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        gate, up = ctx.saved_tensors
-        grad, width = grad.contiguous(), gate.shape[-1]
-        grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
-        if grad.numel():
-            tensors = (grad, gate, up, grad, grad_gate, grad_up, grad, grad)
-            _backward[(grad.numel() // width,)](*tensors, width, width, width, width, False, BLOCK)
-        return grad_gate, grad_up
+        x, gate_FD, up_FD, down_DF, gate_TF, up_TF = ctx.saved_tensors
+        x_TD, grad_TD = x.flatten(0, -2), grad.flatten(0, -2)
+        hidden_TF = torch.mm(grad_TD, down_DF)  # its gradient, then in its place itself
+        grad_gate_up, _ = backward(hidden_TF, gate_TF, up_TF, None)
+        grad_gate, grad_up = grad_gate_up.chunk(2, dim=1)
+        grad_down = torch.mm(grad_TD.t(), hidden_TF)
+        del hidden_TF
+        grad_x = input_gradient([grad_gate, grad_up], [gate_FD, up_FD]).view(x.shape)
+        return grad_x, torch.mm(grad_gate.t(), x_TD), torch.mm(grad_up.t(), x_TD), grad_down
 
 
-def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
-    return _SiluMul.apply(gate, up)
+def swiglu(x: Tensor, gate_FD: Tensor, up_FD: Tensor, down_DF: Tensor) -> Tensor:
+    return _SwiGLU.apply(x, gate_FD, up_FD, down_DF)

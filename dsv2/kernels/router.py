@@ -1,6 +1,7 @@
-"""Device-limited routing (arXiv 2405.04434, eqs. 21-22 and section 2.2.2).
+"""Device-limited routing (arXiv 2405.04434, eqs. 21-22 and section 2.2.2), and sums of its outcome.
 
-Shapes: T tokens, D hidden_size, E routed experts, K experts a token, G expert groups.
+Shapes: B sequences, S tokens a sequence, T = B * S, D hidden_size, E routed experts, K experts a token,
+G expert groups.
 """
 
 from typing import NamedTuple
@@ -43,13 +44,24 @@ def route(x_TD: Tensor, centroids_ED: Tensor, top_k: int, n_group: int, topk_gro
     return Routing(expert_ids_TK, affinity_TE.gather(1, expert_ids_TK), affinity_TE)
 
 
-def tokens_sent_TG(expert_ids_TK: Tensor, n_experts: int, n_group: int) -> Tensor:
-    """bool [T, G]: does any of the token's experts live in group g?"""
-    sent_TG = torch.zeros(len(expert_ids_TK), n_group, dtype=torch.bool, device=expert_ids_TK.device)
-    return sent_TG.scatter_(1, expert_ids_TK // (n_experts // n_group), True)
+class SequenceSums(NamedTuple):
+    """Sums over each sequence's tokens, fp32 (exact for counts): what losses and statistics need."""
+
+    affinity_BE: Tensor  # of s; gradient flows
+    selected_BE: Tensor  # tokens that select the expert
+    sent_BG: Tensor  # tokens with an expert in the group
+    entropy_B: Tensor  # of the affinity's entropy, nats
+    top1_B: Tensor  # of the highest affinity selected
 
 
-def pairs_TE(expert_ids_TK: Tensor, n_experts: int) -> Tensor:
-    """fp32 [T, E]: 1 where the token selects the expert."""
-    selected_TE = torch.zeros(len(expert_ids_TK), n_experts, device=expert_ids_TK.device)
-    return selected_TE.scatter_(1, expert_ids_TK, 1.0)
+def sequence_sums(routing: Routing, n_sequences: int, n_group: int) -> SequenceSums:
+    """Sums of `n_sequences` sequences whose tokens stand one sequence after another in `routing`."""
+    ids_TK, affinity_TE = routing.expert_ids_TK, routing.affinity_TE
+    detached_TE = affinity_TE.detach()
+    n_experts = affinity_TE.shape[1]
+    selected_TE = torch.zeros_like(detached_TE).scatter_(1, ids_TK, 1.0)
+    sent_TG = detached_TE.new_zeros(len(ids_TK), n_group).scatter_(1, ids_TK // (n_experts // n_group), 1.0)
+    entropy_T = torch.special.entr(detached_TE).sum(dim=-1)
+    top1_T = routing.weights_TK[:, 0].detach()
+    parts = (affinity_TE, selected_TE, sent_TG, entropy_T, top1_T)
+    return SequenceSums(*(part.unflatten(0, (n_sequences, -1)).sum(dim=1) for part in parts))

@@ -1,0 +1,206 @@
+"""The router's choice and its sums, a pass each (see dsv2/kernels/router.py).
+
+The product with the centroids multiplies bf16 and adds up in fp32, which is exact where a cast of both
+to fp32 is. Experts stand in columns, a power of 2 for each group, so that a group's best is a reduction
+over one dimension; of equal affinities the lower column wins.
+
+Shapes: B sequences, S tokens a sequence, T = B * S, D hidden_size, E experts, K experts a token, G groups,
+N numbers summed.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dsv2.kernels.router import Routing, SequenceSums
+
+ROWS = 16  # tokens of one program
+SUMMED = 32  # tokens of one program of the sums
+
+
+@triton.jit
+def _select(
+    logits,
+    affinity,
+    ids,
+    weights,
+    T,
+    E: tl.constexpr,
+    G: tl.constexpr,
+    M: tl.constexpr,
+    K: tl.constexpr,
+    GROUPS: tl.constexpr,
+    SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Softmax over all experts, then the K best of the M best groups."""
+    t = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, GROUPS * SIZE)
+    each: tl.constexpr = E // G
+    real = (column // SIZE < G) & (column % SIZE < each)
+    at = t[:, None] * E + (column // SIZE * each + column % SIZE)[None, :]
+    inside = (t < T)[:, None] & real[None, :]
+    x = tl.load(logits + at, mask=inside, other=0.0)
+    x = tl.where(real[None, :], x, float("-inf"))
+    x = tl.exp(x - tl.max(x, 1)[:, None])
+    s = x / tl.sum(x, 1)[:, None]
+    tl.store(affinity + at, s, mask=inside)
+
+    score = tl.where(real[None, :], s, -2.0)
+    if M < G:
+        best = tl.max(tl.reshape(score, (ROWS, GROUPS, SIZE)), 2)
+        group = tl.arange(0, GROUPS)[None, :]
+        limit = tl.zeros((ROWS, GROUPS), tl.float32) - 1.0  # of a closed group
+        for _ in tl.static_range(M):
+            hit = group == tl.argmax(best, 1)[:, None]
+            limit = tl.where(hit, 2.0, limit)
+            best = tl.where(hit, -3.0, best)
+        limit = tl.broadcast_to(tl.expand_dims(limit, 2), (ROWS, GROUPS, SIZE))
+        # A closed expert's -1 is below every affinity, even one that underflowed to 0.
+        score = tl.minimum(score, tl.reshape(limit, (ROWS, GROUPS * SIZE)))
+    for k in tl.static_range(K):
+        top = tl.argmax(score, 1)
+        weight = tl.max(score, 1)
+        # Of a row of NaN it may be any column; no index may leave its range.
+        expert = tl.minimum(top // SIZE * each + tl.minimum(top % SIZE, each - 1), E - 1)
+        tl.store(ids + t * K + k, expert.to(tl.int64), mask=t < T)
+        tl.store(weights + t * K + k, weight, mask=t < T)
+        score = tl.where(column[None, :] == top[:, None], -3.0, score)
+
+
+@triton.jit
+def _select_backward(
+    affinity,
+    ids,
+    grad_weights,
+    grad_affinity,
+    out,
+    T,
+    HAS_AFFINITY: tl.constexpr,
+    E: tl.constexpr,
+    K: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Gradient of the logits as a sum of two bf16: the first its rounding, the second what that lost."""
+    t = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, COLUMNS)
+    inside = (t < T)[:, None] & (column < E)[None, :]
+    at = t[:, None] * E + column[None, :]
+    s = tl.load(affinity + at, mask=inside, other=0.0)
+    g = tl.zeros((ROWS, COLUMNS), tl.float32)
+    if HAS_AFFINITY:
+        g += tl.load(grad_affinity + at, mask=inside, other=0.0)
+    for k in tl.static_range(K):
+        expert = tl.load(ids + t * K + k, mask=t < T, other=0)
+        weight = tl.load(grad_weights + t * K + k, mask=t < T, other=0.0)
+        g += tl.where(column[None, :] == expert[:, None], weight[:, None], 0.0)
+    grad = s * (g - tl.sum(s * g, 1)[:, None])
+    high = grad.to(tl.bfloat16)
+    at = t[:, None] * (2 * E) + column[None, :]
+    tl.store(out + at, high, mask=inside)
+    tl.store(out + at + E, (grad - high.to(tl.float32)).to(tl.bfloat16), mask=inside)
+
+
+@triton.jit
+def _sums(
+    affinity,
+    ids,
+    weights,
+    out,
+    S,
+    E: tl.constexpr,
+    K: tl.constexpr,
+    G: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """The sums of some tokens of one sequence: affinity, selected, sent, entropy, top1."""
+    sequence, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row = part * ROWS + tl.arange(0, ROWS)
+    t, live = sequence * S + row, row < S
+    column, group = tl.arange(0, COLUMNS), tl.arange(0, GROUPS)
+    inside = live[:, None] & (column < E)[None, :]
+    s = tl.load(affinity + t[:, None] * E + column[None, :], mask=inside, other=0.0)
+    selected = tl.zeros((ROWS, COLUMNS), tl.float32)
+    sent = tl.zeros((ROWS, GROUPS), tl.float32)
+    for k in tl.static_range(K):
+        expert = tl.load(ids + t * K + k, mask=live, other=-E)[:, None]
+        selected += tl.where(column[None, :] == expert, 1.0, 0.0)
+        sent = tl.where(group[None, :] * (E // G) == expert - expert % (E // G), 1.0, sent)
+    entropy = tl.where(s > 0, -s * tl.log(tl.where(s > 0, s, 1.0)), 0.0)
+    top1 = tl.load(weights + t * K, mask=live, other=0.0)
+    out += (sequence * tl.num_programs(1) + part) * (2 * E + G + 2)
+    tl.store(out + column, tl.sum(s, 0), mask=column < E)
+    tl.store(out + E + column, tl.sum(selected, 0), mask=column < E)
+    tl.store(out + 2 * E + group, tl.sum(sent, 0), mask=group < G)
+    tl.store(out + 2 * E + G, tl.sum(entropy))
+    tl.store(out + 2 * E + G + 1, tl.sum(top1))
+
+
+class _Route(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_TD: Tensor, centroids_ED: Tensor, top_k: int, n_group: int, topk_group: int):
+        tokens, experts = len(x_TD), len(centroids_ED)
+        logits_TE = torch.mm(x_TD, centroids_ED.t(), out_dtype=torch.float32)
+        affinity_TE = torch.empty_like(logits_TE)
+        ids_TK = torch.empty(tokens, top_k, dtype=torch.int64, device=x_TD.device)
+        weights_TK = logits_TE.new_empty(tokens, top_k)
+        columns = (triton.next_power_of_2(n_group), triton.next_power_of_2(experts // n_group))
+        sizes = (tokens, experts, n_group, topk_group, top_k, *columns)
+        _select[(triton.cdiv(tokens, ROWS),)](logits_TE, affinity_TE, ids_TK, weights_TK, *sizes, ROWS)
+        ctx.save_for_backward(x_TD, centroids_ED, ids_TK, affinity_TE)
+        ctx.mark_non_differentiable(ids_TK)
+        ctx.set_materialize_grads(False)
+        return ids_TK, weights_TK, affinity_TE
+
+    @staticmethod
+    def backward(ctx, _, grad_weights_TK: Tensor | None, grad_affinity_TE: Tensor | None):
+        x_TD, centroids_ED, ids_TK, affinity_TE = ctx.saved_tensors
+        (tokens, experts), top_k = affinity_TE.shape, ids_TK.shape[1]
+        if grad_weights_TK is None:
+            grad_weights_TK = affinity_TE.new_zeros(ids_TK.shape)
+        grad_T2E = x_TD.new_empty(tokens, 2 * experts)
+        given = affinity_TE if grad_affinity_TE is None else grad_affinity_TE.contiguous()
+        tensors = (affinity_TE, ids_TK, grad_weights_TK.contiguous(), given, grad_T2E)
+        sizes = (tokens, grad_affinity_TE is not None, experts, top_k, triton.next_power_of_2(experts))
+        _select_backward[(triton.cdiv(tokens, ROWS),)](*tensors, *sizes, ROWS)
+        grad_x = torch.mm(grad_T2E, torch.cat((centroids_ED, centroids_ED)))
+        high_ED, low_ED = torch.mm(grad_T2E.t(), x_TD, out_dtype=torch.float32).chunk(2)
+        return grad_x, (high_ED + low_ED).to(centroids_ED.dtype), None, None, None
+
+
+class _SequenceSums(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, affinity_TE: Tensor, ids_TK: Tensor, weights_TK: Tensor, n_sequences: int, n_group: int):
+        (tokens, experts), top_k = affinity_TE.shape, ids_TK.shape[1]
+        length = tokens // n_sequences
+        grid = (n_sequences, triton.cdiv(length, SUMMED))
+        parts = affinity_TE.new_empty(*grid, 2 * experts + n_group + 2)
+        columns = (triton.next_power_of_2(experts), triton.next_power_of_2(n_group))
+        sizes = (length, experts, top_k, n_group, *columns)
+        _sums[grid](affinity_TE, ids_TK, weights_TK, parts, *sizes, SUMMED)
+        ctx.length = length
+        affinity_BE, others_BN = parts.sum(dim=1).split([experts, experts + n_group + 2], dim=1)
+        ctx.mark_non_differentiable(others_BN)
+        return affinity_BE, others_BN
+
+    @staticmethod
+    def backward(ctx, grad_BE: Tensor, _):
+        grad_BSE = grad_BE.unsqueeze(1).expand(-1, ctx.length, -1)
+        return grad_BSE.reshape(-1, grad_BE.shape[1]), None, None, None, None
+
+
+def route(x_TD: Tensor, centroids_ED: Tensor, top_k: int, n_group: int, topk_group: int) -> Routing:
+    return Routing(*_Route.apply(x_TD.contiguous(), centroids_ED, top_k, n_group, topk_group))
+
+
+def sequence_sums(routing: Routing, n_sequences: int, n_group: int) -> SequenceSums:
+    ids_TK, weights_TK, affinity_TE = routing
+    affinity_BE, others_BN = _SequenceSums.apply(
+        affinity_TE, ids_TK, weights_TK.detach(), n_sequences, n_group
+    )
+    selected_BE, sent_BG, entropy_B, top1_B = others_BN.split([affinity_BE.shape[1], n_group, 1, 1], dim=1)
+    return SequenceSums(affinity_BE, selected_BE, sent_BG, entropy_B.squeeze(1), top1_B.squeeze(1))
