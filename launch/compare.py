@@ -89,7 +89,7 @@ def table(summaries: list[dict[str, Any]]) -> str:
         cells = (
             found["micro_batch"],
             f"{found['step_ms']:.1f}",
-            f"{found['spread']:.1%}",
+            f"{found['spread']:.1%}" if len(found["rounds"]) > 1 else "-",
             f"{found['tok_s_gpu']:.0f}",
             f"{found['tflops']:.4g}",
             "-" if found["mfu"] is None else f"{found['mfu']:.1%}",
