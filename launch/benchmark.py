@@ -79,7 +79,7 @@ def measure(config: Config, device: Any, arguments: argparse.Namespace) -> dict[
 
     def step(micro_batches: list[Tensor]) -> float:
         batches = [Batch(t[:, :-1], t[:, 1:], arange(len(t))) for t in micro_batches]
-        return engine.train_step(batches, config.optim.lr).loss
+        return engine.train_step(batches, config.optim.lr).lm_loss
 
     timing = time_steps(step, tokens, device, arguments.steps, arguments.warmup)
     figures = row(config, device, timing, world_size)

@@ -52,12 +52,13 @@ def summary(name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
     found["version"] = None if name == OURS else version(name)
     found["errors"] = [row["error"] for row in rows if "error" in row]
     if good:
-        for key in ("step_ms", "tok_s_gpu", "tflops", "mfu", "mem_gib"):
-            values = [row[key] for row in good]
-            found[key] = None if None in values else statistics.median(values)
         steps = [row["step_ms"] for row in good]
+        found["step_ms"] = statistics.median(steps)
         found["spread"] = (max(steps) - min(steps)) / found["step_ms"]
-        found["micro_batch"] = good[0]["micro_batch"]
+        for key in ("tok_s_gpu", "tflops", "mfu"):  # of the median step
+            found[key] = None if good[0][key] is None else good[0][key] * steps[0] / found["step_ms"]
+        for key in ("micro_batch", "mem_gib"):
+            found[key] = good[0][key]
     return found
 
 
@@ -88,7 +89,7 @@ def table(summaries: list[dict[str, Any]]) -> str:
         cells = (
             found["micro_batch"],
             f"{found['step_ms']:.1f}",
-            f"{found['spread']:.1%}",
+            f"{found['spread']:.1%}" if len(found["rounds"]) > 1 else "-",
             f"{found['tok_s_gpu']:.0f}",
             f"{found['tflops']:.4g}",
             "-" if found["mfu"] is None else f"{found['mfu']:.1%}",

@@ -163,10 +163,14 @@ class _Event:
         return self.raw.get("args", {}).get("Sequence number", -1)
 
     @property
-    def on_indices(self) -> bool:
-        """Are all its tensors of integers?"""
+    def plans(self) -> bool:
+        """Does it work on indices: an operation on integers alone, or a kernel outside of any operation?
+
+        The latter can have no gradient, so it is not the experts' own work.
+        """
         types = [t for t in self.raw.get("args", {}).get("Input type", []) if t and not t[0].isupper()]
-        return bool(types) and all(t.split()[-1] in _INTEGERS for t in types)
+        integers = bool(types) and all(t.split()[-1] in _INTEGERS for t in types)
+        return integers or self.raw["cat"] in _LAUNCH
 
 
 _INTEGERS = ("int", "char", "bool")  # `long int`, `unsigned char` and so on
@@ -264,8 +268,8 @@ def _attribute(host: list[_Event], step: _Event) -> None:
         event.part = parent.part if parent is not None else None
         if event.annotated:
             event.part = event.name.removeprefix(PREFIX)
-        elif event.part == "routed experts" and event.on_indices and id(event) not in in_backward:
-            event.part = "routing"  # the plan, wherever it is made
+        elif event.part == "routed experts" and parent is not None and parent.annotated and event.plans:
+            event.part = "routing"  # wherever it is done
         elif event.name.startswith(_BACKWARD + "torch::autograd::AccumulateGrad"):
             event.part = "gradients"
         elif event.name.startswith(_BACKWARD) and event.sequence in nodes:

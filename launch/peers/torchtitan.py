@@ -11,11 +11,10 @@ REQUIRES = {
     "spmd_types": "==0.2.3",
     "tyro": ">=1.0",
     "docstring-parser": ">=0.16",
-    "typeguard": ">=4.0",
     "triton": ">=3.0",
 }
 ABOUT = (
-    "fused MLA, SwiGLU and experts, each block compiled, SDPA attention with cuDNN first, compiled loss; "
+    "on a GPU fused MLA, SwiGLU and experts, each block and the loss compiled, SDPA through cuDNN; "
     "softmax scores, no bias, no group limit, plain RoPE; torch's AdamW on the weights themselves"
 )
 OVERRIDES = [

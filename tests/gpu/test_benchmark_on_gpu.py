@@ -1,0 +1,21 @@
+"""The share of each part, from kernels' times."""
+
+import pytest
+
+from launch.compare import run_turn
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("recompute", ["false", "true"])
+def test_kernels_are_attributed_to_parts(recompute):
+    options = ["--steps", "2", "--warmup", "2", "model=small", "parallel=gpu", "data.sequence_length=1024"]
+    row = run_turn([*options, f"parallel.activation_checkpointing={recompute}"])
+    assert "error" not in row, row
+    share = {part: found["share"] for part, found in row["parts"].items()}
+    assert sum(share.values()) == pytest.approx(1)
+    idle, other = share.pop("idle"), share.pop("other")
+    share.pop("gradients")  # one micro-batch of one rank adds nothing up
+    assert min(share.values()) > 0, share
+    assert 0 <= idle < 1
+    assert other < 0.1 * (1 - idle), row["parts"]
