@@ -16,6 +16,7 @@ import torch
 
 from dsv2.kernels.library import KernelSet, fused_kernels
 from dsv2.kernels.router import Routing
+from dsv2.kernels.rows import RowMap, map_rows
 
 FUSED = "dsv2.kernels.fused"
 
@@ -54,6 +55,13 @@ def _somewhere(route: Callable[..., Routing]) -> Callable[..., Routing]:
     return routed
 
 
+def _sort_slots(key_TJ: torch.Tensor, n_keys: int, n_rows: int) -> tuple[RowMap, torch.Tensor, torch.Tensor]:
+    """The sort itself, as the product that follows needs real rows."""
+    keys = torch.arange(n_keys, dtype=key_TJ.dtype)
+    ends = (key_TJ.flatten() <= keys.unsqueeze(1)).sum(dim=1, dtype=torch.int32)
+    return map_rows(key_TJ, n_rows), torch.zeros(key_TJ.shape, dtype=torch.int32), ends
+
+
 @contextmanager
 def idle_triton(chunk: int) -> Iterator[KernelSet]:
     """The fused kernels on a CPU, their values nonsense; the head takes `chunk` tokens at a time."""
@@ -66,10 +74,14 @@ def idle_triton(chunk: int) -> Iterator[KernelSet]:
     modules |= {"triton": triton, "triton.language": triton.language}
     with patch.dict(sys.modules, modules, clear=True):  # torch itself must not meet this Triton
         kernels = fused_kernels()
-        attention, head = (sys.modules[f"{FUSED}.{name}"] for name in ("attention", "head"))
+        attention, head, experts = (
+            sys.modules[f"{FUSED}.{name}"] for name in ("attention", "head", "experts")
+        )
     with (
         patch.object(attention, "sdpa_kernel", lambda backend: nullcontext()),
         patch.object(head, "HEAD_CHUNK", chunk),
+        patch.object(experts, "sort_slots", _sort_slots),
         patch.object(torch, "mm", _mm),
+        patch.object(torch, "addmm", lambda total, a, b, **options: total),
     ):
         yield replace(kernels, route=_somewhere(kernels.route))

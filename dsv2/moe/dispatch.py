@@ -70,9 +70,8 @@ def plan_dispatch(
     the w-th block of E / W experts.
     """
     kept_TK = expert_ids_TK if keep_TK is None else expert_ids_TK.masked_fill(~keep_TK, -1)
-    counts_E = torch.zeros(n_experts + 1, dtype=torch.int64, device=kept_TK.device)
-    counts_E.scatter_add_(0, kept_TK.flatten() + 1, torch.ones_like(kept_TK).flatten())
-    counts_E = counts_E[1:]
+    # Comparisons, not additions to a few places in memory, for which threads of a GPU would queue.
+    counts_E = (kept_TK.unsqueeze(-1) == torch.arange(n_experts, device=kept_TK.device)).sum(dim=(0, 1))
     if group is None or group.size() == 1:
         return DispatchPlan(kept_TK, counts_E, 0, counts_E, kept_TK.numel(), None)
     size, here = group.size(), n_experts // group.size()

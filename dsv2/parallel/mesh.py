@@ -39,7 +39,7 @@ class Mesh:
         Collective over the EP group.
         """
         square, expert_square = (
-            torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in grads]).square().sum()
+            torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float32)).square().sum()
             for grads in (dense, experts)
         )
         if self.ep_group is not None:

@@ -71,7 +71,7 @@ def make_pass(config: Config, fused_norm: bool = True) -> Pass:
 def _norm(p: Pass, width: int) -> float:
     """RMSNorm's input and 1 / rms, and its output, which the matrix behind it keeps."""
     output = p.tokens * width * p.itemsize
-    if p.fused_norm:
+    if p.fused_norm or p.fused:
         return 2 * output + p.tokens * FP32
     # Taken apart: the input and the normalised input, both in fp32.
     return output + p.tokens * (2 * width + 1) * FP32
@@ -98,8 +98,8 @@ def attention(p: Pass) -> Table:
 
 
 def _swiglu(p: Pass, width: int) -> float:
-    """gate, up, their product and, unless fused, silu(gate); the input is counted with its norm."""
-    return (3 if p.fused else 4) * p.tokens * width * p.itemsize
+    """gate, up and, unless fused, silu(gate) and the product; the input is counted with its norm."""
+    return (2 if p.fused else 4) * p.tokens * width * p.itemsize
 
 
 def dense_ffn(p: Pass) -> Table:
@@ -110,17 +110,19 @@ def dense_ffn(p: Pass) -> Table:
 def moe(p: Pass) -> Table:
     """dsv2/moe/layer.py with the norm before it."""
     m, t = p.model, p.tokens
-    # In bf16 the router and the experts keep copies of the norm's output; then only the shared experts,
-    # or fused experts on the same rank, keep the output itself.
-    needed = m.n_shared_experts or (p.fused and p.ep_size == 1) or not p.cast
-    table: Table = {
-        "norm": _norm(p, m.hidden_size) - (0 if needed else t * p.row),
-        "router: input in fp32": p.cast * t * m.hidden_size * FP32,
-        "router: centroids in fp32": p.cast * m.n_routed_experts * m.hidden_size * FP32,
+    table: Table = {"shared experts": _swiglu(p, m.n_shared_experts * m.moe_intermediate_size)}
+    if p.fused:
+        table["norm"] = _norm(p, m.hidden_size)
+        table["router: affinities and ids"] = t * (m.n_routed_experts * FP32 + m.num_experts_per_tok * INT64)
+    else:
+        # In bf16 the router and the experts keep copies of the norm's output; then only the shared experts
+        # keep the output itself.
+        needed = m.n_shared_experts or not p.cast
+        table["norm"] = _norm(p, m.hidden_size) - (0 if needed else t * p.row)
+        table["router: input in fp32"] = p.cast * t * m.hidden_size * FP32
+        table["router: centroids in fp32"] = p.cast * m.n_routed_experts * m.hidden_size * FP32
         # The chosen ids are a view of the sort over all experts.
-        "router: affinities and ids": t * m.n_routed_experts * (FP32 + INT64),
-        "shared experts": _swiglu(p, m.n_shared_experts * m.moe_intermediate_size),
-    }
+        table["router: affinities and ids"] = t * m.n_routed_experts * (FP32 + INT64)
     if p.ep_size > 1:
         # The rows' order is a view of the sort over all ranks.
         table["dispatch: indices"] = (t * p.ep_size + (1 if p.fused else 2) * p.rows) * INT64
@@ -151,7 +153,7 @@ def _fused_experts(p: Pass) -> Table:
     slots = p.rows * m.num_experts_per_tok
     return {
         "experts: indices": slots * (INT64 + INT32),
-        "experts: rows": 0 if p.ep_size == 1 else p.rows * p.row,
+        "experts: rows": p.pairs * p.row,
         "experts: gate and up": 2 * p.pairs * m.moe_intermediate_size * p.itemsize,
         "experts: weights": (slots + p.pairs) * FP32,
     }
@@ -171,10 +173,10 @@ def _logits(p: Pass) -> float:
     m, t = p.model, p.tokens
     if not p.fused:  # the log-probabilities, their gradient and the logits' gradient stand side by side
         return sum(head(p).values()) + 2 * t * m.vocab_size * FP32
-    # Either a chunk's logits and its part of the matrix's fp32 gradient, or two chunks' logits.
-    logits, gradient = m.vocab_size * p.itemsize, m.vocab_size * m.hidden_size * FP32
-    chunk = max(gradient + min(HEAD_CHUNK, t) * logits, min(2 * HEAD_CHUNK, t) * logits)
-    return _norm(p, m.hidden_size) + 2 * t * INT64 + t * p.row + gradient + chunk
+    # A chunk's logits and the matrix's gradient, in fp32 where it is the sum of several chunks'.
+    gradient = m.vocab_size * m.hidden_size * (p.itemsize if t <= HEAD_CHUNK else FP32)
+    logits = min(HEAD_CHUNK, t) * m.vocab_size * p.itemsize
+    return _norm(p, m.hidden_size) + 2 * t * INT64 + t * p.row + gradient + logits
 
 
 def _attention_workspace(p: Pass) -> float:
@@ -189,9 +191,10 @@ def _attention_workspace(p: Pass) -> float:
 
 
 def _dense_workspace(p: Pass) -> float:
-    """Gradients of the dense FFN's product and of silu(gate), and the residual stream's."""
+    """Gradients of the dense FFN's product and, unless fused, of silu(gate); and the residual stream's."""
     m = p.model
-    return p.tokens * (2 * m.intermediate_size * p.itemsize + m.hidden_size * (p.itemsize + FP32))
+    stream = m.hidden_size * (p.itemsize + (0 if p.fused else FP32))
+    return p.tokens * ((1 if p.fused else 2) * m.intermediate_size * p.itemsize + stream)
 
 
 def _moe_workspace(p: Pass) -> float:
@@ -202,7 +205,7 @@ def _moe_workspace(p: Pass) -> float:
     m, t = p.model, p.tokens
     table = moe(p)
     freed = sum(size for name, size in table.items() if name.startswith(("experts", "sums", "combine")))
-    shared = 2 * t * m.n_shared_experts * m.moe_intermediate_size * p.itemsize - freed
+    shared = (1 if p.fused else 2) * t * m.n_shared_experts * m.moe_intermediate_size * p.itemsize - freed
     routed = _fused_workspace(p) if p.fused else _reference_workspace(p, table)
     stream = t * (p.row + (0 if p.fused else m.hidden_size * FP32))
     return max(shared, routed) + stream
@@ -236,12 +239,12 @@ def _reference_workspace(p: Pass, table: Table) -> float:
 def _fused_workspace(p: Pass) -> float:
     """The backward of dsv2/kernels/fused/experts.py.
 
-    At the gradient of w2 there are those of the outputs, of the product and of gate and up; at the
-    input's those of gate and up, of both weights, of the pairs and of the rows.
+    At the gradient of w2 there are those of the outputs and of the product; at the input's those of both
+    weights, of the pairs and of the rows. Those of gate and up take the places of gate and up.
     """
     width = p.pairs * p.model.moe_intermediate_size * p.itemsize
     matrix, pairs, rows = _expert_matrices(p), p.pairs * p.row, p.rows * p.row
-    fullest = max(pairs + 3 * width + matrix, pairs + rows + 2 * width + 3 * matrix)
+    fullest = max(pairs + width + matrix, pairs + rows + 3 * matrix)
     return fullest + (0 if p.ep_size == 1 else rows)  # with the gradient that came
 
 

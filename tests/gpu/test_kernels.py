@@ -87,6 +87,26 @@ def test_routed_experts(fused, rows, top_k, experts, hidden, width, kind):
         check(apply(REFERENCE, n_pairs), apply(fused, n_pairs), [normal(rows, hidden), weights, w13, w2])
 
 
+@pytest.mark.parametrize("absent", [False, True])
+@pytest.mark.parametrize(("tokens", "slots", "keys"), [(1, 1, 1), (37, 3, 5), (1000, 6, 160), (700, 8, 255)])
+def test_sort_of_slots(fused, tokens, slots, keys, absent):
+    """Stable; an empty key, a key that all have, absent slots within or beyond the rows asked for."""
+    from dsv2.kernels.fused.rows import sort_slots
+    from dsv2.kernels.rows import map_rows
+
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    some = torch.randint(0, keys + absent, (tokens, slots), device=DEVICE, generator=generator)
+    for key in (some, some.where(some != 1, 0), torch.full_like(some, keys - 1)):
+        present = int((key < keys).sum())
+        for n_rows in {present, key.numel()}:
+            rows, place, ends = sort_slots(key.to(torch.int16), keys, n_rows)
+            want = map_rows(key, n_rows)
+            assert torch.equal(rows.slot_P, want.slot_P)
+            assert ends.tolist() == [int((key <= k).sum()) for k in range(keys)]
+            assert place.flatten()[want.slot_P[:present]].tolist() == list(range(present))
+            assert (place[key == keys] == -1).all()
+
+
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize(("tokens", "slots", "width"), [(1, 1, 8), (50, 4, 100), (333, 8, 5120)])
 def test_rows(fused, tokens, slots, width, weighted):

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from dsv2.kernels.fused import swiglu
-from dsv2.kernels.fused.rows import add_rows, copy_rows, places
-from dsv2.kernels.rows import RowMap, map_rows
+from dsv2.kernels.fused.rows import add_rows, copy_rows, sort_slots
+from dsv2.kernels.rows import RowMap
 
 
 def _product(a: Tensor, b: Tensor, ends_E: Tensor) -> Tensor:
@@ -23,7 +23,7 @@ def _product(a: Tensor, b: Tensor, ends_E: Tensor) -> Tensor:
 class _RoutedExperts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_RD, weights_RK, w13_E2FD, w2_EDF, pairs: RowMap, place_RK, ends_E):
-        ctx.pairs = pairs
+        ctx.pairs, ctx.done = pairs, False
         x_PD = copy_rows(x_RD, pairs)
         gate_up_P2F = _product(x_PD, w13_E2FD.transpose(1, 2), ends_E)
         weight_P = weights_RK.flatten()[pairs.slot_P]
@@ -38,7 +38,10 @@ class _RoutedExperts(torch.autograd.Function):
         pairs = ctx.pairs
         grad_y_PD = copy_rows(grad_RD.contiguous(), pairs)
         hidden_PF = _product(grad_y_PD, w2_EDF, ends_E)  # its gradient, then in its place itself
-        grad_gate_up, grad_weight_P = swiglu.backward(hidden_PF, *gate_up_P2F.chunk(2, dim=1), weight_P)
+        assert not ctx.done, "the experts' backward runs once: it overwrites what forward kept"
+        ctx.done = True
+        grad_weight_P = swiglu.backward_in_place(hidden_PF, *gate_up_P2F.chunk(2, dim=1), weight_P)
+        grad_gate_up = gate_up_P2F
         grad_w2 = _product(grad_y_PD.t(), hidden_PF, ends_E)
         del grad_y_PD, hidden_PF
         grad_w13 = _product(grad_gate_up.t(), x_PD, ends_E)
@@ -63,11 +66,8 @@ def routed_experts(
     w13_E2FD: Tensor,
     w2_EDF: Tensor,
 ) -> Tensor:
-    absent_RK = expert_ids_RK < 0
-    # A radix sort takes time by the bits of its keys.
-    pairs = map_rows(expert_ids_RK.to(torch.int16).masked_fill(absent_RK, len(counts_E)), n_pairs)
-    place_RK = places(pairs, len(x_RD)).masked_fill(absent_RK, -1)
-    ends_E = counts_E.cumsum(0).to(torch.int32)
+    key_RK = expert_ids_RK.to(torch.int16)
+    pairs, place_RK, ends_E = sort_slots(key_RK.where(key_RK >= 0, len(counts_E)), len(counts_E), n_pairs)
     return _RoutedExperts.apply(
         x_RD.contiguous(), weights_RK.contiguous(), w13_E2FD, w2_EDF, pairs, place_RK, ends_E
     )

@@ -11,6 +11,7 @@ from torch import Tensor
 from dsv2.kernels.rows import RowMap
 
 BLOCK = 2048
+SORTED, STEP = 128, 32  # slots of one program of the sort, and how many of them are compared at once
 
 
 @triton.jit
@@ -56,6 +57,55 @@ def _sum_backward(
         dot += tl.sum(g * value, 0)
         tl.store(grad_y + row * D + d, (g * factor).to(grad_y.dtype.element_ty), mask=d < D)
     tl.store(grad_weight + slot, dot)
+
+
+@triton.jit
+def _histogram(key_N, count_KB, N, KEYS: tl.constexpr, SORTED: tl.constexpr):
+    """How often each key occurs in a block of consecutive slots."""
+    block = tl.program_id(0)
+    n = block * SORTED + tl.arange(0, SORTED)
+    key = tl.load(key_N + n, mask=n < N, other=KEYS - 1).to(tl.int32)
+    count = tl.histogram(key, KEYS)
+    tl.store(count_KB + tl.arange(0, KEYS) * tl.num_programs(0) + block, count)
+
+
+@triton.jit
+def _place(key_N, count_KB, end_KB, slot_P, place_N, N, P, absent, SORTED: tl.constexpr, STEP: tl.constexpr):
+    """Each slot's row: behind those of lower keys, of earlier blocks, and of earlier slots of its block."""
+    block, blocks = tl.program_id(0), tl.num_programs(0)
+    own = tl.arange(0, SORTED)
+    n = block * SORTED + own
+    key = tl.load(key_N + n, mask=n < N, other=0).to(tl.int32)
+    row = tl.load(end_KB + key * blocks + block) - tl.load(count_KB + key * blocks + block)
+    for start in tl.static_range(0, SORTED, STEP):
+        other = start + tl.arange(0, STEP)
+        m = block * SORTED + other
+        other_key = tl.load(key_N + m, mask=m < N, other=-1).to(tl.int32)
+        before = (other_key[None, :] == key[:, None]) & (other[None, :] < own[:, None])
+        row += tl.sum(before.to(tl.int32), 1)
+    tl.store(slot_P + row, n.to(tl.int64), mask=(n < N) & (row < P))
+    tl.store(place_N + n, tl.where(key == absent, -1, row), mask=n < N)
+
+
+def sort_slots(key_TJ: Tensor, n_keys: int, n_rows: int) -> tuple[RowMap, Tensor, Tensor]:
+    """A stable counting sort: `map_rows` of int16 keys 0 .. `n_keys`, of which `n_keys` means absent.
+
+    Returns:
+        The first `n_rows` slots by key; each slot's row, -1 for absent ones, int32 [T, J]; and where
+        each key's rows end, int32 [n_keys].
+    """
+    slots = key_TJ.numel()
+    blocks, keys = triton.cdiv(slots, SORTED), triton.next_power_of_2(n_keys + 2)  # one is for padding
+    count_KB = torch.empty(keys, blocks, dtype=torch.int32, device=key_TJ.device)
+    slot_P = torch.empty(n_rows, dtype=torch.int64, device=key_TJ.device)
+    place_TJ = torch.empty(key_TJ.shape, dtype=torch.int32, device=key_TJ.device)
+    if slots:
+        _histogram[(blocks,)](key_TJ, count_KB, slots, keys, SORTED)
+    end_KB = count_KB.view(-1).cumsum(0, dtype=torch.int32).view(keys, blocks)
+    if slots:
+        tensors = (key_TJ, count_KB, end_KB, slot_P, place_TJ)
+        _place[(blocks,)](*tensors, slots, n_rows, n_keys, SORTED, STEP)
+    return RowMap(slot_P, key_TJ.shape[1]), place_TJ, end_KB[:n_keys, -1].contiguous()
 
 
 def places(rows: RowMap, n_tokens: int) -> Tensor:

@@ -41,18 +41,14 @@ def _backward(
     gate,
     up,
     weight_R,
-    grad_gate,
-    grad_up,
     grad_weight_R,
-    value,
     gate_step,
     up_step,
-    grad_step,
     F: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """`value` gets the forward's result again; it may be `grad` itself."""
+    """In place: the gradient becomes the forward's result, gate and up become their gradients."""
     row = tl.program_id(0).to(tl.int64)
     factor = 1.0
     if HAS_WEIGHT:
@@ -67,12 +63,11 @@ def _backward(
         h = g * s * u
         if HAS_WEIGHT:
             dot += tl.sum(d * h, 0)
-        tl.store(value + row * F + f, (h * factor).to(value.dtype.element_ty), mask=f < F)
+        tl.store(grad + row * F + f, (h * factor).to(grad.dtype.element_ty), mask=f < F)
         d *= factor
         to_gate, to_up = d * u * s * (1 + g * (1 - s)), d * g * s
-        at = row * grad_step + f
-        tl.store(grad_gate + at, to_gate.to(grad_gate.dtype.element_ty), mask=f < F)
-        tl.store(grad_up + at, to_up.to(grad_up.dtype.element_ty), mask=f < F)
+        tl.store(gate + row * gate_step + f, to_gate.to(gate.dtype.element_ty), mask=f < F)
+        tl.store(up + row * up_step + f, to_up.to(up.dtype.element_ty), mask=f < F)
     if HAS_WEIGHT:
         tl.store(grad_weight_R + row, dot)
 
@@ -88,21 +83,19 @@ def forward(gate_RF: Tensor, up_RF: Tensor, weight_R: Tensor | None) -> Tensor:
     return out
 
 
-def backward(
+def backward_in_place(
     grad_RF: Tensor, gate_RF: Tensor, up_RF: Tensor, weight_R: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """(gradient of gate and up side by side [R, 2F], of the weights [R]); `grad` is overwritten by the
-    forward's result. Rows of gate and up may be strided."""
+) -> Tensor | None:
+    """The gradients of gate and up take their places, the forward's result takes `grad`'s; returned is
+    the gradient of the weights [R]. Rows of gate and up may be strided."""
     rows, width = grad_RF.shape
-    grad_gate_up = grad_RF.new_empty(rows, 2 * width)
     grad_weight = None if weight_R is None else torch.empty_like(weight_R)
     if grad_RF.numel():
-        grad_gate, grad_up = grad_gate_up.split(width, dim=1)
         weights = (grad_RF, grad_RF) if grad_weight is None else (weight_R, grad_weight)
-        tensors = (grad_RF, gate_RF, up_RF, weights[0], grad_gate, grad_up, weights[1], grad_RF)
-        steps = (gate_RF.stride(0), up_RF.stride(0), 2 * width)
+        tensors = (grad_RF, gate_RF, up_RF, *weights)
+        steps = (gate_RF.stride(0), up_RF.stride(0))
         _backward[(rows,)](*tensors, *steps, width, weight_R is not None, BLOCK)
-    return grad_gate_up, grad_weight
+    return grad_weight
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -113,19 +106,22 @@ class _SwiGLU(torch.autograd.Function):
         x_TD = x.flatten(0, -2)
         gate_TF, up_TF = torch.mm(x_TD, gate_FD.t()), torch.mm(x_TD, up_FD.t())
         ctx.save_for_backward(x, gate_FD, up_FD, down_DF, gate_TF, up_TF)
+        ctx.done = False
         return torch.mm(forward(gate_TF, up_TF, None), down_DF.t()).view(x.shape)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
+        assert not ctx.done, "a SwiGLU's backward runs once: it overwrites what forward kept"
+        ctx.done = True
         x, gate_FD, up_FD, down_DF, gate_TF, up_TF = ctx.saved_tensors
         x_TD, grad_TD = x.flatten(0, -2), grad.flatten(0, -2)
         hidden_TF = torch.mm(grad_TD, down_DF)  # its gradient, then in its place itself
-        grad_gate_up, _ = backward(hidden_TF, gate_TF, up_TF, None)
-        grad_gate, grad_up = grad_gate_up.chunk(2, dim=1)
+        backward_in_place(hidden_TF, gate_TF, up_TF, None)
+        grads = [gate_TF, up_TF]
         grad_down = torch.mm(grad_TD.t(), hidden_TF)
         del hidden_TF
-        grad_x = input_gradient([grad_gate, grad_up], [gate_FD, up_FD]).view(x.shape)
-        return grad_x, torch.mm(grad_gate.t(), x_TD), torch.mm(grad_up.t(), x_TD), grad_down
+        grad_x = input_gradient(grads, [gate_FD, up_FD]).view(x.shape)
+        return grad_x, *(torch.mm(grad.t(), x_TD) for grad in grads), grad_down
 
 
 def swiglu(x: Tensor, gate_FD: Tensor, up_FD: Tensor, down_DF: Tensor) -> Tensor:
