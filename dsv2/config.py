@@ -38,6 +38,7 @@ class WandbMode(enum.Enum):
 class Kernels(enum.Enum):
     reference = "reference"  # plain torch, on anything
     fused = "fused"  # Triton, grouped products and cuDNN attention: NVIDIA GPUs, bf16
+    fused_fa4 = "fused_fa4"  # the same with FlashAttention-4: Hopper or newer, pip install --pre flash-attn-4
 
 
 class Device(enum.Enum):

@@ -83,7 +83,9 @@ def build_model(
     weights: HFWeights | None = None,
 ) -> DeepseekV2:
     """This rank's share of the model on its device, in its precision: fresh, or with the weights given."""
-    kernels = fused_kernels() if parallel.kernels is Kernels.fused else REFERENCE
+    kernels = REFERENCE
+    if parallel.kernels is not Kernels.reference:
+        kernels = fused_kernels(flash4=parallel.kernels is Kernels.fused_fa4)
     with torch.device("meta"):  # so that memory is taken once, and in the precision it is used in
         execution = Execution(mesh.ep_group, parallel.activation_checkpointing, kernels, mesh.clock)
         model = DeepseekV2(config, execution)
@@ -215,7 +217,7 @@ class Engine:
         for parameter in self.model.parameters():
             if parameter.grad is not None:
                 (experts if is_expert(parameter) else dense).append(parameter.grad)
-        norm = self.mesh.gradient_norm(dense, experts)
+        norm = self.mesh.gradient_norm(*(REFERENCE.sum_of_squares(grads) for grads in (dense, experts)))
         for grad in dense + experts:
             grad.mul_((self.grad_clip / (norm + 1e-6)).clamp(max=1.0))
         return float(norm)

@@ -1,6 +1,7 @@
 """What is refused before anything starts: values and combinations that cannot run."""
 
 import math
+from importlib.util import find_spec
 
 from dsv2.config import (
     AttentionKind,
@@ -262,8 +263,14 @@ def _validate_parallel(config: Config, world_size: int) -> None:
             f"needs parallel.zero_stage=1 and parallel.precision=bf16, not {stage} and "
             f"{parallel.precision.value}; or use fp32",
         )
-    if parallel.kernels is Kernels.fused and parallel.precision is not Precision.bf16:
-        _refuse("parallel.kernels", "fused", "needs parallel.precision=bf16; or use reference")
+    if parallel.kernels is not Kernels.reference and parallel.precision is not Precision.bf16:
+        _refuse("parallel.kernels", parallel.kernels.value, "needs parallel.precision=bf16; or use reference")
+    if parallel.kernels is Kernels.fused_fa4 and find_spec("flash_attn") is None:
+        _refuse(
+            "parallel.kernels",
+            "fused_fa4",
+            "needs FlashAttention-4: pip install --pre flash-attn-4; or use fused",
+        )
     share = parallel.micro_batch_size * world_size
     sizes = {"optim.batch_size": optim.batch_size}
     if optim.batch_size_start is not None:

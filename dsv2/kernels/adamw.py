@@ -1,4 +1,4 @@
-"""One step of AdamW (Loshchilov & Hutter, arXiv 1711.05101) on a stretch of a parameter.
+"""One step of AdamW (Loshchilov & Hutter, arXiv 1711.05101) on a stretch of a parameter; the norm before it.
 
 Shapes: N elements of the stretch. All arithmetic is fp32. States kept in bf16 are rounded
 stochastically: rounded to nearest, a weight would stand still whenever its update is below a 256th
@@ -59,6 +59,11 @@ def adamw(
         exp_avg_sq_N.copy_(round_stochastically(square_N, (bits_N * 0x9E3779B1 & MASK) >> 16))
     if weight_N is not None:
         weight_N.copy_(new_N)
+
+
+def sum_of_squares(tensors: list[Tensor]) -> Tensor:
+    """fp32 []: over all elements of all tensors."""
+    return torch.stack([torch.linalg.vector_norm(x, dtype=torch.float32) for x in tensors]).square().sum()
 
 
 def random_bits(hyper: AdamWStep, first: int, count: int, device: torch.device) -> Tensor:

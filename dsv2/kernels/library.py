@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from dsv2.kernels.adamw import adamw
+from dsv2.kernels.adamw import adamw, sum_of_squares
 from dsv2.kernels.attention import latent_attention
 from dsv2.kernels.experts import routed_experts
 from dsv2.kernels.head import head_loss
@@ -33,10 +33,11 @@ class KernelSet:
     sum_rows: Callable[..., Tensor]
     head_loss: Callable[[Tensor, Tensor, Tensor], Tensor]
     adamw: Callable[..., None]
+    sum_of_squares: Callable[[list[Tensor]], Tensor]
 
 
-def fused_kernels() -> KernelSet:
-    """The same for an NVIDIA GPU, bf16 only. Importing them needs Triton."""
+def fused_kernels(flash4: bool = False) -> KernelSet:
+    """The same for an NVIDIA GPU, bf16 only; attention by FlashAttention-4, or by cuDNN. Needs Triton."""
     from dsv2.kernels.fused import adamw, attention, experts, head, linear, norm, router, rows, swiglu
 
     return KernelSet(
@@ -44,7 +45,7 @@ def fused_kernels() -> KernelSet:
         add_rms_norm=norm.add_rms_norm,
         add_up=norm.add_up,
         linears=linear.linears,
-        latent_attention=attention.latent_attention,
+        latent_attention=attention.latent_attention_flash4 if flash4 else attention.latent_attention,
         swiglu=swiglu.swiglu,
         route=router.route,
         sequence_sums=router.sequence_sums,
@@ -53,6 +54,7 @@ def fused_kernels() -> KernelSet:
         sum_rows=rows.sum_rows,
         head_loss=head.head_loss,
         adamw=adamw.adamw,
+        sum_of_squares=adamw.sum_of_squares,
     )
 
 
@@ -70,4 +72,5 @@ REFERENCE = KernelSet(
     sum_rows=sum_rows,
     head_loss=head_loss,
     adamw=adamw,
+    sum_of_squares=sum_of_squares,
 )

@@ -62,16 +62,24 @@ class Arrived(NamedTuple):
 
 
 def plan_dispatch(
-    expert_ids_TK: Tensor, keep_TK: Tensor | None, n_experts: int, group: dist.ProcessGroup | None
+    expert_ids_TK: Tensor,
+    keep_TK: Tensor | None,
+    n_experts: int,
+    group: dist.ProcessGroup | None,
+    load_E: Tensor | None = None,
 ) -> DispatchPlan:
     """Settle where rows go. Collective; waits for the device once, with one rank never.
 
     `keep_TK` (bool; None: all) leaves out dropped pairs, which are not sent. Rank w of the group holds
-    the w-th block of E / W experts.
+    the w-th block of E / W experts. `load_E` are the pairs of each expert, if they are counted already.
     """
     kept_TK = expert_ids_TK if keep_TK is None else expert_ids_TK.masked_fill(~keep_TK, -1)
-    # Comparisons, not additions to a few places in memory, for which threads of a GPU would queue.
-    counts_E = (kept_TK.unsqueeze(-1) == torch.arange(n_experts, device=kept_TK.device)).sum(dim=(0, 1))
+    if keep_TK is None and load_E is not None:
+        counts_E = load_E.long()
+    else:
+        counts_E = torch.zeros(n_experts + 1, dtype=torch.int64, device=kept_TK.device)
+        counts_E.scatter_add_(0, kept_TK.flatten() + 1, torch.ones_like(kept_TK).flatten())
+        counts_E = counts_E[1:]
     if group is None or group.size() == 1:
         return DispatchPlan(kept_TK, counts_E, 0, counts_E, kept_TK.numel(), None)
     size, here = group.size(), n_experts // group.size()

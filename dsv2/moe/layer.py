@@ -72,7 +72,9 @@ class MoELayer(nn.Module):
                 balance.exempt_seed,
                 group,
             )
-        plan = plan_dispatch(routing.expert_ids_TK, keep_TK, config.n_routed_experts, group)
+        plan = plan_dispatch(
+            routing.expert_ids_TK, keep_TK, config.n_routed_experts, group, sums.selected_BE.sum(dim=0)
+        )
         weights_TK = routing.weights_TK * config.routed_scaling_factor
         pending = start_dispatch(x_TD, weights_TK, plan, self.execution)
         # The shared experts run while rows are on their way (section 3.1.3).

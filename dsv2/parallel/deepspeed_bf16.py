@@ -104,7 +104,8 @@ class ZeRO1BF16(BF16_Optimizer):
             [g for group, of in zip(gradients, self._expert_group, strict=True) if of is is_of for g in group]
             for is_of in (True, False)
         )
-        self._global_grad_norm = norm = self.mesh.gradient_norm(dense, expert)
+        squares = (self.kernels.sum_of_squares(grads) for grads in (dense, expert))
+        self._global_grad_norm = norm = self.mesh.gradient_norm(*squares)
         scale = (self.clip_grad / (norm + 1e-6)).clamp(max=1.0) if self.clip_grad else torch.ones_like(norm)
         self._update(scale.where(norm.isfinite(), torch.nan))
         if self.mesh.world_size > 1:

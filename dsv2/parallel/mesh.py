@@ -33,15 +33,11 @@ class Mesh:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def gradient_norm(self, dense: list[Tensor], experts: list[Tensor]) -> Tensor:
-        """fp32 []: the 2-norm of reduced gradients, which this rank holds whole but for others' experts.
+    def gradient_norm(self, square: Tensor, expert_square: Tensor) -> Tensor:
+        """fp32 []: the 2-norm of reduced gradients from the sums of their squares.
 
-        Collective over the EP group.
+        This rank holds all but for other ranks' experts. Collective over the EP group.
         """
-        square, expert_square = (
-            torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float32)).square().sum()
-            for grads in (dense, experts)
-        )
         if self.ep_group is not None:
             dist.all_reduce(expert_square, group=self.ep_group)
         return (square + expert_square).sqrt()
@@ -55,9 +51,10 @@ def pick_device(config: ParallelConfig, processes: int) -> torch.device:
     """
     gpus = torch.cuda.device_count()
     on_cpu = config.device is Device.cpu or (config.device is Device.auto and gpus == 0)
-    if on_cpu and config.kernels is Kernels.fused:
+    if on_cpu and config.kernels is not Kernels.reference:
         raise UserError(
-            "parallel.kernels=fused: needs an NVIDIA GPU; on the CPU use parallel.kernels=reference"
+            f"parallel.kernels={config.kernels.value}: needs an NVIDIA GPU; on the CPU use "
+            "parallel.kernels=reference"
         )
     if on_cpu:
         return torch.device("cpu")

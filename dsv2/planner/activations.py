@@ -30,7 +30,7 @@ class Pass(NamedTuple):
 
     @property
     def fused(self) -> bool:
-        return self.kernels is Kernels.fused
+        return self.kernels is not Kernels.reference
 
     @property
     def cast(self) -> bool:

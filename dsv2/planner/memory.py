@@ -52,7 +52,7 @@ def _layout(config: Config, world_size: int) -> Layout:
         bf16=parallel.precision is Precision.bf16,
         states=2 if parallel.optimizer_states is Precision.bf16 else FP32,
         sums=config.optim.batch_size > parallel.micro_batch_size,
-        fused=parallel.kernels is Kernels.fused,
+        fused=parallel.kernels is not Kernels.reference,
     )
 
 

@@ -39,7 +39,7 @@ def one_pass(
     with contextlib.ExitStack() as stack:
         if parallel.kernels is Kernels.fused:
             kernels = stack.enter_context(idle_triton(chunk=8192))
-            stack.enter_context(patch("dsv2.engine.fused_kernels", lambda: kernels))
+            stack.enter_context(patch("dsv2.engine.fused_kernels", lambda **options: kernels))
         mesh = start_mesh(torch.device("cpu"), rank, world_size, parallel.expert_parallel_size)
         model = build_model(jobs.model_config(**sizes), parallel, 0, mesh)
         for parameter in model.parameters():

@@ -296,3 +296,12 @@ def test_adamw(fused, states, gradient, count):
         else:
             assert (got != want).float().mean().item() < 2e-3
             torch.testing.assert_close(got, want, rtol=2**-7, atol=0)
+
+
+@pytest.mark.parametrize("counts", [(1,), (5, 0, 3000), (5_000_001, 7)])
+def test_sum_of_squares(fused, counts):
+    tensors = [normal(count, seed=count) for count in counts]
+    exact = sum(x.double().square().sum().item() for x in tensors)
+    assert fused.sum_of_squares(tensors).item() == pytest.approx(exact, rel=1e-6)
+    assert fused.sum_of_squares([x.float() for x in tensors]).item() == pytest.approx(exact, rel=1e-6)
+    assert torch.isnan(fused.sum_of_squares([*tensors, tensors[0] * float("nan")]))

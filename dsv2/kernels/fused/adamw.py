@@ -11,6 +11,7 @@ from torch import Tensor
 from dsv2.kernels.adamw import MASK, AdamWStep
 
 BLOCK = 1024
+SUMMED, PROGRAMS = 4096, 1056  # elements that a program of the squares' sum takes at once; how many there are
 
 
 @triton.jit
@@ -64,6 +65,25 @@ def _adamw(
     tl.store(exp_avg_sq + at, _rounded(v, other, ROUND, exp_avg_sq.dtype.element_ty), mask=live)
     if HAS_WEIGHT:
         tl.store(weight + at, w.to(weight.dtype.element_ty), mask=live)
+
+
+@triton.jit
+def _squares(x, out, N, BLOCK: tl.constexpr):
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, tl.cdiv(N, BLOCK * tl.num_programs(0))):
+        at = (start * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        value = tl.load(x + at, mask=at < N, other=0.0).to(tl.float32)
+        total += value * value
+    tl.store(out + tl.program_id(0), tl.sum(total, 0))
+
+
+def sum_of_squares(tensors: list[Tensor]) -> Tensor:
+    sums = torch.zeros(len(tensors), PROGRAMS, dtype=torch.float32, device=tensors[0].device)
+    for x, own in zip(tensors, sums, strict=True):
+        if x.numel():
+            programs = min(PROGRAMS, triton.cdiv(x.numel(), SUMMED))
+            _squares[(programs,)](x, own, x.numel(), SUMMED)
+    return sums.sum()
 
 
 def adamw(

@@ -1,4 +1,4 @@
-"""MLA's queries, keys and values put together in one pass, around cuDNN's attention.
+"""MLA's queries, keys and values put together in one pass, around cuDNN's attention or FlashAttention-4.
 
 Shapes: B batch, S sequence, T = B * S, H heads, N and R widths without and with rotary embedding,
 Q = N + R, V width of a value, X = N + V.
@@ -155,3 +155,14 @@ def latent_attention(
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
         out_BHSV = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
     return out_BHSV.transpose(1, 2)
+
+
+def latent_attention_flash4(
+    q_BSHQ: Tensor, kv_BSHX: Tensor, k_rope_BSR: Tensor, cos_SP: Tensor, sin_SP: Tensor, scale: float
+) -> Tensor:
+    """The same by FlashAttention-4, which torch's own entry would give values padded to the keys' width."""
+    from flash_attn.cute import flash_attn_func
+
+    q, k, v = _Assemble.apply(q_BSHQ, kv_BSHX, k_rope_BSR, cos_SP, sin_SP)
+    out_BSHV, _ = flash_attn_func(q, k, v, softmax_scale=scale, causal=True)
+    return out_BSHV

@@ -12,38 +12,28 @@ from torch import Tensor
 
 from dsv2.kernels import HEAD_CHUNK
 
-PROGRAMS, WARPS, BLOCK = 132, 32, 8192  # of the cross-entropy: one program a multiprocessor of a Hopper
-
 
 @triton.jit
-def _cross_entropy(logits, label_C, loss_C, scale, C, V, step, BLOCK: tl.constexpr):
-    """Rows' losses; each row becomes scale * (softmax - onehot).
-
-    No more programs than the L2 cache holds rows of, so that a row's second reading finds it there. A lane
-    keeps the maximum and the sum of its own columns until the row's end, so that warps need not meet before.
-    """
-    for turn in range(0, tl.cdiv(C, tl.num_programs(0))):
-        row = tl.program_id(0).to(tl.int64) + turn * tl.num_programs(0)
-        live = row < C
-        label = tl.load(label_C + row, mask=live, other=0)
-        at = logits + row * step
-        label_logit = tl.load(at + label, mask=live, other=0.0).to(tl.float32)
-        highest = tl.full((BLOCK,), -1e30, tl.float32)  # a difference of infinities would be no number
-        total = tl.zeros((BLOCK,), tl.float32)
-        for start in range(0, V, BLOCK):
-            v = start + tl.arange(0, BLOCK)
-            x = tl.load(at + v, mask=(v < V) & live, other=float("-inf")).to(tl.float32)
-            new = tl.maximum(highest, x)
-            total = total * tl.exp(highest - new) + tl.exp(x - new)
-            highest = new
-        peak = tl.max(highest, 0)
-        log_sum = peak + tl.log(tl.sum(total * tl.exp(highest - peak), 0))
-        tl.store(loss_C + row, log_sum - label_logit, mask=live)
-        for start in range(0, V, BLOCK):
-            v = start + tl.arange(0, BLOCK)
-            x = tl.load(at + v, mask=(v < V) & live, other=0.0).to(tl.float32)
-            grad = (tl.exp(x - log_sum) - tl.where(v == label, 1.0, 0.0)) * scale
-            tl.store(at + v, grad.to(logits.dtype.element_ty), mask=(v < V) & live)
+def _cross_entropy(logits, label_C, loss_C, scale, V, step, BLOCK: tl.constexpr):
+    """A row's loss; the row becomes scale * (softmax - onehot)."""
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * step
+    label = tl.load(label_C + row)
+    highest, total = float("-inf"), 0.0
+    for start in range(0, V, BLOCK):
+        v = start + tl.arange(0, BLOCK)
+        x = tl.load(logits + v, mask=v < V, other=float("-inf")).to(tl.float32)
+        new = tl.maximum(highest, tl.max(x, 0))
+        total = total * tl.exp(highest - new) + tl.sum(tl.exp(x - new), 0)
+        highest = new
+    log_sum = highest + tl.log(total)
+    tl.store(loss_C + row, log_sum - tl.load(logits + label).to(tl.float32))
+    tl.debug_barrier()
+    for start in range(0, V, BLOCK):
+        v = start + tl.arange(0, BLOCK)
+        x = tl.load(logits + v, mask=v < V, other=float("-inf")).to(tl.float32)
+        grad = (tl.exp(x - log_sum) - tl.where(v == label, 1.0, 0.0)) * scale
+        tl.store(logits + v, grad.to(logits.dtype.element_ty), mask=v < V)
 
 
 @triton.jit
@@ -69,18 +59,17 @@ class _HeadLoss(torch.autograd.Function):
             part = slice(start, min(start + HEAD_CHUNK, tokens))
             hidden_CD = hidden_TD[part]
             logits_CV = hidden_CD @ weight_VD.t()
-            rows, block = len(hidden_CD), (logits_CV, labels_T[part], losses_T[part], 1.0 / tokens)
-            sizes = (rows, vocab, logits_CV.stride(0), BLOCK)
-            _cross_entropy[(min(rows, PROGRAMS),)](*block, *sizes, num_warps=WARPS)
+            _cross_entropy[(len(hidden_CD),)](
+                logits_CV, labels_T[part], losses_T[part], 1.0 / tokens, vocab, vocab, 4096, num_warps=8
+            )
             torch.mm(logits_CV, weight_VD, out=grad_hidden[part])
             if tokens <= HEAD_CHUNK:
                 grad_weight = torch.mm(logits_CV.t(), hidden_CD)
             elif grad_weight is None:  # several terms are added up in fp32
                 grad_weight = torch.mm(logits_CV.t(), hidden_CD, out_dtype=torch.float32)
             else:
-                added = (grad_weight, logits_CV.t(), hidden_CD)
-                torch.addmm(*added, out_dtype=torch.float32, out=grad_weight)
-            del logits_CV
+                torch.addmm(grad_weight, logits_CV.t(), hidden_CD, out_dtype=torch.float32, out=grad_weight)
+            del logits_CV  # before the next chunk's are made
         ctx.save_for_backward(grad_hidden, grad_weight.to(weight_VD.dtype))
         return losses_T.mean()
 
