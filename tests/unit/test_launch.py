@@ -99,6 +99,8 @@ def test_the_quickstart_starts_as_many_processes_as_fit_its_batch(box, gpus, pro
     done = box.run("launch/local.sh", QUICKSTART, GPUS=str(gpus))
     assert box.recorded("torchrun")[1] == f"--nproc_per_node={processes}"
     assert (f"quickstart: {processes} processes on {gpus} GPUs" in done.stdout) == (processes < gpus)
+    appended = [f"parallel.micro_batch_size={8 // processes}"] if processes > 2 else []
+    assert [word for word in box.recorded("torchrun") if "micro_batch_size" in word] == appended
 
 
 @pytest.mark.parametrize(
