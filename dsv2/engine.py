@@ -122,7 +122,7 @@ class Engine:
             lr=optim.lr,
             betas=(optim.beta1, optim.beta2),
             eps=optim.eps,
-            fused=mesh.device.type == "cuda",
+            fused=True,
         )
         self.deepspeed: Any
         config = deepspeed_config(optim, parallel, mesh.world_size)

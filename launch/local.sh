@@ -32,6 +32,13 @@ if [[ $processes == 1 && "$*" != *parallel.expert_parallel_size=* ]]; then
     echo "one process: appending parallel.expert_parallel_size=1, whatever the experiment says"
     extra=(parallel.expert_parallel_size=1)
 fi
+if [[ " $* " == *" experiment=quickstart "* && "$*" != *parallel.micro_batch_size=* ]]; then
+    case $processes in 4 | 8)
+        echo "quickstart: appending parallel.micro_batch_size=$((8 / processes)), a process's share of its batch"
+        extra=(parallel.micro_batch_size=$((8 / processes)))
+        ;;
+    esac
+fi
 # A mistake is one line and exit code 2 here; torchrun would add its own report and exit with 1.
 command -v "$PYTHON" >/dev/null || die "no $PYTHON: run 'make train', or activate an environment"
 if [[ ${1:-} == -* ]]; then

@@ -8,6 +8,7 @@ backward of either is the other.
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -29,18 +30,19 @@ def map_rows(key_TJ: Tensor, n_rows: int) -> RowMap:
 
 def gather_rows(x_TD: Tensor, rows: RowMap) -> Tensor:
     """[P, D]: each row a copy of its token's."""
-    return x_TD[rows.tokens()]
+    return x_TD.index_select(0, rows.tokens())
 
 
 def sum_rows(y_PD: Tensor, weights_TJ: Tensor | None, rows: RowMap, n_tokens: int) -> Tensor:
     """[T, D] in y's dtype: each token's rows times their slots' weights (None: 1), added up in fp32 or finer.
 
-    A slot without a row adds nothing. Rows are put in place rather than accumulated, so that the order
-    of a token's sum is that of its slots, whoever else is there.
+    A slot without a row adds nothing. A token's rows are added up in the order of its slots, whoever
+    else is there.
     """
-    slots_SD = y_PD.new_zeros(n_tokens * rows.n_slots, y_PD.shape[-1]).index_copy(0, rows.slot_P, y_PD)
-    slots_TJD = slots_SD.unflatten(0, (n_tokens, rows.n_slots))
-    slots_TJD = slots_TJD.to(torch.promote_types(y_PD.dtype, torch.float32))
-    if weights_TJ is not None:
-        slots_TJD = slots_TJD * weights_TJ.unsqueeze(-1)
-    return slots_TJD.sum(dim=1).to(y_PD.dtype)
+    slots_P, order_P = rows.slot_P.sort()
+    starts_T = torch.searchsorted(slots_P, torch.arange(n_tokens, device=slots_P.device) * rows.n_slots)
+    terms_PD = y_PD.to(torch.promote_types(y_PD.dtype, torch.float32))
+    weights_P = None if weights_TJ is None else weights_TJ.flatten()[slots_P].to(terms_PD.dtype)
+    # A bag is a token's stretch of `order`; the sum over it is what torch calls an embedding of the bag.
+    sums_TD = F.embedding_bag(order_P, terms_PD, starts_T, mode="sum", per_sample_weights=weights_P)
+    return sums_TD.to(y_PD.dtype)

@@ -130,20 +130,18 @@ def moe(p: Pass) -> Table:
 
 
 def _reference_experts(p: Pass) -> Table:
-    """dsv2/kernels/experts.py, and `combine` of dsv2/moe/dispatch.py."""
+    """dsv2/kernels/experts.py; `combine` of dsv2/moe/dispatch.py keeps next to nothing."""
     m = p.model
-    width, slots = p.pairs * m.moe_intermediate_size * p.itemsize, p.rows * m.num_experts_per_tok
-    alone = p.ep_size == 1
+    width = p.pairs * m.moe_intermediate_size * p.itemsize
     return {
-        "experts: indices": (slots + p.pairs) * INT64,
+        "experts: indices": p.pairs * INT64,
         "experts: rows": p.pairs * p.row,
         "experts: gate and up": 2 * width,
         "experts: silu, product": 2 * width,
-        # index_copy keeps its source.
-        "sums: outputs": p.pairs * p.row,
-        "sums: in fp32": slots * m.hidden_size * FP32,  # a slot for each expert of a token that came
-        "sums: weights": slots * FP32 * (1 if alone else 2),  # came in one tensor with the ids
-        "combine: rows": 0 if alone else p.rows * p.row,
+        # Slots and the order of their rows; three numbers a bag.
+        "sums: indices": (2 * p.pairs + 3 * p.rows) * INT64,
+        "sums: in fp32": p.pairs * m.hidden_size * FP32,
+        "sums: weights": p.pairs * FP32,
     }
 
 
@@ -204,7 +202,7 @@ def _moe_workspace(p: Pass) -> float:
     """
     m, t = p.model, p.tokens
     table = moe(p)
-    freed = sum(size for name, size in table.items() if name.startswith(("experts", "sums", "combine")))
+    freed = sum(size for name, size in table.items() if name.startswith(("experts", "sums")))
     shared = (1 if p.fused else 2) * t * m.n_shared_experts * m.moe_intermediate_size * p.itemsize - freed
     routed = _fused_workspace(p) if p.fused else _reference_workspace(p, table)
     stream = t * (p.row + (0 if p.fused else m.hidden_size * FP32))
@@ -219,18 +217,16 @@ def _reference_workspace(p: Pass, table: Table) -> float:
     """
     m = p.model
     combine = forward = 0.0
-    if p.ep_size > 1:  # a slot for each rank, whether a token reaches it or not
-        slots = p.tokens * p.ep_size * m.hidden_size
-        combine = p.cast * slots * p.itemsize + p.rows * p.row
-        # Empty slots and filled ones, then filled ones and their fp32 copies; with the rows sent home,
-        # the shared experts' output and, where its norm keeps but an fp32 copy, the residual stream.
-        forward = slots * max(2 * p.itemsize, p.itemsize + p.cast * FP32)
-        forward += (p.rows + (1 + p.cast) * p.tokens) * p.row
-    freed = table["combine: rows"]
-    sums = 2 * p.rows * m.num_experts_per_tok * m.hidden_size * FP32 - freed
+    sums = p.pairs * m.hidden_size * FP32  # the gradients of their terms
     if p.ep_size > 1:
+        terms = p.rows * m.hidden_size * FP32
+        combine = terms + p.cast * p.rows * p.row
+        # The rows sent home, their fp32 copies and sums; with them the shared experts' output and, where its
+        # norm keeps but an fp32 copy, the residual stream.
+        forward = p.cast * terms + p.tokens * m.hidden_size * FP32
+        forward += (p.rows + (1 + p.cast) * p.tokens) * p.row
         sums += p.rows * (p.row + p.cast * m.hidden_size * FP32)
-    freed += sum(size for name, size in table.items() if name.startswith("sums"))
+    freed = sum(size for name, size in table.items() if name.startswith("sums"))
     freed += table["experts: gate and up"] + table["experts: silu, product"]
     weights = 4 * _expert_matrices(p) + table["experts: rows"] - freed
     return max(forward, combine, sums, weights)

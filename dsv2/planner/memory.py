@@ -151,7 +151,7 @@ def memory(config: Config, world_size: int, gpu: bool = True) -> Memory:
             "building": _building(parameters, layout),
             "forward and backward": held.total + gradients + buffers + during + needed.peak,
             "gradient reduction": held.total + kept + buffers + reduction,
-            "optimizer step": held.total + kept + _stepping(parameters, layout, gpu),
+            "optimizer step": held.total + kept + _stepping(parameters, layout),
         },
     )
 
@@ -201,19 +201,19 @@ def _reduction(parameters: RankParameters, layout: Layout) -> float:
     return size * min(max(parameters.dense, experts.elements), max(BUCKET, largest))
 
 
-def _stepping(parameters: RankParameters, layout: Layout, gpu: bool) -> float:
+def _stepping(parameters: RankParameters, layout: Layout) -> float:
     """AdamW's temporaries, where it makes any, and a flat gradient where one is made."""
     stage = layout.stage
     if layout.ours:
         # dsv2/kernels/adamw.py on a tensor: its gradient in fp32; of bf16 states three more, and random bits.
         copies = (1 if layout.sums else 2) if layout.states == FP32 else 1 + 3 + 3 * 2
         return 0 if layout.fused else copies * FP32 * max(_largest_owned(group) for group in parameters)
-    # torch's takes the gradient's size twice on a CPU, nothing on a GPU.
+    # torch's is fused and takes nothing.
     flattened = stage > 0
     largest = max(_owned(group, stage) for group in parameters)
     if stage == 3:
         largest = min(largest, SUB_GROUP + max(parameters.decay.sizes))
-    return largest * FP32 * ((0 if gpu else 2) + flattened)
+    return largest * FP32 * flattened
 
 
 def _largest_owned(group: Group) -> int:

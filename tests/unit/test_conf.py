@@ -101,6 +101,8 @@ def test_published_sizes(preset, column):
 
 @pytest.mark.parametrize("processes", [1, 2, 4, 8])
 def test_quickstart_fits_as_many_gpus(processes):
-    """launch/local.sh starts one process a GPU, and with one process asks for EP 1."""
+    """launch/local.sh asks one process for EP 1, and 4 or 8 processes for smaller micro-batches."""
     overrides = ["parallel.expert_parallel_size=1"] if processes == 1 else []
+    if processes > 2:
+        overrides = [f"parallel.micro_batch_size={8 // processes}"]
     validate(compose_config("experiment=quickstart", *overrides), processes)

@@ -55,7 +55,8 @@ def test_local_without_gpus_starts_two_processes(box):
     expected = ["--standalone", "--nproc_per_node=2", "train.py", "experiment=quickstart", "name=a b"]
     assert box.recorded("torchrun") == expected
     assert done.stdout == (
-        "+ OMP_NUM_THREADS=4 TORCH_ELASTIC_SHUTDOWN_TIMEOUT=120 torchrun --standalone --nproc_per_node=2"
+        "+ OMP_NUM_THREADS=4 TORCH_ELASTIC_SHUTDOWN_TIMEOUT=120 MALLOC_MMAP_THRESHOLD_=33554432"
+        " MALLOC_TRIM_THRESHOLD_=268435456 torchrun --standalone --nproc_per_node=2"
         " train.py experiment=quickstart name=a\\ b\n"
     )
     assert box.recorded_env()["OMP_NUM_THREADS"] == "4"
@@ -98,6 +99,8 @@ def test_the_quickstart_starts_as_many_processes_as_fit_its_batch(box, gpus, pro
     done = box.run("launch/local.sh", QUICKSTART, GPUS=str(gpus))
     assert box.recorded("torchrun")[1] == f"--nproc_per_node={processes}"
     assert (f"quickstart: {processes} processes on {gpus} GPUs" in done.stdout) == (processes < gpus)
+    appended = [f"parallel.micro_batch_size={8 // processes}"] if processes > 2 else []
+    assert [word for word in box.recorded("torchrun") if "micro_batch_size" in word] == appended
 
 
 @pytest.mark.parametrize(
