@@ -217,10 +217,10 @@ def check_cases(pools, max_examples: int) -> None:
 
 
 def test_a_layer_on_every_layout(pools):
-    check_cases(pools, max_examples=60)
+    check_cases(pools, max_examples=40)
 
 
 @pytest.mark.full
 @pytest.mark.timeout(1800)
 def test_many_layers_on_every_layout(pools):
-    check_cases(pools, max_examples=600)
+    check_cases(pools, max_examples=400)
