@@ -27,12 +27,12 @@ SECTIONS = (
         (
             Panel("Loss", ("train/loss", "train/loss_lm", "val/loss"), "nats a token"),
             Panel("Validation", ("val/bpb",), "bits a byte"),
+            Panel("Gradient norm", ("train/grad_norm",), "before clipping"),
             Panel(
                 "Balance losses in the loss",
                 ("moe/add_expert", "moe/add_device", "moe/add_comm"),
                 "nats a token, all layers",
             ),
-            Panel("Gradient norm", ("train/grad_norm",), "before clipping"),
             Panel("Learning rate", ("train/lr",)),
             Panel("Batch", ("train/batch_seqs",), "sequences"),
             Panel("Seen", ("train/tokens",), "tokens"),

@@ -43,6 +43,15 @@ def test_layout_equals_one_process(train, world_size, ep, stage, micro_batch):
     traces.assert_same(got, jobs.reference(STEPS))
 
 
+@pytest.mark.parametrize("alpha", ["alpha_expert", "alpha_device", "alpha_comm"])
+def test_every_balance_loss_has_a_part_in_the_routers_gradients(alpha):
+    """Else a layout that scales it wrongly would not be seen."""
+    with_it, without = jobs.reference(STEPS), jobs.reference(1, **{alpha: 0.0})
+    for layer in (1, 2):
+        name = f"model.layers.{layer}.mlp.gate.weight"
+        assert traces.relative(without.first_moment[name], with_it.first_moment[name]) > 1e-2
+
+
 @pytest.mark.parametrize(("world_size", "ep", "stage"), [(2, 2, 1), (4, 2, 3)])
 def test_activation_checkpointing_changes_nothing(train, world_size, ep, stage):
     """Nothing is counted twice, either: `assert_same` compares every count."""
