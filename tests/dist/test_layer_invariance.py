@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dsv2.moe.drop import exempt_sequences
@@ -28,39 +28,75 @@ WIDTH = 6
 LAYOUTS = {2: [(1, 1), (1, 2), (2, 1), (2, 2)], 4: [(1, 1), (2, 1), (4, 1)]}  # world: EP, micro-batch
 
 
-def few(rng: np.random.Generator, distinct: int | None, count: int, unit: float) -> np.ndarray:
-    """[count, WIDTH]: `distinct` vectors of multiples of `unit`, repeated; None: no two need be equal."""
+def few(rng: np.random.Generator, distinct: int, count: int, unit: float) -> np.ndarray:
+    """[count, WIDTH]: `distinct` vectors of multiples of `unit`, repeated; 0: no two need be equal."""
     vectors = rng.integers(-8, 9, (distinct or count, WIDTH)).astype(np.float32) * unit
     return vectors[rng.integers(0, distinct, count)] if distinct else vectors
 
 
-@st.composite
-def cases(draw) -> Case:
-    """The first feature of every token is 1, so that a centroid's first feature is a bias of its logit."""
-    sizes: dict[str, Any] = draw(experts())
-    n_experts, length = sizes["n_routed_experts"], draw(st.integers(1, 5))
-    rng = np.random.default_rng(draw(st.integers(0, 10_000)))
-    repeats = st.sampled_from([None, None, 1, 2])
-    x = few(rng, draw(repeats), BATCH * length, 1 / 16)
-    gate = few(rng, draw(repeats), n_experts, 1 / 8)
+def make_case(sizes: dict[str, int], length: int, dropping: bool, seed: int, **fixed: Any) -> Case:
+    """What is not `fixed` comes from the seed, and so is spread evenly.
+
+    The first feature of every token is 1, so that a centroid's first feature is a bias of its logit.
+    """
+    rng = np.random.default_rng(seed)
+
+    def choose(name: str, options: list[Any]) -> Any:
+        drawn = options[rng.integers(len(options))]
+        return fixed.get(name, drawn)
+
+    x = few(rng, choose("different_tokens", [0, 0, 1, 2]), BATCH * length, 1 / 16)
+    gate = few(rng, choose("different_centroids", [0, 0, 1, 2]), sizes["n_routed_experts"], 1 / 8)
     x[:, 0], gate[:, 0] = 1.0, 0.0
-    bias = draw(st.sampled_from([None, "favourite", "shunned"]))
+    bias = choose("bias", ["none", "favourite", "shunned"])
     if bias == "favourite":
-        gate[rng.integers(n_experts), 0] = 3.0
+        gate[rng.integers(len(gate)), 0] = 3.0
     elif bias == "shunned":
-        gate[rng.random(n_experts) < 0.6, 0] = -3.0
+        gate[rng.random(len(gate)) < 0.6, 0] = -3.0
     config = jobs.model_config(
         **sizes,
         hidden_size=WIDTH,
         moe_intermediate_size=5,
-        token_dropping=draw(st.booleans()),
-        capacity_factor=draw(st.sampled_from([0.3, 0.6, 1.0])),
-        exempt_fraction=draw(st.sampled_from([0.0, 0.3, 1.0])),
+        token_dropping=dropping,
+        capacity_factor=choose("capacity_factor", [0.3, 0.6, 1.0]),
+        exempt_fraction=choose("exempt_fraction", [0.0, 0.0, 0.3, 1.0]),
     )
-    start = draw(st.sampled_from([0, 21, 2_000_000_000]))
-    order = draw(st.permutations(range(BATCH)))
-    ids = list(range(start, start + BATCH))
-    return Case(config, x.reshape(BATCH, length, WIDTH), gate, ids, list(order), draw(st.booleans()))
+    start = choose("start", [0, 21, 2_000_000_000])
+    order = fixed.get("order", rng.permutation(BATCH).tolist())
+    return Case(
+        config=config,
+        x_BSD=x.reshape(BATCH, length, WIDTH),
+        gate_ED=gate,
+        ids=list(range(start, start + BATCH)),
+        order=order,
+        recompute=choose("recompute", [False, True]),
+    )
+
+
+cases = st.builds(
+    make_case,
+    sizes=experts(),
+    length=st.integers(1, 5),
+    dropping=st.sampled_from([False, True, True]),
+    seed=st.integers(0, 2**32 - 1),
+)
+SIZES = {
+    "n_routed_experts": 8,
+    "n_group": 4,
+    "topk_group": 2,
+    "num_experts_per_tok": 3,
+    "n_shared_experts": 1,
+}
+# Everything tied: which pairs stay is the ids' order alone, against which the sequences stand.
+ALL_TIED = make_case(
+    SIZES, 3, True, 0, different_tokens=1, different_centroids=1, bias="none",
+    capacity_factor=0.6, exempt_fraction=0.0, order=[3, 1, 2, 0],
+)  # fmt: skip
+# One expert, and so one rank, gets all tokens; nearly all of them are dropped.
+ONE_EXPERT = make_case(
+    SIZES | {"num_experts_per_tok": 1, "n_shared_experts": 0}, 5, True, 0, different_tokens=0,
+    different_centroids=0, bias="favourite", capacity_factor=0.3, exempt_fraction=0.3,
+)  # fmt: skip
 
 
 class Choice(NamedTuple):
@@ -132,10 +168,11 @@ def assert_same(got: Outcome, want: Outcome) -> None:
     assert got.kept.keys() == want.kept.keys()
     for place, keep in want.kept.items():
         np.testing.assert_array_equal(got.kept[place], keep, err_msg=str(place))
+    # Where nearly all affinity is one expert's, the router's gradient is what is left of terms that cancel.
+    floor = 3e-8 * np.linalg.norm([np.linalg.norm(grad) for grad in want.grads.values()])
     for name, theirs in {"y": want.y_BSD, **want.grads}.items():
         mine = got.y_BSD if name == "y" else got.grads[name]
-        # Seen: 4e-7.
-        assert np.linalg.norm(mine - theirs) <= 1e-6 * np.linalg.norm(theirs), name
+        assert np.linalg.norm(mine - theirs) <= 1e-6 * np.linalg.norm(theirs) + floor, name
 
 
 def rows_between_ranks(case: Case, choice: Choice, ep: int, micro_batch: int, world_size: int) -> int:
@@ -184,13 +221,26 @@ def traits(case: Case, choice: Choice, alone: dict[int, Outcome]) -> set[str]:
             found.add("a chosen expert tied with another")
     if any(len(keep) and not keep.all() for keep in alone[BATCH].kept.values()):
         found.add("dropped pairs")
-        keep = np.array(choice.keep)
-        values = np.take_along_axis(choice.affinity, np.array(choice.experts), axis=-1)
-        if set(values[keep]) & set(values[~keep]):
-            found.add("a dropped pair tied with a kept one")
+        if tied_across_sequences(case, choice):
+            found.add("equal pairs kept against the order in the batch")
         if not all(np.array_equal(alone[1].kept[place], keep) for place, keep in alone[BATCH].kept.items()):
             found.add("other pairs dropped in another population")
     return found
+
+
+def tied_across_sequences(case: Case, choice: Choice) -> bool:
+    """Is a pair kept, and an equal one of its group dropped whose sequence stands ahead with a higher id?"""
+    size, place = case.config.n_routed_experts // case.config.n_group, np.argsort(case.order)
+    kept, dropped = set(), set()
+    for b, t, k in np.ndindex(np.shape(choice.keep)):
+        expert = choice.experts[b][t][k]
+        pair = (choice.affinity[b, t, expert], expert // size, b)
+        (kept if choice.keep[b][t][k] else dropped).add(pair)
+    return any(
+        (s, group) == (s2, group2) and b < b2 and place[b] > place[b2]
+        for s, group, b in kept
+        for s2, group2, b2 in dropped
+    )
 
 
 TRAITS = {
@@ -199,7 +249,7 @@ TRAITS = {
     "all tokens to the same experts",
     "a chosen expert tied with another",
     "dropped pairs",
-    "a dropped pair tied with a kept one",
+    "equal pairs kept against the order in the batch",
     "other pairs dropped in another population",
 }
 
@@ -208,7 +258,9 @@ def check_cases(pools, max_examples: int) -> None:
     seen: Counter[str] = Counter()
 
     @settings(properties, max_examples=max_examples)
-    @given(case=cases())
+    @given(case=cases)
+    @example(case=ALL_TIED)
+    @example(case=ONE_EXPERT)
     def check(case: Case) -> None:
         seen.update(check_case(pools, case))
 
