@@ -16,14 +16,15 @@ from dsv2.moe.stats import RoutingStats
 
 
 def balance_metrics(balance: BalanceLosses, recipe: BalanceConfig) -> dict[str, float]:
-    """The balance losses: raw, averaged over layers, and weighted, as they are part of the loss."""
-    alphas = BalanceLosses(recipe.alpha_expert, recipe.alpha_device, recipe.alpha_comm)
-    raw = {f"moe/aux_{name}": float(x.mean()) for name, x in balance._asdict().items()}
-    weighted = {
-        f"moe/add_{name}": alpha * float(x.sum())
-        for (name, x), alpha in zip(balance._asdict().items(), alphas, strict=True)
+    """The balance losses: raw, averaged over layers, and as they are added to the loss."""
+    return {
+        "moe/aux_expert": float(balance.expert.mean()),
+        "moe/aux_device": float(balance.device.mean()),
+        "moe/aux_comm": float(balance.comm.mean()),
+        "moe/add_expert": recipe.alpha_expert * float(balance.expert.sum()),
+        "moe/add_device": recipe.alpha_device * float(balance.device.sum()),
+        "moe/add_comm": recipe.alpha_comm * float(balance.comm.sum()),
     }
-    return raw | weighted
 
 
 def _max_over_mean(load: Tensor) -> Tensor:
