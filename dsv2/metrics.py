@@ -10,17 +10,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dsv2.config import ModelConfig
+from dsv2.config import BalanceConfig, ModelConfig
 from dsv2.moe.balance import BalanceLosses
 from dsv2.moe.stats import RoutingStats
 
 
-def balance_metrics(balance: BalanceLosses) -> dict[str, float]:
-    """The raw balance losses, averaged over layers."""
+def balance_metrics(balance: BalanceLosses, recipe: BalanceConfig) -> dict[str, float]:
+    """The balance losses: raw, averaged over layers, and as they are added to the loss."""
     return {
         "moe/aux_expert": float(balance.expert.mean()),
         "moe/aux_device": float(balance.device.mean()),
         "moe/aux_comm": float(balance.comm.mean()),
+        "moe/add_expert": recipe.alpha_expert * float(balance.expert.sum()),
+        "moe/add_device": recipe.alpha_device * float(balance.device.sum()),
+        "moe/add_comm": recipe.alpha_comm * float(balance.comm.sum()),
     }
 
 
@@ -63,19 +66,22 @@ def routing_metrics(stats: RoutingStats, model: ModelConfig) -> dict[str, float]
 
 
 def exchange_metrics(
-    rows_out_WL: Tensor, wait_ms_W: Tensor, bytes_a_row: int, steps: int
+    rows_out_WL: Tensor, rows_in_WL: Tensor, wait_ms_W: Tensor, bytes_a_row: int, steps: int
 ) -> dict[str, float]:
     """What the experts' exchange of a window of `steps` steps cost, by rank; empty if nothing crossed.
 
     Args:
         rows_out_WL: rows sent to other ranks.
+        rows_in_WL: rows received from other ranks.
         wait_ms_W: milliseconds of standing still.
         bytes_a_row: see `bytes_per_row`.
     """
     if rows_out_WL.sum() == 0:
         return {}
     return {
-        "comm/send_max_mean": float(_max_over_mean(rows_out_WL.T).mean()),
+        # A layer all of whose tokens stay at home has no ratio.
+        "comm/send_max_mean": float(_max_over_mean(rows_out_WL.T).nanmean()),
+        "comm/in_max_mean": float(_max_over_mean(rows_in_WL.T).nanmean()),
         "comm/gib": float(rows_out_WL.sum(dim=1).mean()) * bytes_a_row / steps / 2**30,
         "comm/a2a_ms": float(wait_ms_W.mean()) / steps,
     }

@@ -188,6 +188,7 @@ class Monitor:
         wait_ms = torch.tensor(self.mesh.clock.take_ms(), dtype=torch.float64, device=self.mesh.device)
         return exchange_metrics(
             engine.of_every_rank(window.rows_out),
+            engine.of_every_rank(window.rows_in),
             engine.of_every_rank(wait_ms),
             bytes_per_row(model.hidden_size, model.num_experts_per_tok, 2 if bf16 else 4),
             self._window_steps,
@@ -203,7 +204,7 @@ class Monitor:
             "train/lr": plan.lr,
             "train/batch_seqs": float(plan.batch_size),
             "train/tokens": float(plan.tokens_after),
-            **balance_metrics(result.balance),
+            **balance_metrics(result.balance, self.config.model.balance),
             "perf/tok_s": tok_s,
             "perf/tok_s_gpu": tok_s / self.mesh.world_size,
             "perf/tflops": flops_gpu / 1e12,

@@ -28,6 +28,11 @@ SECTIONS = (
             Panel("Loss", ("train/loss", "train/loss_lm", "val/loss"), "nats a token"),
             Panel("Validation", ("val/bpb",), "bits a byte"),
             Panel("Gradient norm", ("train/grad_norm",), "before clipping"),
+            Panel(
+                "Balance losses in the loss",
+                ("moe/add_expert", "moe/add_device", "moe/add_comm"),
+                "nats a token, all layers",
+            ),
             Panel("Learning rate", ("train/lr",)),
             Panel("Batch", ("train/batch_seqs",), "sequences"),
             Panel("Seen", ("train/tokens",), "tokens"),
@@ -49,7 +54,10 @@ SECTIONS = (
             Panel("Dropped", ("moe/drop",), "share of routed pairs", DEVICE),
             Panel("Dropped by layer", ("drop/L*",), "share of routed pairs", DEVICE),
             Panel(
-                "Received and sent", ("comm/recv_max_mean", "comm/send_max_mean"), "max / mean", COMMUNICATION
+                "Received and sent",
+                ("comm/recv_max_mean", "comm/send_max_mean", "comm/in_max_mean"),
+                "max / mean",
+                COMMUNICATION,
             ),
             Panel("Groups a token is sent to", ("comm/devs_per_tok",), "groups", COMMUNICATION),
             Panel("Balance loss", ("moe/aux_comm",), "before alpha; 1 = balanced", COMMUNICATION),

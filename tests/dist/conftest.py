@@ -2,10 +2,12 @@ import functools
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from tests.dist import traces
 from tests.dist.end_to_end import PYTHON, ROOT, TINY, kill_hard
 from tests.dist.pool import Pool
 
@@ -31,6 +33,16 @@ def pools() -> Iterator[Pools]:
     started = Pools()
     yield started
     started.close()
+
+
+@pytest.fixture(scope="session")
+def train(pools: Pools) -> Callable[..., traces.Trace]:
+    """What tests.dist.jobs:train did: train(world_size, steps, ep=..., stage=..., micro_batch=..., ...)."""
+
+    def run(world_size: int, steps: int, **layout: Any) -> traces.Trace:
+        return traces.assemble(pools[world_size].run("tests.dist.jobs:train", steps=steps, **layout))
+
+    return run
 
 
 @pytest.fixture(scope="session")

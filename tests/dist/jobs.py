@@ -1,12 +1,14 @@
 """What the pool's processes run, and the one-process reference they are compared with."""
 
-from dataclasses import dataclass, field, replace
+import functools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 import torch
+from torch import nn
 
 from data.stream import Batch
 from dsv2.compose import to_plain
@@ -19,6 +21,7 @@ from dsv2.config import (
     ParallelConfig,
     Precision,
 )
+from tests.dist.traces import COUNTS, SUMS, Trace, kept_pairs
 
 SEQUENCE = 12  # tokens
 BATCH = 8  # sequences a step
@@ -56,10 +59,10 @@ SETTINGS = to_plain(Config(model=model_config(), data=DataConfig(path="nowhere")
 OPTIM = OptimConfig(lr=3e-3, grad_clip=0.5, batch_size=BATCH)
 
 
-def global_batch(step: int) -> Batch:
+def global_batch(step: int, length: int = SEQUENCE) -> Batch:
     """The same BATCH sequences for every layout."""
     generator = np.random.default_rng(step)
-    tokens = torch.from_numpy(generator.integers(0, 61, (BATCH, SEQUENCE + 1)))
+    tokens = torch.from_numpy(generator.integers(0, 61, (BATCH, length + 1)))
     return Batch(tokens[:, :-1], tokens[:, 1:], torch.arange(step * BATCH, (step + 1) * BATCH))
 
 
@@ -68,26 +71,21 @@ def cut(batch: Batch, start: int, count: int) -> Batch:
     return Batch(batch.input_ids[part], batch.labels[part], batch.sequence_ids[part])
 
 
-@dataclass
-class Trace:
-    """What a training run did; whole parameters, flattened."""
-
-    losses: list[float] = field(default_factory=list)
-    lm_losses: list[float] = field(default_factory=list)
-    grad_norms: list[float] = field(default_factory=list)
-    balance: list[np.ndarray] = field(default_factory=list)  # [3, L] a step
-    first_moment: dict[str, np.ndarray] = field(
-        default_factory=dict
-    )  # after one step: 0.1 x clipped gradient
-    weights: dict[str, np.ndarray] = field(default_factory=dict)
-    dropped: list[float] = field(default_factory=list)  # pairs a step
+def tie_routers(model: nn.Module) -> None:
+    """Equal affinities everywhere: all tokens go to the same experts, the others get none."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("mlp.gate.weight"):
+            parameter.data.zero_()
 
 
+@functools.cache
 def reference(
     steps: int,
     micro_batches: int = 1,
     sizes: tuple[int, ...] = (),
     init_from: str | None = None,
+    length: int = SEQUENCE,
+    tied: bool = False,
     **changes: Any,
 ) -> Trace:
     """The same run in this process with plain torch: no DeepSpeed, no process group."""
@@ -100,6 +98,8 @@ def reference(
     init_weights(model, config.initializer_range, seed=0)
     if init_from:
         HFWeights(Path(init_from), config).fill(model)
+    if tied:
+        tie_routers(model)
     groups = [
         {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": OPTIM.weight_decay},
         {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
@@ -109,9 +109,10 @@ def reference(
     for step in range(steps):
         optimizer.zero_grad()
         size = (sizes[step] if sizes else BATCH) // micro_batches
-        outputs = [
-            model(*vars(cut(global_batch(step), i * size, size)).values()) for i in range(micro_batches)
-        ]
+        batch = global_batch(step, length)
+        with kept_pairs(model) as kept:
+            outputs = [model(*vars(cut(batch, i * size, size)).values()) for i in range(micro_batches)]
+        trace.kept |= kept
         torch.stack([out.loss for out in outputs]).mean().backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIM.grad_clip)
         optimizer.step()
@@ -119,7 +120,8 @@ def reference(
         trace.lm_losses.append(float(np.mean([out.lm_loss.item() for out in outputs])))
         trace.balance.append(np.mean([torch.stack(list(out.balance)).numpy() for out in outputs], axis=0))
         trace.grad_norms.append(float(norm))
-        trace.dropped.append(sum(out.stats.dropped_E.sum().item() for out in outputs))
+        sums = {name: sum(getattr(out.stats, name) for out in outputs) for name in COUNTS + SUMS}
+        trace.routing.append({name: total.numpy() for name, total in sums.items()})
         if step == 0:
             trace.first_moment = {
                 n: optimizer.state[p]["exp_avg"].flatten().numpy().copy() for n, p in model.named_parameters()
@@ -138,6 +140,7 @@ def make_engine(
     bf16: bool = False,
     states: Precision = Precision.fp32,
     init_from: str | None = None,
+    tied: bool = False,
     **changes: Any,
 ) -> Any:
     from dsv2.engine import Engine, build_model
@@ -155,7 +158,10 @@ def make_engine(
     )
     config = model_config(**changes)
     weights = HFWeights(Path(init_from), config) if init_from else None
-    return Engine(build_model(config, parallel, 0, mesh, weights), OPTIM, parallel, mesh)
+    model = build_model(config, parallel, 0, mesh, weights)
+    if tied:
+        tie_routers(model)
+    return Engine(model, OPTIM, parallel, mesh)
 
 
 def owned(engine: Any, key: str) -> list[tuple[str, int, int, np.ndarray]]:
@@ -185,33 +191,49 @@ class OneBatch:
         return cut(self.batch, self.consumed - total + start, count)
 
 
-def steps_of(engine: Any, first: int, steps: int, micro_batch: int, sizes: tuple[int, ...] = ()) -> Trace:
+def steps_of(
+    engine: Any,
+    first: int,
+    steps: int,
+    micro_batch: int,
+    sizes: tuple[int, ...] = (),
+    length: int = SEQUENCE,
+) -> Trace:
     """Train and record; gathers nothing but the statistics' sums. `sizes`: sequences of each step."""
     from dsv2.engine import share_of_step
 
     trace = Trace()
     for step in range(first, first + steps):
-        stream: Any = OneBatch(global_batch(step))
+        stream: Any = OneBatch(global_batch(step, length))
         share = share_of_step(stream, sizes[step] if sizes else BATCH, micro_batch, engine.mesh)
-        result = engine.train_step(share, OPTIM.lr)
+        with kept_pairs(engine.model) as kept:
+            result = engine.train_step(share, OPTIM.lr)
+        trace.kept |= kept
         trace.losses.append(result.loss)
         trace.lm_losses.append(result.lm_loss)
         trace.balance.append(torch.stack(list(result.balance)).numpy())
         trace.grad_norms.append(result.grad_norm)
-        trace.dropped.append(float(engine.sum_over_ranks(result.stats.dropped_E).sum()))
+        sums = {name: engine.sum_over_ranks(getattr(result.stats, name)) for name in COUNTS + SUMS}
+        trace.routing.append({name: total.numpy() for name, total in sums.items()})
     return trace
 
 
 def train(
-    rank: int, world_size: int, steps: int, sizes: tuple[int, ...] = (), **layout: Any
+    rank: int,
+    world_size: int,
+    steps: int,
+    sizes: tuple[int, ...] = (),
+    length: int = SEQUENCE,
+    **layout: Any,
 ) -> tuple[Trace, list, list]:
     """The run on one layout: its trace, this rank's first moments after one step, and final weights."""
     engine = make_engine(rank, world_size, **layout)
-    first = steps_of(engine, 0, 1, layout["micro_batch"], sizes)
+    first = steps_of(engine, 0, 1, layout["micro_batch"], sizes, length)
     moments = owned(engine, "exp_avg")
-    rest = steps_of(engine, 1, steps - 1, layout["micro_batch"], sizes)
-    for name in ("losses", "lm_losses", "balance", "grad_norms", "dropped"):
+    rest = steps_of(engine, 1, steps - 1, layout["micro_batch"], sizes, length)
+    for name in ("losses", "lm_losses", "balance", "grad_norms", "routing"):
         getattr(first, name).extend(getattr(rest, name))
+    first.kept |= rest.kept
     return first, moments, owned(engine, "fp32")
 
 
@@ -223,46 +245,6 @@ def types_reduced(rank: int, world_size: int, **layout: Any) -> set[torch.dtype]
     with patch.object(deepspeed.comm, "all_reduce", wraps=deepspeed.comm.all_reduce) as all_reduce:
         steps_of(engine, 0, 1, layout["micro_batch"])
     return {call.args[0].dtype for call in all_reduce.call_args_list if call.args[0].numel() > 1000}
-
-
-def whole(parts_of_ranks: list[list[tuple[str, int, int, np.ndarray]]]) -> dict[str, np.ndarray]:
-    """Put the ranks' ranges together; every element must be there, and owners must agree."""
-    full: dict[str, np.ndarray] = {}
-    for name, offset, total, values in (part for parts in parts_of_ranks for part in parts):
-        target = full.setdefault(name, np.full(total, np.nan, dtype=np.float32))
-        here = target[offset : offset + len(values)]
-        assert np.isnan(here).all() or np.array_equal(here, values), f"{name}: owners disagree"
-        here[:] = values
-    for name, values in full.items():
-        assert not np.isnan(values).any(), f"{name}: not every element has an owner"
-    return full
-
-
-def assemble(results: list[tuple[Trace, list, list]]) -> Trace:
-    """One trace from all ranks' results."""
-    trace = results[0][0]
-    assert all(other.losses == trace.losses for other, _, _ in results), "ranks report different losses"
-    trace.first_moment = whole([moments for _, moments, _ in results])
-    trace.weights = whole([weights for _, _, weights in results])
-    return trace
-
-
-def relative(got: np.ndarray, want: np.ndarray) -> float:
-    return float(np.linalg.norm(got - want) / np.linalg.norm(want))
-
-
-def assert_same(got: Trace, want: Trace) -> None:
-    """Losses, gradients and weights of two layouts, within what another order of sums leaves."""
-    np.testing.assert_allclose(got.losses, want.losses, rtol=1e-6)
-    np.testing.assert_allclose(got.lm_losses, want.lm_losses, rtol=1e-6)
-    np.testing.assert_allclose(np.array(got.balance), np.array(want.balance), rtol=2e-6)
-    np.testing.assert_allclose(got.grad_norms, want.grad_norms, rtol=3e-6)
-    assert got.dropped == want.dropped
-    assert got.first_moment.keys() == want.first_moment.keys() == got.weights.keys()
-    for name in want.weights:
-        assert relative(got.first_moment[name], want.first_moment[name]) < 3e-6, name
-        # Adam divides by a root of tiny squares in the first steps, which enlarges rounding.
-        assert relative(got.weights[name], want.weights[name]) < 2e-5, name
 
 
 def train_and_save(rank: int, world_size: int, folder: str, save_at: int, steps: int, **layout: Any) -> tuple:

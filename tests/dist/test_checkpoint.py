@@ -9,7 +9,7 @@ import torch
 
 from dsv2.config import Precision
 from dsv2.weights import CheckpointReader, load_model
-from tests.dist import jobs
+from tests.dist import jobs, traces
 
 SAVE_AT, STEPS = 2, 5
 # Losses after the save, whole weights, and each rank's random state at the save.
@@ -21,7 +21,7 @@ def _save(pools: Any, folder: Path, world_size: int, save_at: int = SAVE_AT, **l
         "tests.dist.jobs:train_and_save", folder=str(folder), save_at=save_at, steps=STEPS, **layout
     )
     losses = results[0][0].losses[save_at:]
-    return losses, jobs.whole([parts for _, parts, _ in results]), [rng for _, _, rng in results]
+    return losses, traces.whole([parts for _, parts, _ in results]), [rng for _, _, rng in results]
 
 
 def _load(pools: Any, folder: Path, world_size: int, **layout: Any) -> Outcome:
@@ -31,7 +31,7 @@ def _load(pools: Any, folder: Path, world_size: int, **layout: Any) -> Outcome:
     assert (state.step, state.tokens) == (SAVE_AT, SAVE_AT * jobs.BATCH * jobs.SEQUENCE)
     assert (state.data, state.wandb_id) == ({"consumed": 1}, "w")
     parts, random_states = [result[2] for result in results], [result[3] for result in results]
-    return results[0][1].losses, jobs.whole(parts), random_states
+    return results[0][1].losses, traces.whole(parts), random_states
 
 
 BF16 = {"bf16": True, "states": Precision.bf16}
@@ -101,7 +101,7 @@ def test_bf16_states_continue(pools, tmp_path, saved_on):
         resumed_losses, resumed_weights, _ = _load(pools, tmp_path, **other)
         np.testing.assert_allclose(resumed_losses, losses, rtol=5e-3)
         for name, want in weights.items():
-            assert jobs.relative(resumed_weights[name], want) < 1.5e-2, name
+            assert traces.relative(resumed_weights[name], want) < 1.5e-2, name
 
 
 @pytest.mark.parametrize(

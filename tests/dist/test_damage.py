@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.dist import jobs
+from tests.dist import jobs, traces
 
 LAYOUTS = {1: {"ep": 1, "stage": 1, "micro_batch": 4}, 2: {"ep": 2, "stage": 1, "micro_batch": 2}}
 FILES = ["__0_0.distcp", ".metadata", "rng.pt"]
@@ -105,7 +105,7 @@ def test_auto_falls_back_to_the_older_one(run, saved, pools, file, tmp_path):
     wanted = pools[saved[0]].run(
         "tests.dist.test_damage:go_on", folder=str(tmp_path / "other"), resume=str(alone), **layout
     )
-    got, want = (jobs.whole([loaded for _, _, loaded in ranks]) for ranks in (answers, wanted))
+    got, want = (traces.whole([loaded for _, _, loaded in ranks]) for ranks in (answers, wanted))
     assert got.keys() == want.keys()
     assert all((got[name] == want[name]).all() for name in want), "the weights are the older one's"
 

@@ -1,6 +1,7 @@
 """Dispatch over several ranks: what crosses, that the plain dispatch gives the same, and what runs when."""
 
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dsv2.moe.traffic import bytes_per_row
 from tests.dist import jobs
 
 WIDTH, TOKENS, EXPERTS = 5, 11, 8
@@ -118,6 +120,40 @@ def test_one_row_a_rank_gives_what_a_copy_a_pair_gives(pools, world_size, top_k,
         ids.numel() if result["keep"] is None else int(result["keep"].sum())
         for result, ids in zip(results, (_case(r, **sizes)[1] for r in range(world_size)), strict=True)
     )
+
+
+def bytes_sent(rank: int, world_size: int) -> tuple[list[int], float]:
+    """What a layer really gives to other ranks, forward and backward: bytes by collective; its rows_out."""
+    from dsv2.model.init import init_weights
+    from dsv2.moe.execution import Execution
+    from dsv2.moe.layer import MoELayer
+
+    layer = MoELayer(jobs.model_config(), Execution(dist.group.WORLD))
+    init_weights(layer, 0.2, seed=0)
+    sent: list[int] = []
+    exchange = dist.all_to_all_single
+
+    def counted(out: Tensor, x: Tensor, take: Any = None, give: Any = None, **rest: Any) -> Any:
+        give_W = give or [len(x) // world_size] * world_size
+        sent.append((sum(give_W) - give_W[rank]) * x[:1].numel() * x.element_size())
+        return exchange(out, x, take, give, **rest)
+
+    x = torch.randn(2, 6, 24, generator=torch.Generator().manual_seed(rank), requires_grad=True)
+    with patch.object(dist, "all_to_all_single", counted):
+        out = layer(x, torch.tensor([0, 1]))
+        out.y_BSD.sum().backward()
+    return sent, out.stats.rows_out.item()
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_logged_bytes_are_those_sent(pools, world_size):
+    """Counts once a layer, which backward uses again; then three exchanges each way."""
+    results = pools[world_size].run("tests.dist.test_dispatch:bytes_sent")
+    for sent, _ in results:
+        assert len(sent) == 1 + 3 + 3
+    total = sum(sum(sent[1:]) for sent, _ in results)
+    rows = sum(rows_out for _, rows_out in results)
+    assert total == rows * bytes_per_row(hidden_size=24, top_k=3, element_bytes=4) > 0
 
 
 def order_of_issue(rank: int, world_size: int) -> list[str]:

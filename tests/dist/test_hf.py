@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models
 from dsv2.export import export
 from dsv2.hf.weights import HFWeights
 from dsv2.model.transformer import DeepseekV2
-from tests.dist import jobs
+from tests.dist import jobs, traces
 
 STEPS = 3
 
@@ -33,7 +33,7 @@ def _trained_and_exported(
     )
     tokenizer = _small_tokenizer(folder / "tokenizer.json")
     export(folder / f"step-{STEPS:08d}", folder / "out", "fp32", shard_gb=1e-5, tokenizer=str(tokenizer))
-    return folder / "out", jobs.whole([result[1] for result in results])
+    return folder / "out", traces.whole([result[1] for result in results])
 
 
 @pytest.mark.parametrize(
@@ -61,4 +61,4 @@ def test_start_on_any_layout(pools, tmp_path):
         results = pools[2].run(
             "tests.dist.jobs:train", steps=STEPS, init_from=str(folder), ep=ep, stage=stage, micro_batch=2
         )
-        jobs.assert_same(jobs.assemble(results), want)
+        traces.assert_same(traces.assemble(results), want)

@@ -109,6 +109,14 @@ def test_the_plan_and_the_clock(rows, world):
         assert 0.05 < row["perf/mem_gib"] < 10
 
 
+@pytest.mark.parametrize("world", [1, 2])
+def test_the_loss_is_the_sum_of_what_is_told(rows, world):
+    for row in rows[world].values():
+        added = sum(row[f"moe/add_{name}"] for name in ("expert", "device", "comm"))
+        assert row["train/loss_lm"] + added == pytest.approx(row["train/loss"], rel=1e-6)
+        assert added > 0.05, "or the losses' part could be missing"
+
+
 def test_two_processes_tell_what_one_tells(rows):
     """Sums over ranks come before ratios; had rank 0 spoken for itself, no window would agree."""
     for step in range(1, STEPS + 1):

@@ -1,6 +1,7 @@
 """What a run tells, with stand-ins for the engine and, where it is asked for, for the tracker."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -114,6 +115,26 @@ def test_divergence_alerts_and_is_a_failure(tmp_path, monkeypatch, loss, grad_no
     assert tracker.alerts == [("monitored diverged", str(caught.value))]
     assert tracker.exit_codes == [1]
     assert json.loads((tmp_path / "status.json").read_text())["state"] == "failed"
+
+
+def test_alerts_go_to_the_console_and_to_the_tracker(tmp_path, monkeypatch, capsys):
+    """At the second bad window; all tokens of the first layer go to three experts there."""
+    tracker = Recorder()
+    monkeypatch.setattr("dsv2.monitor.open_tracker", lambda *arguments: tracker)
+    load_E = torch.zeros(2, 12).double()
+    load_E[0, :3], load_E[1] = 40.0, 10.0
+    collapsed = stats_of(0)._replace(load_E=load_E)
+    logging = replace(CONFIG.logging, alert_windows=2, alert_max_vio=2.5, alert_dead=0.5)
+    with Monitor(replace(CONFIG, logging=logging), ONE, tmp_path, RunState(), None) as watch:
+        feed(watch, [result(collapsed) for _ in range(7)])
+    # Over both ranks, the other in reverse: 6 of 12 experts with 40 a step, a mean of 20.
+    assert tracker.alerts == []
+    logging = replace(logging, alert_max_vio=0.9)
+    with Monitor(replace(CONFIG, logging=logging), ONE, tmp_path, RunState(), None) as watch:
+        feed(watch, [result(collapsed) for _ in range(7)])
+    text = "step 6: moe/max_vio_max is 1.00, over 0.90 for 2 windows in a row"
+    assert tracker.alerts == [("monitored: routing collapse", text)]
+    assert f"alert: routing collapse, {text}\n" in capsys.readouterr().out
 
 
 def test_other_errors_and_good_ends_do_not_alert(tmp_path, monkeypatch):

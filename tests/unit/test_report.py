@@ -135,7 +135,7 @@ def test_every_section_is_there_and_can_be_read_without_a_script(run_dir):
     assert "sample_prompt: </script><b>&" in page.sections["configuration"]  # escaped, hence text
     assert "config.0.yaml, of an earlier session" in page.sections["configuration"]
     kinds = [attributes["data-kind"] for _, attributes in page.elements if "data-kind" in attributes]
-    assert {kind: kinds.count(kind) for kind in kinds} == {"curves": 25, "layers": 3, "map": 3, "time": 1}
+    assert {kind: kinds.count(kind) for kind in kinds} == {"curves": 26, "layers": 3, "map": 3, "time": 1}
 
 
 def test_what_a_run_has_not_is_said(tmp_path, run_dir):

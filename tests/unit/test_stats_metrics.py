@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from dsv2.config import BalanceConfig
 from dsv2.kernels.router import Routing, sequence_sums
 from dsv2.metrics import balance_metrics, bits_per_byte, exchange_metrics, routing_maps, routing_metrics
 from dsv2.moe.balance import BalanceLosses
@@ -128,9 +129,13 @@ def test_stack_and_plus():
         assert torch.equal(x, y), name
 
 
-def test_balance_metrics_are_raw_means_over_layers():
+def test_balance_losses_raw_and_as_they_are_added_to_the_loss():
     losses = BalanceLosses(torch.tensor([1.0, 3.0]), torch.tensor([2.0, 2.5]), torch.tensor([0.5, 1.5]))
-    assert balance_metrics(losses) == {"moe/aux_expert": 2.0, "moe/aux_device": 2.25, "moe/aux_comm": 1.0}
+    recipe = BalanceConfig(alpha_expert=0.25, alpha_device=0.5, alpha_comm=2.0)
+    assert balance_metrics(losses, recipe) == {
+        "moe/aux_expert": 2.0, "moe/aux_device": 2.25, "moe/aux_comm": 1.0,
+        "moe/add_expert": 1.0, "moe/add_device": 2.25, "moe/add_comm": 4.0,
+    }  # fmt: skip
 
 
 def test_maps_show_loads_over_the_uniform_load():
@@ -151,17 +156,26 @@ def test_maps_show_loads_over_the_uniform_load():
 def test_exchange_metrics():
     """Two ranks, three layers, four steps."""
     rows_out = torch.tensor([[10.0, 30.0, 8.0], [30.0, 30.0, 0.0]], dtype=torch.float64)
+    rows_in = torch.tensor([[30.0, 36.0, 0.0], [10.0, 24.0, 8.0]], dtype=torch.float64)
     wait_ms = torch.tensor([6.0, 2.0], dtype=torch.float64)
     row = bytes_per_row(hidden_size=100, top_k=6, element_bytes=2)
     assert row == 4 * 100 * 2 + 2 * (6 + 6) * 4
-    assert exchange_metrics(rows_out, wait_ms, row, steps=4) == pytest.approx(
+    assert exchange_metrics(rows_out, rows_in, wait_ms, row, steps=4) == pytest.approx(
         {
             "comm/send_max_mean": (1.5 + 1.0 + 2.0) / 3,
+            "comm/in_max_mean": (1.5 + 1.2 + 2.0) / 3,
             "comm/gib": (48 + 60) / 2 * row / 4 / 2**30,
             "comm/a2a_ms": 1.0,
         }
     )
-    assert exchange_metrics(torch.zeros(2, 3), wait_ms, row, steps=4) == {}
+    none = torch.zeros(2, 3)
+    assert exchange_metrics(none, none, wait_ms, row, steps=4) == {}
+
+
+def test_a_layer_that_sends_nothing_has_no_part_in_the_mean():
+    rows = torch.tensor([[3.0, 0.0], [1.0, 0.0]], dtype=torch.float64)
+    metrics = exchange_metrics(rows, rows.flip(0), torch.zeros(2), 100, steps=1)
+    assert (metrics["comm/send_max_mean"], metrics["comm/in_max_mean"]) == (1.5, 1.5)
 
 
 def test_bits_per_byte():

@@ -145,3 +145,6 @@ def test_online_uploads_under_the_given_id_and_shows_the_url(tmp_path, server):
                 rows[row["_step"]] = row["train/loss"]
     assert rows == {1: 5.0, 2: 3.0, 3: 2.0}
     assert [row["train/loss"] for row in read_metrics(tmp_path / "run")] == [5.0, 3.0, 2.0]
+    requests = [json.loads(body) for path, body in server.bodies if path == "/graphql"]
+    (alert,) = [r["variables"] for r in requests if "notifyScriptableRunAlert" in r["query"]]
+    assert (alert["runName"], alert["title"], alert["text"]) == ("id7", "title", "text")
