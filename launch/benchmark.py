@@ -97,11 +97,12 @@ def measure(config: Config, device: Any, arguments: argparse.Namespace) -> dict[
 
 def _parts(engine: Any, step: Any, keep: Path | None) -> dict[str, Any]:
     """The share of each part, and it as text; the trace goes to `keep`."""
-    from launch.parts import Ranges, parts_of_modules, read, record
+    from launch.parts import Ranges, methods_of_modules, parts_of_modules, read, record
 
     methods = [
         (engine.deepspeed, "step", "optimizer"),
         (engine.deepspeed, "allreduce_gradients", "gradients"),
+        *methods_of_modules(engine.model),
     ]
     with tempfile.TemporaryDirectory() as folder:
         file = keep or Path(folder) / "trace.json"

@@ -76,6 +76,14 @@ def parts_of_modules(model: Any) -> dict[Any, str]:
     return found
 
 
+def methods_of_modules(model: Any) -> list[tuple[Any, str, str]]:
+    """The methods that a part begins with, where no module of its own is called: (module, name, part)."""
+    from dsv2.model.mla import MultiHeadLatentAttention
+
+    found = [m for m in model.modules() if isinstance(m, MultiHeadLatentAttention)]
+    return [(module, "down", "attention projections") for module in found]
+
+
 class Ranges:
     """Named ranges around modules' forward and around methods, while the context lasts."""
 

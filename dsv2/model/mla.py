@@ -63,9 +63,12 @@ class MultiHeadLatentAttention(nn.Module):
         latent_BSC, k_rope_BSR = self._latent(self.kv_a_proj_with_mqa(x_BSD))
         return latent_BSC, apply_rope(k_rope_BSR.unsqueeze(2), cos_SP, sin_SP).squeeze(2)
 
+    def down(self, x_BSD: Tensor) -> tuple[Tensor, ...]:
+        """What acts on h itself: for the queries, and W_DKV with W_KR."""
+        return self.kernels.linears(x_BSD, self._query_down.weight, self.kv_a_proj_with_mqa.weight)
+
     def forward(self, x_BSD: Tensor, cos_SP: Tensor, sin_SP: Tensor) -> Tensor:
-        first = (self._query_down.weight, self.kv_a_proj_with_mqa.weight)
-        query_down, latent_down = self.kernels.linears(x_BSD, *first)
+        query_down, latent_down = self.down(x_BSD)
         latent_BSC, k_rope_BSR = self._latent(latent_down)
         kv_BSHX = self.kv_b_proj(latent_BSC).unflatten(-1, (self.num_heads, -1))
         out_BSHV = self.kernels.latent_attention(

@@ -9,7 +9,18 @@ from torch import Tensor, nn
 from dsv2.model.init import init_weights
 from dsv2.model.transformer import DeepseekV2
 from dsv2.moe.execution import Execution
-from launch.parts import PARTS, PREFIX, STEP, Breakdown, Ranges, breakdown, parts_of_modules, read, record
+from launch.parts import (
+    PARTS,
+    PREFIX,
+    STEP,
+    Breakdown,
+    Ranges,
+    breakdown,
+    methods_of_modules,
+    parts_of_modules,
+    read,
+    record,
+)
 from tests.unit.helpers import KINDS, tiny_config
 
 BACKWARD = "autograd::engine::evaluate_function: "
@@ -35,8 +46,12 @@ class Trainer:
         self.adam.zero_grad()
 
 
+def methods_of(trainer: Trainer) -> list[tuple[Any, str, str]]:
+    return [(trainer, "optimize", "optimizer"), *methods_of_modules(trainer.model)]
+
+
 def profiled(trainer: Trainer, folder) -> Breakdown:
-    with Ranges(parts_of_modules(trainer.model), [(trainer, "optimize", "optimizer")]):
+    with Ranges(parts_of_modules(trainer.model), methods_of(trainer)):
         record(trainer.step, folder / "trace.json", on_gpu=False)
     return read(folder / "trace.json")
 
@@ -105,7 +120,7 @@ def test_an_autograd_function_of_ones_own(tmp_path):
 
 def test_hooks_and_methods_are_gone_afterwards():
     trainer = Trainer()
-    with Ranges(parts_of_modules(trainer.model), [(trainer, "optimize", "optimizer")]):
+    with Ranges(parts_of_modules(trainer.model), methods_of(trainer)):
         assert "optimize" in vars(trainer)
     assert "optimize" not in vars(trainer)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in trainer.model.modules())

@@ -1,0 +1,91 @@
+"""The fused kernels in training: a loss curve like the reference's, and a host that never waits."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dsv2.config import Kernels, OptimConfig, ParallelConfig, Precision
+from dsv2.kernels.library import fused_kernels
+from dsv2.model.init import init_weights
+from dsv2.model.transformer import DeepseekV2
+from dsv2.moe.execution import Execution
+from tests.gpu.process import alone
+from tests.unit.helpers import tiny_config
+
+pytestmark = pytest.mark.gpu
+STEPS, SEQUENCES, LENGTH = 50, 8, 96
+SIZES = {
+    "vocab_size": 512,
+    "hidden_size": 128,
+    "q_lora_rank": 64,
+    "kv_lora_rank": 64,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 32,
+    "num_attention_heads": 4,
+    "intermediate_size": 256,
+    "moe_intermediate_size": 64,
+}
+
+
+def loss_curve(kernels: Kernels, precision: Precision) -> list[float]:
+    """Losses of the engine on text that repeats itself, so that there is something to learn."""
+    from data.stream import Batch
+    from dsv2.engine import Engine, build_model
+    from dsv2.parallel.deepspeed_moe import start_mesh
+    from dsv2.parallel.mesh import end_process_group
+
+    mesh = start_mesh(torch.device("cuda", 0), 0, 1, 1)
+    parallel = ParallelConfig(micro_batch_size=SEQUENCES, precision=precision, kernels=kernels)
+    model = build_model(replace(tiny_config(**SIZES), initializer_range=0.05), parallel, 0, mesh)
+    engine = Engine(model, OptimConfig(lr=2e-3), parallel, mesh)
+    generator, losses = torch.Generator().manual_seed(0), []
+    for step in range(STEPS):
+        start = torch.randint(512, (SEQUENCES, 1), generator=generator)
+        ids = (start + 7 * torch.arange(LENGTH + 1)) % 512
+        numbers = torch.arange(SEQUENCES) + step * SEQUENCES
+        losses.append(engine.train_step([Batch(ids[:, :-1], ids[:, 1:], numbers)], lr=2e-3).loss)
+    end_process_group()
+    return losses
+
+
+def test_loss_curve_is_the_references_within_the_noise_of_bf16():
+    """No further from fp32 than plain torch in bf16 is, twice over, and both learn."""
+    exact, plain, fused = (
+        torch.tensor(alone(loss_curve, kernels, precision))
+        for kernels, precision in (
+            (Kernels.reference, Precision.fp32),
+            (Kernels.reference, Precision.bf16),
+            (Kernels.fused, Precision.bf16),
+        )
+    )
+    noise = (plain - exact).square().mean().sqrt()
+    print(f"rms from fp32: reference in bf16 {noise:.2e}, fused {(fused - exact).square().mean().sqrt():.2e}")
+    assert exact[-1] < 0.8 * exact[0], "it learns, so that there is a curve to follow"
+    assert (fused - exact).square().mean().sqrt() < 2 * noise + 1e-3
+    torch.testing.assert_close(fused[:3], exact[:3], rtol=2e-3, atol=0)
+
+
+@pytest.mark.parametrize("dropping", [False, True])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_host_never_waits_within_the_model(dropping, recompute):
+    """One rank: forward and backward of all layers are queued without a look at the device."""
+    config = tiny_config(**SIZES)
+    config.balance.token_dropping = dropping
+    model = DeepseekV2(config, Execution(recompute=recompute, kernels=fused_kernels()))
+    init_weights(model, 0.05, seed=0)
+    model = model.bfloat16().cuda().train()
+    ids = torch.randint(512, (2, SEQUENCES, LENGTH), device="cuda")
+    numbers = torch.arange(SEQUENCES, device="cuda")
+
+    def step() -> None:
+        model(ids[0], ids[1], numbers).loss.backward()
+
+    step()  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
