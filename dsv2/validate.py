@@ -11,6 +11,7 @@ from dsv2.config import (
     LoggingConfig,
     ModelConfig,
     OptimConfig,
+    ParallelConfig,
     Precision,
     RopeScalingConfig,
 )
@@ -223,6 +224,14 @@ def _validate_optim(optim: OptimConfig) -> None:
         _refuse("optim.batch_ramp_tokens", 0, "must be above 0 when optim.batch_size_start is given")
 
 
+def _validate_kernels(parallel: ParallelConfig) -> None:
+    if parallel.kernels is not Kernels.reference and parallel.precision is not Precision.bf16:
+        _refuse("parallel.kernels", parallel.kernels.value, "needs parallel.precision=bf16; or use reference")
+    if parallel.kernels is Kernels.fused_fa4 and find_spec("flash_attn") is None:
+        right = "needs FlashAttention-4: pip install --pre flash-attn-4; or use fused"
+        _refuse("parallel.kernels", "fused_fa4", right)
+
+
 def _validate_parallel(config: Config, world_size: int) -> None:
     parallel, model, optim = config.parallel, config.model, config.optim
     ep, stage = parallel.expert_parallel_size, parallel.zero_stage
@@ -263,14 +272,7 @@ def _validate_parallel(config: Config, world_size: int) -> None:
             f"needs parallel.zero_stage=1 and parallel.precision=bf16, not {stage} and "
             f"{parallel.precision.value}; or use fp32",
         )
-    if parallel.kernels is not Kernels.reference and parallel.precision is not Precision.bf16:
-        _refuse("parallel.kernels", parallel.kernels.value, "needs parallel.precision=bf16; or use reference")
-    if parallel.kernels is Kernels.fused_fa4 and find_spec("flash_attn") is None:
-        _refuse(
-            "parallel.kernels",
-            "fused_fa4",
-            "needs FlashAttention-4: pip install --pre flash-attn-4; or use fused",
-        )
+    _validate_kernels(parallel)
     share = parallel.micro_batch_size * world_size
     sizes = {"optim.batch_size": optim.batch_size}
     if optim.batch_size_start is not None:

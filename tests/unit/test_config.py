@@ -256,6 +256,10 @@ def test_a_moment_that_never_moves(name):
             "parallel.kernels=fused: needs parallel.precision=bf16; or use reference",
         ),
         (
+            [("parallel.kernels", Kernels.fused_fa4), ("parallel.precision", Precision.bf16)],
+            "parallel.kernels=fused_fa4: needs FlashAttention-4: pip install --pre flash-attn-4; or use fused",
+        ),
+        (
             [("optim.batch_size", 18)],
             "optim.batch_size=18: must be a multiple of 4 = parallel.micro_batch_size=4 x 1 processes",
         ),
