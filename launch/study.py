@@ -6,7 +6,8 @@
 An arm is a set of overrides to experiment=study/NAME; overrides on the command line go to every arm. The
 runs, their logs and the tables (table.md, table.json) go to DIR. Called again it goes on: finished runs are
 kept. Their checkpoints are removed, as only their metrics are used. Exit codes: 0; 1 if a run failed; 2 for a
-mistake. Models this small leave a GPU idle half of the time: `--at-once N` lets N runs share it.
+mistake. Models this small leave a GPU idle half of the time: `--at-once N` lets N runs share a machine; with
+several GPUs each run has one, in turns.
 """
 
 import argparse
@@ -143,11 +144,24 @@ def is_finished(job: Job) -> bool:
     return True
 
 
-def run(job: Job) -> int:
-    """Train it; its exit code. What it prints goes to RUN_DIR.log."""
+def run(job: Job, gpu: str | None) -> int:
+    """Train it, on that GPU; its exit code. What it prints goes to RUN_DIR.log."""
+    environment = os.environ if gpu is None else {**os.environ, "CUDA_VISIBLE_DEVICES": gpu}
     with job.run_dir.with_name(f"{job.run_dir.name}.log").open("w") as log:
         command = [sys.executable, str(ROOT / "train.py"), *job.overrides]
-        return subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
+        return subprocess.run(
+            command, stdout=log, stderr=subprocess.STDOUT, env=environment, check=False
+        ).returncode
+
+
+def gpus(config: Config) -> list[str]:
+    """The GPUs that runs may take, as CUDA_VISIBLE_DEVICES names them; none where runs are on the CPU."""
+    import torch
+
+    if config.parallel.device is Device.cpu or not torch.cuda.is_available():
+        return []
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return chosen.split(",") if chosen else [str(index) for index in range(torch.cuda.device_count())]
 
 
 def figures(run_dir: Path) -> dict[str, float]:
@@ -221,7 +235,7 @@ def hardware(config: Config) -> str:
     import torch
 
     if config.parallel.device is not Device.cpu and torch.cuda.is_available():
-        return torch.cuda.get_device_name()
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
     return f"{os.cpu_count()} CPU cores"
 
 
@@ -276,8 +290,12 @@ def run_study(study: str, seeds: int, at_once: int, out: Path, overrides: list[s
     for job in before:
         print(f"{job.config.name}: finished before", flush=True)
     missing = [job for job in jobs if job not in before]
+    places = gpus(jobs[0].config) or [None]
     with ThreadPoolExecutor(at_once) as pool:
-        started = {pool.submit(_timed_run, job): job for job in missing}
+        started = {
+            pool.submit(_timed_run, job, places[index % len(places)]): job
+            for index, job in enumerate(missing)
+        }
         try:
             for count, done in enumerate(as_completed(started), start=len(before) + 1):
                 job, (code, seconds) = started[done], done.result()
@@ -301,9 +319,9 @@ def run_study(study: str, seeds: int, at_once: int, out: Path, overrides: list[s
     return 1 if failed else 0
 
 
-def _timed_run(job: Job) -> tuple[int, float]:
+def _timed_run(job: Job, gpu: str | None) -> tuple[int, float]:
     start = time.monotonic()
-    return run(job), time.monotonic() - start
+    return run(job, gpu), time.monotonic() - start
 
 
 def main(argv: list[str] | None = None) -> int:

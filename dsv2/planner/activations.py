@@ -169,8 +169,10 @@ def head(p: Pass) -> Table:
 def _logits(p: Pass) -> float:
     """Bytes at the head's fullest moment."""
     m, t = p.model, p.tokens
-    if not p.fused:  # the log-probabilities, their gradient and the logits' gradient stand side by side
-        return sum(head(p).values()) + 2 * t * m.vocab_size * FP32
+    if not p.fused:
+        # With the log-probabilities the logits' gradient, and their own before it, the matrix's after it.
+        logits, matrix = t * m.vocab_size * FP32, m.vocab_size * m.hidden_size * p.itemsize
+        return sum(head(p).values()) + logits + max(logits, matrix)
     # A chunk's logits and the matrix's gradient, in fp32 where it is the sum of several chunks'.
     gradient = m.vocab_size * m.hidden_size * (p.itemsize if t <= HEAD_CHUNK else FP32)
     logits = min(HEAD_CHUNK, t) * m.vocab_size * p.itemsize
