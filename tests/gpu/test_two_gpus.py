@@ -1,0 +1,82 @@
+"""Two GPUs through NCCL compute what one does: experts apart or together, tokens dropped or not."""
+
+import os
+import socket
+
+import pytest
+import torch
+
+from dsv2.config import Kernels, OptimConfig, ParallelConfig, Precision
+from tests.gpu.process import alone, together
+from tests.unit.helpers import tiny_config
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
+]
+STEPS, SEQUENCES, LENGTH = 5, 8, 64
+SIZES = {
+    "vocab_size": 256,
+    "hidden_size": 64,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 32,
+    "intermediate_size": 128,
+    "moe_intermediate_size": 32,
+}
+
+
+def steps(
+    rank: int, world_size: int, port: int, ep: int, stage: int, kernels: Kernels, dropping: bool
+) -> list[list[float]]:
+    """Of every step loss, LM loss, gradient norm, and the balance losses of every layer."""
+    from data.stream import Batch
+    from dsv2.engine import Engine, build_model
+    from dsv2.parallel.deepspeed_moe import start_mesh
+    from dsv2.parallel.mesh import end_process_group
+
+    os.environ |= {"LOCAL_RANK": str(rank), "RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    mesh, own = start_mesh(torch.device("cuda", rank), rank, world_size, ep), SEQUENCES // world_size
+    precision = Precision.fp32 if kernels is Kernels.reference else Precision.bf16
+    parallel = ParallelConfig(ep, stage, own, precision, kernels=kernels)
+    config = tiny_config(**SIZES)
+    config.initializer_range, config.balance.token_dropping = 0.05, dropping
+    engine = Engine(build_model(config, parallel, 0, mesh), OptimConfig(lr=1e-3), parallel, mesh)
+    generator, found = torch.Generator().manual_seed(0), []
+    for step in range(STEPS):
+        ids = torch.randint(256, (SEQUENCES, LENGTH + 1), generator=generator)
+        batch = Batch(ids[:, :-1], ids[:, 1:], torch.arange(SEQUENCES) + step * SEQUENCES)
+        mine = Batch(*(part[rank * own : (rank + 1) * own] for part in batch))
+        result = engine.train_step([mine], lr=1e-3)
+        balance = [value for losses in result.balance for value in losses.tolist()]
+        found.append([result.loss, result.lm_loss, result.grad_norm, *balance])
+    end_process_group()
+    return found
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.mark.parametrize("dropping", [False, True])
+@pytest.mark.parametrize(("ep", "stage"), [(1, 1), (2, 0), (2, 1), (2, 2), (2, 3)])
+def test_fp32(ep, stage, dropping):
+    if dropping and ep == 1:
+        pytest.skip("half as many sequences a dispatch: other pairs are dropped")
+    one = alone(steps, 0, 1, free_port(), 1, 1, Kernels.reference, dropping)
+    two = together(steps, 2, free_port(), ep, stage, Kernels.reference, dropping)
+    assert two[0] == two[1]
+    torch.testing.assert_close(torch.tensor(two[0]), torch.tensor(one), rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("ep", [1, 2])
+def test_fused_bf16(ep):
+    one = alone(steps, 0, 1, free_port(), 1, 1, Kernels.fused, False)
+    two = together(steps, 2, free_port(), ep, 1, Kernels.fused, False)
+    assert two[0] == two[1]
+    torch.testing.assert_close(torch.tensor(two[0]), torch.tensor(one), rtol=1e-2, atol=1e-3)
