@@ -11,6 +11,7 @@ several GPUs each run has one, in turns.
 """
 
 import argparse
+import itertools
 import json
 import os
 import shutil
@@ -293,8 +294,8 @@ def run_study(study: str, seeds: int, at_once: int, out: Path, overrides: list[s
     places = gpus(jobs[0].config) or [None]
     with ThreadPoolExecutor(at_once) as pool:
         started = {
-            pool.submit(_timed_run, job, places[index % len(places)]): job
-            for index, job in enumerate(missing)
+            pool.submit(_timed_run, job, gpu): job
+            for job, gpu in zip(missing, itertools.cycle(places), strict=False)
         }
         try:
             for count, done in enumerate(as_completed(started), start=len(before) + 1):

@@ -48,9 +48,9 @@ def steps(
     generator, found = torch.Generator().manual_seed(0), []
     for step in range(STEPS):
         ids = torch.randint(256, (SEQUENCES, LENGTH + 1), generator=generator)
-        batch = Batch(ids[:, :-1], ids[:, 1:], torch.arange(SEQUENCES) + step * SEQUENCES)
-        mine = Batch(*(part[rank * own : (rank + 1) * own] for part in batch))
-        result = engine.train_step([mine], lr=1e-3)
+        mine = slice(rank * own, (rank + 1) * own)
+        numbers = torch.arange(SEQUENCES) + step * SEQUENCES
+        result = engine.train_step([Batch(ids[mine, :-1], ids[mine, 1:], numbers[mine])], lr=1e-3)
         balance = [value for losses in result.balance for value in losses.tolist()]
         found.append([result.loss, result.lm_loss, result.grad_norm, *balance])
     end_process_group()

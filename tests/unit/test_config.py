@@ -257,7 +257,8 @@ def test_a_moment_that_never_moves(name):
         ),
         (
             [("parallel.kernels", Kernels.fused_fa4), ("parallel.precision", Precision.bf16)],
-            "parallel.kernels=fused_fa4: needs FlashAttention-4: pip install --pre flash-attn-4; or use fused",
+            "parallel.kernels=fused_fa4: needs FlashAttention-4: pip install --pre flash-attn-4; "
+            "or use fused",
         ),
         (
             [("optim.batch_size", 18)],
