@@ -69,18 +69,18 @@ class _HeadLoss(torch.autograd.Function):
             part = slice(start, min(start + HEAD_CHUNK, tokens))
             hidden_CD = hidden_TD[part]
             logits_CV = hidden_CD @ weight_VD.t()
-            rows, block = len(hidden_CD), (logits_CV, labels_T[part], losses_T[part], 1.0 / tokens)
+            rows, targets = len(hidden_CD), (labels_T[part], losses_T[part], 1.0 / tokens)
             sizes = (rows, vocab, logits_CV.stride(0), BLOCK)
-            _cross_entropy[(min(rows, PROGRAMS),)](*block, *sizes, num_warps=WARPS)
+            _cross_entropy[(min(rows, PROGRAMS),)](logits_CV, *targets, *sizes, num_warps=WARPS)
             torch.mm(logits_CV, weight_VD, out=grad_hidden[part])
             if tokens <= HEAD_CHUNK:
                 grad_weight = torch.mm(logits_CV.t(), hidden_CD)
             elif grad_weight is None:  # several terms are added up in fp32
                 grad_weight = torch.mm(logits_CV.t(), hidden_CD, out_dtype=torch.float32)
             else:
-                added = (grad_weight, logits_CV.t(), hidden_CD)
-                torch.addmm(*added, out_dtype=torch.float32, out=grad_weight)
-            del logits_CV
+                kinds = {"out_dtype": torch.float32, "out": grad_weight}
+                torch.addmm(grad_weight, logits_CV.t(), hidden_CD, **kinds)
+            del logits_CV  # nothing else may hold them: the next chunk's take their place
         ctx.save_for_backward(grad_hidden, grad_weight.to(weight_VD.dtype))
         return losses_T.mean()
 
