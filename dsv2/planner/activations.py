@@ -321,8 +321,14 @@ class Activations(NamedTuple):
     """Bytes a rank needs for one micro-batch beside its model states."""
 
     kept: float  # by the layers, until their backward
-    peak: float  # `kept` and what its fullest moment adds to it
-    logits: float  # of the peak, at the head
+    logits: float  # beside them at the head
+    layers: float  # at the fullest moment of a layer, with what others keep
+    single: float  # of them at the fullest moment of one layer, with nothing of others
+
+    @property
+    def peak(self) -> float:
+        """`kept` and what its fullest moment adds to it."""
+        return max(self.kept + self.logits, self.layers)
 
 
 def activations(p: Pass) -> Activations:
@@ -334,17 +340,17 @@ def activations(p: Pass) -> Activations:
     dense_layers = min(m.first_k_dense_replace, m.num_hidden_layers)
     moe_layers = m.num_hidden_layers - dense_layers
     attended, dense, mixture = (sum(table(p).values()) for table in (attention, dense_ffn, moe))
-    logits = _logits(p)
     mixed, held = _moe_workspace(p), _held_orders(p)
+    dense_fullest = dense + _dense_workspace(p) if dense_layers else 0
     if p.recompute:  # a layer keeps its input alone, and makes the rest anew in its backward
         kept = m.num_hidden_layers * p.tokens * p.row + moe_layers * held
-        again = attended - (p.tokens * p.row if p.whole_norm or not p.cast else 0)  # which has its input
-        ffns = [_attention_workspace(p) + p.fused * _stream(p)]
-        ffns += [mixture - held + mixed] if moe_layers else []
-        ffns += [dense + _dense_workspace(p)] if dense_layers else []
-        fullest = kept + again + max(ffns)
-    else:
-        first = dense_layers * (attended + dense)
-        kept = first + moe_layers * (attended + mixture)
-        fullest = max(kept + mixed if moe_layers else 0, first + _dense_workspace(p) if dense_layers else 0)
-    return Activations(kept, max(kept + logits, fullest), logits)
+        attended -= p.tokens * p.row if p.whole_norm or not p.cast else 0  # which has its input
+        mixed_fullest = mixture - held + mixed if moe_layers else 0
+        attention_fullest = _attention_workspace(p) + p.fused * _stream(p)
+        single = attended + max(mixed_fullest, dense_fullest, attention_fullest)
+        return Activations(kept, _logits(p), kept + single, single)
+    dense_kept = dense_layers * (attended + dense)
+    kept = dense_kept + moe_layers * (attended + mixture)
+    mixed_fullest = mixture + mixed if moe_layers else 0
+    layers = max(kept + mixed if moe_layers else 0, dense_kept + dense_fullest - dense)
+    return Activations(kept, _logits(p), layers, attended + max(mixed_fullest, dense_fullest))
