@@ -1,34 +1,71 @@
 """The fused kernels without a GPU, for counting bytes.
 
 A Triton kernel only writes to tensors that were made for it: with a Triton whose kernels do nothing the
-same bytes are taken, and only the values are nonsense.
+same bytes are taken, and only the values are nonsense. Integers that are indices must be real, so the
+kernels that write them do, with tensors that nobody counts.
 """
 
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from dsv2.kernels.library import KernelSet, fused_kernels
-from dsv2.kernels.router import Routing
-from dsv2.kernels.rows import RowMap, map_rows
+from dsv2.kernels.router import route
 
 FUSED = "dsv2.kernels.fused"
 
 
+def _select(logits: Any, affinity: Any, ids_TK: torch.Tensor, weights: Any, *sizes: int) -> None:
+    """Experts at random, within the groups' limit: always the same ones for as many tokens."""
+    tokens, experts, n_group, topk_group, top_k = sizes[:5]
+    scores_TE = torch.rand(tokens, experts, generator=torch.Generator().manual_seed(0))
+    ids_TK.copy_(route(scores_TE, torch.eye(experts), top_k, n_group, topk_group).expert_ids_TK)
+
+
+def _histogram(key: torch.Tensor, count_KB: torch.Tensor, N: int, KEYS: int, _: int) -> None:
+    """All keys as if of the first block."""
+    count_KB.zero_()
+    count_KB[:, 0] = torch.bincount(key.flatten(), minlength=KEYS)
+
+
+def _place(
+    key: torch.Tensor,
+    count: Any,
+    end: Any,
+    slot_P: torch.Tensor,
+    place: torch.Tensor,
+    N: int,
+    P: int,
+    absent: int,
+    *_: int,
+) -> None:
+    order_N = key.flatten().argsort(stable=True)
+    slot_P.copy_(order_N[:P])
+    place.view(-1)[order_N] = torch.arange(N, dtype=place.dtype)
+    place[key == absent] = -1
+
+
+WRITERS = {"_select": _select, "_histogram": _histogram, "_place": _place}
+
+
 class Idle:
-    """A kernel that does nothing when it is launched."""
+    """A kernel that does nothing when it is launched, or writes indices alone."""
 
     def __init__(self, function: Callable[..., None]):
-        pass
+        self.write = WRITERS.get(function.__name__, lambda *arguments: None)
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        return lambda *tensors, **options: None
+        def launch(*arguments: Any, **options: Any) -> None:
+            with _disable_current_modes():
+                self.write(*arguments)
+
+        return launch
 
 
 def _jit(function: Callable[..., None] | None = None, **options: Any) -> Any:
@@ -43,25 +80,6 @@ def _mm(a: torch.Tensor, b: torch.Tensor, **options: Any) -> torch.Tensor:
     return torch.matmul(a, b, **options)
 
 
-def _somewhere(route: Callable[..., Routing]) -> Callable[..., Routing]:
-    """`route` with experts in place of nonsense: always the same ones for as many tokens."""
-
-    def routed(x_TD: torch.Tensor, centroids_ED: torch.Tensor, top_k: int, *limits: int) -> Routing:
-        routing = route(x_TD, centroids_ED, top_k, *limits)
-        scores_TE = torch.rand(len(x_TD), len(centroids_ED), generator=torch.Generator().manual_seed(0))
-        routing.expert_ids_TK.copy_(scores_TE.topk(top_k, dim=1).indices)
-        return routing
-
-    return routed
-
-
-def _sort_slots(key_TJ: torch.Tensor, n_keys: int, n_rows: int) -> tuple[RowMap, torch.Tensor, torch.Tensor]:
-    """The sort itself, as the product that follows needs real rows."""
-    keys = torch.arange(n_keys, dtype=key_TJ.dtype)
-    ends = (key_TJ.flatten() <= keys.unsqueeze(1)).sum(dim=1, dtype=torch.int32)
-    return map_rows(key_TJ, n_rows), torch.zeros(key_TJ.shape, dtype=torch.int32), ends
-
-
 @contextmanager
 def idle_triton(chunk: int) -> Iterator[KernelSet]:
     """The fused kernels on a CPU, their values nonsense; the head takes `chunk` tokens at a time."""
@@ -74,14 +92,11 @@ def idle_triton(chunk: int) -> Iterator[KernelSet]:
     modules |= {"triton": triton, "triton.language": triton.language}
     with patch.dict(sys.modules, modules, clear=True):  # torch itself must not meet this Triton
         kernels = fused_kernels()
-        attention, head, experts = (
-            sys.modules[f"{FUSED}.{name}"] for name in ("attention", "head", "experts")
-        )
+        attention, head = (sys.modules[f"{FUSED}.{name}"] for name in ("attention", "head"))
     with (
         patch.object(attention, "sdpa_kernel", lambda backend: nullcontext()),
         patch.object(head, "HEAD_CHUNK", chunk),
-        patch.object(experts, "sort_slots", _sort_slots),
         patch.object(torch, "mm", _mm),
         patch.object(torch, "addmm", lambda total, a, b, **options: total),
     ):
-        yield replace(kernels, route=_somewhere(kernels.route))
+        yield kernels

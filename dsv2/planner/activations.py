@@ -33,6 +33,11 @@ class Pass(NamedTuple):
         return self.kernels is not Kernels.reference
 
     @property
+    def whole_norm(self) -> bool:
+        """Is RMSNorm one operation?"""
+        return self.fused_norm or self.fused
+
+    @property
     def cast(self) -> bool:
         """Is something in fp32 a copy?"""
         return self.itemsize != FP32
@@ -71,7 +76,7 @@ def make_pass(config: Config, fused_norm: bool = True) -> Pass:
 def _norm(p: Pass, width: int) -> float:
     """RMSNorm's input and 1 / rms, and its output, which the matrix behind it keeps."""
     output = p.tokens * width * p.itemsize
-    if p.fused_norm or p.fused:
+    if p.whole_norm:
         return 2 * output + p.tokens * FP32
     # Taken apart: the input and the normalised input, both in fp32.
     return output + p.tokens * (2 * width + 1) * FP32
@@ -88,7 +93,8 @@ def attention(p: Pass) -> Table:
     qk = m.qk_nope_head_dim + m.qk_rope_head_dim
     return table | {
         "query latent": _norm(p, m.q_lora_rank) if m.q_lora_rank else 0,
-        "key/value latent": _norm(p, m.kv_lora_rank),
+        # The fused norm's input is a view of the projection, the key's rotary part beside it.
+        "key/value latent": _norm(p, m.kv_lora_rank) + p.fused * t * m.qk_rope_head_dim * a,
         "queries": t * heads * qk * a,
         "keys": t * heads * qk * a,
         # The values are a view of the up-projection, whose other half, k_nope, stays with them.
@@ -150,7 +156,7 @@ def _fused_experts(p: Pass) -> Table:
     m = p.model
     slots = p.rows * m.num_experts_per_tok
     return {
-        "experts: indices": slots * (INT64 + INT32),
+        "experts: indices": p.pairs * INT64 + slots * INT32,
         "experts: rows": p.pairs * p.row,
         "experts: gate and up": 2 * p.pairs * m.moe_intermediate_size * p.itemsize,
         "experts: weights": (slots + p.pairs) * FP32,
@@ -162,7 +168,11 @@ def head(p: Pass) -> Table:
     m, t = p.model, p.tokens
     norm = _norm(p, m.hidden_size)
     if p.fused:  # what it needs of the norm's output is in the gradients
-        return {"norm": norm - t * p.row, "ids": t * INT64, "gradients": (t + m.vocab_size) * p.row}
+        return {
+            "norm": norm - t * p.row,
+            "ids and labels": 2 * t * INT64,
+            "gradients": (t + m.vocab_size) * p.row,
+        }
     return {"norm": norm, "ids and labels": 2 * t * INT64, "log-probabilities": t * m.vocab_size * FP32}
 
 
@@ -173,28 +183,49 @@ def _logits(p: Pass) -> float:
         # With the log-probabilities the logits' gradient, and their own before it, the matrix's after it.
         logits, matrix = t * m.vocab_size * FP32, m.vocab_size * m.hidden_size * p.itemsize
         return sum(head(p).values()) + logits + max(logits, matrix)
-    # A chunk's logits and the matrix's gradient, in fp32 where it is the sum of several chunks'.
-    gradient = m.vocab_size * m.hidden_size * (p.itemsize if t <= HEAD_CHUNK else FP32)
+    # Forward: the matrix's gradient and beside it a chunk's logits; where it is the sum of several chunks'
+    # it is in fp32, and in the end cast. Backward: both gradients times the loss's.
+    norm, weight = _norm(p, m.hidden_size) + 2 * t * INT64, m.vocab_size * m.hidden_size
     logits = min(HEAD_CHUNK, t) * m.vocab_size * p.itemsize
-    return _norm(p, m.hidden_size) + 2 * t * INT64 + t * p.row + gradient + logits
+    total = weight * p.itemsize + logits
+    if t > HEAD_CHUNK:
+        total = weight * FP32 + max(logits, weight * p.itemsize)
+    gradients = (t + m.vocab_size) * p.row
+    return norm + max(t * (p.row + FP32) + total, 2 * gradients - t * p.row)
 
 
 def _attention_workspace(p: Pass) -> float:
-    """Gradients of queries, keys and values, and of the projections they are cut from."""
+    """Gradients of queries, keys and values, and of the projections they are cut from.
+
+    Fused those of the projections come when what was kept is gone: with the former is the output's.
+    """
     m = p.model
     qk, v = m.qk_nope_head_dim + m.qk_rope_head_dim, m.v_head_dim
     kv = m.qk_nope_head_dim + v
     if m.attention is not AttentionKind.mla:
         qk = v = m.qk_nope_head_dim
         kv = 0
-    return p.tokens * m.num_attention_heads * (3 * qk + v + kv) * p.itemsize
+    widths = 2 * (qk + v) if p.fused and m.attention is AttentionKind.mla else 3 * qk + v + kv
+    return p.tokens * m.num_attention_heads * widths * p.itemsize
+
+
+def _swiglu_workspace(p: Pass, width: int) -> float:
+    """Gradients of the product and, unless fused, of silu(gate).
+
+    Fused the product's is gone when that of the input and the last of the three matrices' are there.
+    """
+    product, matrix = p.tokens * width * p.itemsize, width * p.row
+    return max(product + matrix, p.tokens * p.row + 3 * matrix) if p.fused else 2 * product
+
+
+def _stream(p: Pass) -> float:
+    """The residual stream's gradient, and torch's norm in fp32."""
+    return p.tokens * (p.row + (0 if p.fused else p.model.hidden_size * FP32))
 
 
 def _dense_workspace(p: Pass) -> float:
-    """Gradients of the dense FFN's product and, unless fused, of silu(gate); and the residual stream's."""
-    m = p.model
-    stream = m.hidden_size * (p.itemsize + (0 if p.fused else FP32))
-    return p.tokens * ((1 if p.fused else 2) * m.intermediate_size * p.itemsize + stream)
+    """What a dense FFN needs at its fullest, beyond the layer's own tables."""
+    return _swiglu_workspace(p, p.model.intermediate_size) + _stream(p)
 
 
 def _moe_workspace(p: Pass) -> float:
@@ -202,13 +233,17 @@ def _moe_workspace(p: Pass) -> float:
 
     The routed experts' backward runs first, then the shared ones'; each frees what it kept as it goes.
     """
-    m, t = p.model, p.tokens
+    m = p.model
     table = moe(p)
     freed = sum(size for name, size in table.items() if name.startswith(("experts", "sums")))
-    shared = (1 if p.fused else 2) * t * m.n_shared_experts * m.moe_intermediate_size * p.itemsize - freed
+    shared = _swiglu_workspace(p, m.n_shared_experts * m.moe_intermediate_size) if m.n_shared_experts else 0
+    if p.fused:  # with what the routed experts gave, or what is on its way from their ranks
+        shared += p.rows * p.row * (1 if p.ep_size == 1 else 2)
     routed = _fused_workspace(p) if p.fused else _reference_workspace(p, table)
-    stream = t * (p.row + (0 if p.fused else m.hidden_size * FP32))
-    return max(shared, routed) + stream
+    forward = _fused_forward(p) if p.fused else _reference_forward(p)
+    if p.recompute:  # then the stream's gradient is there
+        forward += p.tokens * p.row
+    return max(max(shared - freed, routed) + _stream(p), forward)
 
 
 def _reference_workspace(p: Pass, table: Table) -> float:
@@ -231,7 +266,22 @@ def _reference_workspace(p: Pass, table: Table) -> float:
     freed = sum(size for name, size in table.items() if name.startswith("sums"))
     freed += table["experts: gate and up"] + table["experts: silu, product"]
     weights = 4 * _expert_matrices(p) + table["experts: rows"] - freed
-    return max(forward, combine, sums, weights)
+    return max(combine, sums, weights)
+
+
+def _reference_forward(p: Pass) -> float:
+    """`combine`: empty slots and filled ones; or filled ones, fp32 copies of them, and their sum, then cast.
+
+    With the rows' answers, the shared experts' and the attention's output and, where its norm keeps but an
+    fp32 copy, the residual stream before the attention, which a checkpoint keeps, and behind it.
+    """
+    if p.ep_size == 1:
+        return 0
+    fp32 = p.cast * p.model.hidden_size * FP32
+    slots = p.tokens * p.ep_size
+    summed = max(2 * slots * p.row, slots * (p.row + fp32) + p.tokens * (fp32 + p.row))
+    streams = p.cast * (1 if p.recompute else 2)
+    return summed + (p.rows + (2 + streams) * p.tokens) * p.row
 
 
 def _fused_workspace(p: Pass) -> float:
@@ -246,12 +296,21 @@ def _fused_workspace(p: Pass) -> float:
     return fullest + (0 if p.ep_size == 1 else rows)  # with the gradient that came
 
 
+def _fused_forward(p: Pass) -> float:
+    """The product, the outputs and their sums, with the attention's output, the shared experts' and the rows
+    that came."""
+    m = p.model
+    rows = p.rows * p.row * (1 if p.ep_size == 1 else 2)
+    others = p.tokens * p.row * (2 if m.n_shared_experts else 1)
+    return p.pairs * (p.row + m.moe_intermediate_size * p.itemsize) + rows + others
+
+
 def _held_orders(p: Pass) -> float:
     """The orders of rows, which the fused kernels hold past a checkpoint: they are no saved tensors."""
     if not p.fused:
         return 0
     ranks = 0 if p.ep_size == 1 else p.tokens * p.ep_size
-    return (p.rows * p.model.num_experts_per_tok + ranks) * INT64
+    return (p.pairs + ranks) * INT64
 
 
 def _expert_matrices(p: Pass) -> float:
@@ -264,8 +323,14 @@ class Activations(NamedTuple):
     """Bytes a rank needs for one micro-batch beside its model states."""
 
     kept: float  # by the layers, until their backward
-    peak: float  # `kept` and what its fullest moment adds to it
-    logits: float  # of the peak, at the head
+    logits: float  # beside them at the head
+    layers: float  # at the fullest moment of a layer, with what others keep
+    single: float  # of them at the fullest moment of one layer, with nothing of others
+
+    @property
+    def peak(self) -> float:
+        """`kept` and what its fullest moment adds to it."""
+        return max(self.kept + self.logits, self.layers)
 
 
 def activations(p: Pass) -> Activations:
@@ -277,12 +342,17 @@ def activations(p: Pass) -> Activations:
     dense_layers = min(m.first_k_dense_replace, m.num_hidden_layers)
     moe_layers = m.num_hidden_layers - dense_layers
     attended, dense, mixture = (sum(table(p).values()) for table in (attention, dense_ffn, moe))
-    logits = _logits(p)
-    layer = _moe_workspace(p)
+    mixed, held = _moe_workspace(p), _held_orders(p)
+    dense_fullest = dense + _dense_workspace(p) if dense_layers else 0
     if p.recompute:  # a layer keeps its input alone, and makes the rest anew in its backward
-        kept = m.num_hidden_layers * p.tokens * p.row + moe_layers * _held_orders(p)
-        ffn = max(mixture + layer, (dense + _dense_workspace(p)) if dense_layers else 0)
-        layer = attended + max(ffn, _attention_workspace(p))
-    else:
-        kept = m.num_hidden_layers * attended + dense_layers * dense + moe_layers * mixture
-    return Activations(kept, kept + max(logits, layer), logits)
+        kept = m.num_hidden_layers * p.tokens * p.row + moe_layers * held
+        attended -= p.tokens * p.row if p.whole_norm or not p.cast else 0  # which has its input
+        mixed_fullest = mixture - held + mixed if moe_layers else 0
+        attention_fullest = _attention_workspace(p) + p.fused * _stream(p)
+        single = attended + max(mixed_fullest, dense_fullest, attention_fullest)
+        return Activations(kept, _logits(p), kept + single, single)
+    dense_kept = dense_layers * (attended + dense)
+    kept = dense_kept + moe_layers * (attended + mixture)
+    mixed_fullest = mixture + mixed if moe_layers else 0
+    layers = max(kept + mixed if moe_layers else 0, dense_kept + dense_fullest - dense)
+    return Activations(kept, _logits(p), layers, attended + max(mixed_fullest, dense_fullest))

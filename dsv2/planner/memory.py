@@ -149,11 +149,21 @@ def memory(config: Config, world_size: int, gpu: bool = True) -> Memory:
         activations=needed,
         phases={
             "building": _building(parameters, layout),
-            "forward and backward": held.total + gradients + buffers + during + needed.peak,
+            "forward and backward": held.total + buffers + during + _passes(parameters, layout, needed),
             "gradient reduction": held.total + kept + buffers + reduction,
             "optimizer step": held.total + kept + _stepping(parameters, layout),
         },
     )
+
+
+def _passes(parameters: RankParameters, layout: Layout, needed: Activations) -> float:
+    """Activations and gradients at their fullest moment together."""
+    gradients = _step_gradients(parameters, layout)
+    if not layout.ours or layout.sums:
+        return gradients + needed.peak
+    # Gradients of one term come as the layers' tensors go: the head's, or all with the first layer's.
+    head = layout.size * max(parameters.decay.sizes)
+    return max(needed.kept + needed.logits, needed.layers + head, needed.single + gradients)
 
 
 def _step_gradients(parameters: RankParameters, layout: Layout) -> float:

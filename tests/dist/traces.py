@@ -140,4 +140,5 @@ def assert_same(got: Trace, want: Trace) -> None:
         assert_same_routing(mine, theirs, rtol=3e-6)
     assert got.weights.keys() == want.weights.keys()
     for name, weights in want.weights.items():
-        assert relative(got.weights[name], weights) < 2e-5, name
+        difference = relative(got.weights[name], weights)
+        assert difference < 2e-5, (name, difference)
