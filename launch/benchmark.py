@@ -4,7 +4,8 @@
     torchrun --nproc_per_node=8 launch/benchmark.py model=lite parallel=gpu parallel.expert_parallel_size=8
     python launch/benchmark.py --against transformers,deepspeed_autoep:6 model=lite_slice parallel=gpu
 
-Random tokens, data.sequence_length long (4096 unless given); routing as the model's weights have it.
+Random tokens, data.sequence_length long (4096 unless given), or with data.path=FOLDER those of a prepared
+folder; routing as the model's weights have it, or with --balanced the same number of tokens for every expert.
 Prints a row and, of one more step, the share of each part; --out FILE writes both as JSON, and
 --profile FILE keeps that step's trace for chrome://tracing and prints its top kernels.
 
@@ -29,12 +30,15 @@ from dsv2.validate import validate
 from launch.compare import OURS, alternate, run_turn, summary, table
 from launch.peers import Work, adapter, check_peers
 
+NO_DATA = "none"  # the path that stands for random tokens
+
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Time optimizer steps.")
     parser.add_argument("overrides", nargs="*", help="of the configuration, as for train.py")
     parser.add_argument("--steps", type=int, default=10, help="steps that count (10)")
     parser.add_argument("--warmup", type=int, default=4, help="steps before them (4)")
+    parser.add_argument("--balanced", action="store_true", help="as many tokens for every expert")
     parser.add_argument("--out", help="write the figures there, as JSON")
     parser.add_argument("--profile", help="write a trace of one step there, and print its top kernels")
     parser.add_argument("--against", help="peers to compare with, such as transformers,torchtitan:4")
@@ -53,7 +57,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def configuration(overrides: list[str], world_size: int) -> Config:
     """The overrides' configuration for random data: one micro-batch a rank and step unless given."""
     given = {item.split("=", 1)[0].lstrip("+") for item in overrides}
-    defaults = {"data": "local", "data.path": "none", "data.sequence_length": "4096"}
+    defaults = {"data": "local", "data.path": NO_DATA, "data.sequence_length": "4096"}
     config = compose_config([f"{k}={v}" for k, v in defaults.items() if k not in given] + overrides)
     if "optim.batch_size" not in given:
         config.optim.batch_size = config.parallel.micro_batch_size * world_size
@@ -62,20 +66,23 @@ def configuration(overrides: list[str], world_size: int) -> Config:
 
 
 def measure(config: Config, device: Any, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Train on random tokens and return what a step took, on this rank."""
+    """Train and return what a step took, on this rank."""
     from torch import Tensor, arange
 
     from data.stream import Batch
     from dsv2.engine import Engine, build_model
     from dsv2.parallel.deepspeed_moe import start_mesh
     from dsv2.parallel.mesh import end_process_group
-    from launch.timing import random_tokens, row, time_steps
+    from launch.timing import balance_routing, random_tokens, row, stream_tokens, time_steps
 
     rank, world_size = launched_ranks()
     mesh = start_mesh(device, rank, world_size, config.parallel.expert_parallel_size)
     model = build_model(config.model, config.parallel, config.seed, mesh)
+    if arguments.balanced:
+        balance_routing(model)
     engine = Engine(model, config.optim, config.parallel, mesh)
-    tokens = random_tokens(config, rank, world_size)
+    random = config.data.path == NO_DATA
+    tokens = random_tokens(config, rank, world_size) if random else stream_tokens(config, mesh)
 
     def step(micro_batches: list[Tensor]) -> float:
         batches = [Batch(t[:, :-1], t[:, 1:], arange(len(t))) for t in micro_batches]
@@ -86,6 +93,8 @@ def measure(config: Config, device: Any, arguments: argparse.Namespace) -> dict[
     figures |= {
         "kernels": config.parallel.kernels.value,
         "optimizer_states": config.parallel.optimizer_states.value,
+        "routing": "balanced" if arguments.balanced else "learned",
+        "data": "random" if random else config.data.path,
     }
     if arguments.contender is None:
         keep = Path(arguments.profile) if arguments.profile and mesh.is_main else None
@@ -143,6 +152,8 @@ def compare(sizes: dict[str, int | None], arguments: argparse.Namespace) -> tupl
         elif arguments.profile:
             options += ["--profile", arguments.profile]
         overrides = list(arguments.overrides)
+        if name == OURS and arguments.balanced:
+            options += ["--balanced"]
         if size := sizes.get(name):
             overrides += [f"parallel.micro_batch_size={size}", f"optim.batch_size={size}"]
         return run_turn([*options, *overrides])

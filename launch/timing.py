@@ -3,13 +3,18 @@
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from data.stream import build_stream
 from dsv2.config import Config
+from dsv2.kernels.router import Routing
 from dsv2.model.flops import flops_per_token, peak_flops
+from dsv2.moe.layer import MoELayer
+from dsv2.parallel.mesh import Mesh
 
 Step = Callable[[list[Tensor]], float]  # trains on a step's micro-batches and returns its loss
 
@@ -31,6 +36,34 @@ def random_tokens(config: Config, rank: int, world_size: int) -> Iterator[list[T
             )
             for _ in range(config.optim.batch_size // (micro * world_size))
         ]
+
+
+def stream_tokens(config: Config, mesh: Mesh) -> Iterator[list[Tensor]]:
+    """The same through the stream that training reads."""
+    from dsv2.engine import share_of_step  # not above: peers have no use for DeepSpeed
+
+    stream = build_stream(config.data, config.model.vocab_size, mesh.rank, mesh.world_size, mesh.cpu_group)
+    while True:
+        batches = share_of_step(stream, config.optim.batch_size, config.parallel.micro_batch_size, mesh)
+        yield [torch.cat((batch.input_ids, batch.labels[:, -1:]), dim=1) for batch in batches]
+
+
+def balance_routing(model: nn.Module) -> None:
+    """Experts take turns, whatever the router would choose; the weights stay its own."""
+    for layer in model.modules():
+        if isinstance(layer, MoELayer):
+            kernels = replace(layer.execution.kernels, route=_in_turns(layer.execution.kernels.route))
+            layer.execution = replace(layer.execution, kernels=kernels)
+
+
+def _in_turns(route: Callable[..., Routing]) -> Callable[..., Routing]:
+    def balanced(x_TD: Tensor, centroids_ED: Tensor, top_k: int, *limits: int) -> Routing:
+        affinity_TE = route(x_TD, centroids_ED, top_k, *limits).affinity_TE
+        turns = torch.arange(len(x_TD) * top_k, device=x_TD.device) % len(centroids_ED)
+        ids_TK = turns.view(-1, top_k)
+        return Routing(ids_TK, affinity_TE.gather(1, ids_TK), affinity_TE)
+
+    return balanced
 
 
 def time_steps(

@@ -2,15 +2,23 @@
 
 import json
 import math
+import subprocess
+import sys
+from itertools import islice
 from typing import Any
 
 import pytest
 import torch
 
+from data.stream import build_stream
 from dsv2.config import Config
 from dsv2.errors import UserError
+from dsv2.model.init import init_weights
+from dsv2.model.transformer import DeepseekV2
+from dsv2.parallel.mesh import Mesh
 from launch import benchmark, compare, peers
-from launch.timing import random_tokens, row, time_steps
+from launch.timing import balance_routing, random_tokens, row, stream_tokens, time_steps
+from tests.unit.helpers import REPO, tiny_config
 
 TINY = ["data.sequence_length=16", "model.vocab_size=64", "model.num_hidden_layers=2", "optim.lr=1e-3"]
 
@@ -194,3 +202,33 @@ def test_the_configuration_is_one_micro_batch_a_rank_unless_given():
     assert benchmark.configuration(["parallel.micro_batch_size=2"], 3).optim.batch_size == 6
     assert benchmark.configuration(["optim.batch_size=8"], 1).optim.batch_size == 8
     assert configuration().data.sequence_length == 16
+
+
+def test_balanced_routing_gives_every_expert_as_many_tokens():
+    model = DeepseekV2(tiny_config())
+    init_weights(model, 0.3, seed=0)
+    balance_routing(model)
+    ids = torch.randint(31, (2, 4, 12), generator=torch.Generator().manual_seed(0))
+    out = model(ids[0], ids[1], torch.arange(4))
+    out.loss.backward()
+    assert (out.stats.load_E == out.stats.load_E[0, 0]).all()
+    assert all(layer.mlp.gate.weight.grad.abs().max() > 0 for layer in model.model.layers[1:])
+
+
+def test_tokens_of_a_prepared_folder(tmp_path):
+    """What training would read: labels are the next ids, and steps follow one another."""
+    texts, data = tmp_path / "texts", tmp_path / "data"
+    texts.mkdir()
+    for index in range(20):
+        (texts / f"{index}.txt").write_text(f"def f{index}(x): return x + {index}\n" * 20)
+    prepare = [sys.executable, "-m", "data.prepare", "files", str(texts), "--out", str(data)]
+    subprocess.run([*prepare, "--vocab-size", "290", "--quiet"], cwd=REPO, check=True, timeout=120)
+    config = configuration("model.vocab_size=300", f"data.path={data}", "parallel.micro_batch_size=2")
+    mesh = Mesh(0, 1, torch.device("cpu"), 1, 0, None, None)
+    first, second = islice(stream_tokens(config, mesh), 2)
+    stream = build_stream(config.data, 300, 0, 1, None)
+    batch = stream.take(2, 0, 2)
+    assert [t.shape for t in first] == [(2, 17)]
+    assert torch.equal(first[0][:, :-1], batch.input_ids)
+    assert torch.equal(first[0][:, 1:], batch.labels)
+    assert torch.equal(second[0][:, :-1], stream.take(2, 0, 2).input_ids)

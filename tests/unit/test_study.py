@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import shutil
 import statistics
@@ -97,7 +98,7 @@ def test_tables_have_mean_and_spread_over_seeds(tmp_path, monkeypatch, capsys):
     losses = {"off": [3.0, 3.5, 4.0], "expert": [2.0] * 3, "all": [1.0, 1.1, 1.2], "all-dropping": [1.0] * 3}
     ran = []
 
-    def train(job: study.Job) -> int:
+    def train(job: study.Job, gpu: str | None) -> int:
         ran.append(job.config.name)
         if job.config.name == "expert-s1":
             return 3
@@ -136,7 +137,7 @@ def test_tables_have_mean_and_spread_over_seeds(tmp_path, monkeypatch, capsys):
     ]
     # Again: what failed is run once more, nothing else.
     ran.clear()
-    monkeypatch.setattr(study, "run", lambda job: ran.append(job.config.name) or made_up(job, 2.0))
+    monkeypatch.setattr(study, "run", lambda job, gpu: ran.append(job.config.name) or made_up(job, 2.0))
     shutil.move(out, tmp_path / "moved")
     again = ["balance", "--out", str(tmp_path / "moved"), "parallel.device=cpu", "optim.lr=1e-3"]
     assert study.main(again) == 0
@@ -147,7 +148,7 @@ def test_runs_at_once(tmp_path, monkeypatch):
     """Three runs wait for each other: with fewer at once none would end."""
     together = threading.Barrier(3, timeout=60)
 
-    def train(job: study.Job) -> int:
+    def train(job: study.Job, gpu: str | None) -> int:
         together.wait()
         return made_up(job, 1.0 + job.seed)
 
@@ -159,8 +160,32 @@ def test_runs_at_once(tmp_path, monkeypatch):
     assert all(arm["metrics"]["val/loss"]["values"] == [1.0, 2.0, 3.0] for arm in result["arms"].values())
 
 
+def test_each_run_has_a_gpu_in_turns(tmp_path, monkeypatch):
+    taken = {}
+
+    def train(job: study.Job, gpu: str | None) -> int:
+        taken[job.config.name] = gpu
+        return made_up(job, 1.0)
+
+    monkeypatch.setattr(study, "run", train)
+    monkeypatch.setattr(study, "gpus", lambda config: ["0", "1"])
+    assert study.main(["attention", "--seeds", "1", "--out", str(tmp_path), "parallel.device=cpu"]) == 0
+    assert list(taken.values()) == ["0", "1", "0", "1"]
+
+
+def test_a_run_sees_its_gpu_alone(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        study.subprocess, "run", lambda *a, env, **k: seen.append(env) or subprocess.CompletedProcess(a, 0)
+    )
+    job = study.plan("attention", 1, tmp_path, ["parallel.device=cpu"])[0]
+    assert study.run(job, "1") == study.run(job, None) == 0
+    assert seen[0]["CUDA_VISIBLE_DEVICES"] == "1"
+    assert seen[1].get("CUDA_VISIBLE_DEVICES") == os.environ.get("CUDA_VISIBLE_DEVICES")
+
+
 def test_runs_of_another_configuration_are_not_mixed_in(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(study, "run", lambda job: made_up(job, 1.0))
+    monkeypatch.setattr(study, "run", lambda job, gpu: made_up(job, 1.0))
     arguments = ["attention", "--seeds", "1", "--out", str(tmp_path), "parallel.device=cpu"]
     assert study.main(arguments) == 0
     assert "| mla | 52.7M | 24.6M | 800 | 1.0000 | " in (tmp_path / "table.md").read_text()
