@@ -28,6 +28,13 @@ def _select(logits: Any, affinity: Any, ids_TK: torch.Tensor, weights: Any, *siz
     ids_TK.copy_(route(scores_TE, torch.eye(experts), top_k, n_group, topk_group).expert_ids_TK)
 
 
+def _sums(affinity: Any, ids_TK: torch.Tensor, weights: Any, out_BPN: torch.Tensor, S: int, E: int, *_: int):
+    """How often each expert is chosen: from these counts come the sizes of what crosses between ranks."""
+    out_BPN.zero_()
+    for out_PN, ids_SK in zip(out_BPN, ids_TK.split(S), strict=True):
+        out_PN[0, E : 2 * E] = torch.bincount(ids_SK.flatten(), minlength=E)
+
+
 def _histogram(key: torch.Tensor, count_KB: torch.Tensor, N: int, KEYS: int, _: int) -> None:
     """All keys as if of the first block."""
     count_KB.zero_()
@@ -51,7 +58,7 @@ def _place(
     place[key == absent] = -1
 
 
-WRITERS = {"_select": _select, "_histogram": _histogram, "_place": _place}
+WRITERS = {"_select": _select, "_sums": _sums, "_histogram": _histogram, "_place": _place}
 
 
 class Idle:

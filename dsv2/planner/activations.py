@@ -182,7 +182,9 @@ def _logits(p: Pass) -> float:
     if not p.fused:
         # With the log-probabilities the logits' gradient, and their own before it, the matrix's after it.
         logits, matrix = t * m.vocab_size * FP32, m.vocab_size * m.hidden_size * p.itemsize
-        return sum(head(p).values()) + logits + max(logits, matrix)
+        product = sum(head(p).values()) + logits + max(logits, matrix)
+        # The last norm taken apart: its input, 1 / rms, and five of its gradient's terms.
+        return max(product, 0 if p.whole_norm else t * (6 * m.hidden_size + 1) * FP32)
     # Forward: the matrix's gradient and beside it a chunk's logits; where it is the sum of several chunks'
     # it is in fp32, and in the end cast. Backward: both gradients times the loss's.
     norm, weight = _norm(p, m.hidden_size) + 2 * t * INT64, m.vocab_size * m.hidden_size
@@ -253,35 +255,33 @@ def _reference_workspace(p: Pass, table: Table) -> float:
     w2's and then w13's: 3 + 1 and 2 + 2 matrices an expert.
     """
     m = p.model
-    combine = forward = 0.0
+    combine = 0.0
     sums = p.pairs * m.hidden_size * FP32  # the gradients of their terms
     if p.ep_size > 1:
-        terms = p.rows * m.hidden_size * FP32
-        combine = terms + p.cast * p.rows * p.row
-        # The rows sent home, their fp32 copies and sums; with them the shared experts' output and, where its
-        # norm keeps but an fp32 copy, the residual stream.
-        forward = p.cast * terms + p.tokens * m.hidden_size * FP32
-        forward += (p.rows + (1 + p.cast) * p.tokens) * p.row
+        combine = p.rows * m.hidden_size * FP32 + p.cast * p.rows * p.row
         sums += p.rows * (p.row + p.cast * m.hidden_size * FP32)
+    # Then the rows' gradients have taken the rows' place.
     freed = sum(size for name, size in table.items() if name.startswith("sums"))
     freed += table["experts: gate and up"] + table["experts: silu, product"]
-    weights = 4 * _expert_matrices(p) + table["experts: rows"] - freed
-    return max(combine, sums, weights)
+    return max(combine, sums, 4 * _expert_matrices(p) - freed)
 
 
 def _reference_forward(p: Pass) -> float:
-    """`combine`: empty slots and filled ones; or filled ones, fp32 copies of them, and their sum, then cast.
+    """The experts' outputs one by one and in one; or their sums, then cast; or `combine`; or all added up.
 
-    With the rows' answers, the shared experts' and the attention's output and, where its norm keeps but an
-    fp32 copy, the residual stream before the attention, which a checkpoint keeps, and behind it.
+    With the attention's output, the shared experts' or, where it is not kept, the norm's, the answers to the
+    rows that came or these themselves, and, where its norm keeps but an fp32 copy, the residual stream before
+    the attention, which a checkpoint keeps, and behind it.
     """
-    if p.ep_size == 1:
-        return 0
-    fp32 = p.cast * p.model.hidden_size * FP32
-    slots = p.tokens * p.ep_size
-    summed = max(2 * slots * p.row, slots * (p.row + fp32) + p.tokens * (fp32 + p.row))
-    streams = p.cast * (1 if p.recompute else 2)
-    return summed + (p.rows + (2 + streams) * p.tokens) * p.row
+    m, t = p.model, p.tokens
+    fp32, came = m.hidden_size * FP32, 0 if p.ep_size == 1 else p.rows * p.row
+    outputs = p.pairs * p.row
+    sums = p.cast * (outputs + p.rows * p.row) + p.rows * fp32
+    # Of `combine` the rows that came home, fp32 copies of them, their sums, then cast.
+    combine = came + p.cast * (p.rows * fp32 + t * p.row) + t * fp32 if came else 0
+    added = t * p.row * (3 if m.n_shared_experts else 2)
+    others = 1 + (m.n_shared_experts > 0 or p.cast) + p.cast * (1 if p.recompute else 2)
+    return max(0 if p.cast else outputs, sums, combine, added) + came + others * t * p.row
 
 
 def _fused_workspace(p: Pass) -> float:

@@ -97,8 +97,7 @@ def test_gradients_of_one_term_come_as_activations_go(pools):
     assert 0.97 < want.peak / peak < 1.05, want.phases
 
 
-# One expert a token on one of four ranks: then the reference's way home, with a slot for each rank, takes
-# the most.
+# One expert a token on one of four ranks: then the reference's way home takes the most.
 ONE_EXPERT = {"num_experts_per_tok": 1, "topk_group": 1}
 KERNELS = [
     (Kernels.reference, Precision.fp32),
