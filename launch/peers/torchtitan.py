@@ -8,6 +8,7 @@ from launch.timing import Step
 
 REQUIRES = {
     "torchtitan": "==0.3.0",
+    "torch": ">=2.13",  # it imports names that 2.11 has not
     "spmd_types": "==0.2.3",
     "tyro": ">=1.0",
     "docstring-parser": ">=0.16",
