@@ -184,13 +184,15 @@ class Monitor:
             self.tracker.alert(f"{self.config.name}: {alert.title}", alert.text)
 
     def _exchange_metrics(self, window: RoutingStats, engine: Engine) -> dict[str, float]:
-        model, bf16 = self.config.model, self.config.parallel.precision is Precision.bf16
+        model, parallel = self.config.model, self.config.parallel
+        itemsize = 2 if parallel.precision is Precision.bf16 else 4
+        sizes = (model.hidden_size, model.num_experts_per_tok, itemsize, parallel.activation_checkpointing)
         wait_ms = torch.tensor(self.mesh.clock.take_ms(), dtype=torch.float64, device=self.mesh.device)
         return exchange_metrics(
             engine.of_every_rank(window.rows_out),
             engine.of_every_rank(window.rows_in),
             engine.of_every_rank(wait_ms),
-            bytes_per_row(model.hidden_size, model.num_experts_per_tok, 2 if bf16 else 4),
+            bytes_per_row(*sizes),
             self._window_steps,
         )
 

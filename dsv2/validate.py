@@ -224,12 +224,25 @@ def _validate_optim(optim: OptimConfig) -> None:
         _refuse("optim.batch_ramp_tokens", 0, "must be above 0 when optim.batch_size_start is given")
 
 
-def _validate_kernels(parallel: ParallelConfig) -> None:
-    if parallel.kernels is not Kernels.reference and parallel.precision is not Precision.bf16:
-        _refuse("parallel.kernels", parallel.kernels.value, "needs parallel.precision=bf16; or use reference")
-    if parallel.kernels is Kernels.fused_fa4 and find_spec("flash_attn") is None:
+def _validate_kernels(model: ModelConfig, parallel: ParallelConfig) -> None:
+    if parallel.kernels is Kernels.reference:
+        return
+    name = parallel.kernels.value
+    if parallel.precision is not Precision.bf16:
+        _refuse("parallel.kernels", name, "needs parallel.precision=bf16; or use reference")
+    if parallel.kernels is Kernels.fused_fa4 and not (
+        find_spec("flash_attn") and find_spec("flash_attn.cute")
+    ):
         right = "needs FlashAttention-4: pip install --pre flash-attn-4; or use fused"
-        _refuse("parallel.kernels", "fused_fa4", right)
+        _refuse("parallel.kernels", name, right)
+    rope = model.qk_rope_head_dim
+    if model.attention is AttentionKind.mla and rope & (rope - 1):
+        right = f"must be a power of 2 with parallel.kernels={name}; or use reference"
+        _refuse("model.qk_rope_head_dim", rope, right)
+    for field in ("hidden_size", "moe_intermediate_size"):
+        if (value := getattr(model, field)) % 8:
+            right = f"must be a multiple of 8 with parallel.kernels={name}; or use reference"
+            _refuse(f"model.{field}", value, right)
 
 
 def _validate_parallel(config: Config, world_size: int) -> None:
@@ -272,7 +285,7 @@ def _validate_parallel(config: Config, world_size: int) -> None:
             f"needs parallel.zero_stage=1 and parallel.precision=bf16, not {stage} and "
             f"{parallel.precision.value}; or use fp32",
         )
-    _validate_kernels(parallel)
+    _validate_kernels(config.model, parallel)
     share = parallel.micro_batch_size * world_size
     sizes = {"optim.batch_size": optim.batch_size}
     if optim.batch_size_start is not None:

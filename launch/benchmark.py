@@ -18,6 +18,7 @@ import argparse
 import json
 import sys
 import tempfile
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,7 @@ from dsv2.config import Config, Precision
 from dsv2.errors import UserError
 from dsv2.validate import validate
 from launch.compare import OURS, alternate, run_turn, summary, table
-from launch.peers import Work, adapter, check_peers
-
-NO_DATA = "none"  # the path that stands for random tokens
+from launch.peers import NO_DATA, Work, adapter, check_peers
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -45,6 +44,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3, help="turns of each contender, with --against (3)")
     parser.add_argument("--contender", default=None, help=argparse.SUPPRESS)  # one turn of `--against`
     arguments = parser.parse_args(argv)
+    if arguments.balanced and arguments.against:
+        raise UserError("--balanced: peers route as their routers choose; leave it out with --against")
     for name, least in (("steps", 1), ("warmup", 0), ("rounds", 1)):
         if (value := getattr(arguments, name)) < least:
             raise UserError(f"--{name} {value}: must be at least {least}")
@@ -84,8 +85,10 @@ def measure(config: Config, device: Any, arguments: argparse.Namespace) -> dict[
     random = config.data.path == NO_DATA
     tokens = random_tokens(config, rank, world_size) if random else stream_tokens(config, mesh)
 
+    numbers = count(rank * config.parallel.micro_batch_size, config.parallel.micro_batch_size * world_size)
+
     def step(micro_batches: list[Tensor]) -> float:
-        batches = [Batch(t[:, :-1], t[:, 1:], arange(len(t))) for t in micro_batches]
+        batches = [Batch(t[:, :-1], t[:, 1:], next(numbers) + arange(len(t))) for t in micro_batches]
         return engine.train_step(batches, config.optim.lr).lm_loss
 
     timing = time_steps(step, tokens, device, arguments.steps, arguments.warmup)
@@ -152,8 +155,6 @@ def compare(sizes: dict[str, int | None], arguments: argparse.Namespace) -> tupl
         elif arguments.profile:
             options += ["--profile", arguments.profile]
         overrides = list(arguments.overrides)
-        if name == OURS and arguments.balanced:
-            options += ["--balanced"]
         if size := sizes.get(name):
             overrides += [f"parallel.micro_batch_size={size}", f"optim.batch_size={size}"]
         return run_turn([*options, *overrides])

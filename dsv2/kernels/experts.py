@@ -45,4 +45,4 @@ def routed_experts(
     """
     pairs = map_rows(expert_ids_RK.where(expert_ids_RK >= 0, len(counts_E)), n_pairs)
     y_PD = grouped_swiglu(gather_rows(x_RD, pairs), counts_E, w13_E2FD, w2_EDF)
-    return sum_rows(y_PD, weights_RK, pairs, len(x_RD))
+    return sum_rows(y_PD, pairs, len(x_RD), weights_RK)

@@ -33,7 +33,7 @@ def gather_rows(x_TD: Tensor, rows: RowMap) -> Tensor:
     return x_TD.index_select(0, rows.tokens())
 
 
-def sum_rows(y_PD: Tensor, weights_TJ: Tensor | None, rows: RowMap, n_tokens: int) -> Tensor:
+def sum_rows(y_PD: Tensor, rows: RowMap, n_tokens: int, weights_TJ: Tensor | None = None) -> Tensor:
     """[T, D] in y's dtype: each token's rows times their slots' weights (None: 1), added up in fp32 or finer.
 
     A slot without a row adds nothing. A token's rows are added up in the order of its slots, whoever

@@ -198,4 +198,4 @@ def combine(y_RD: Tensor, plan: DispatchPlan, execution: Execution) -> Tensor:
         return y_RD
     transfer = _Transfer(exchange, execution.clock, homewards=True)
     home_SD = _Finish.apply(_Launch.apply(y_RD, transfer), transfer)
-    return execution.kernels.sum_rows(home_SD, None, exchange.rows, len(plan.kept_ids_TK))
+    return execution.kernels.sum_rows(home_SD, exchange.rows, len(plan.kept_ids_TK))

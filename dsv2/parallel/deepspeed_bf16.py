@@ -96,7 +96,7 @@ class ZeRO1BF16(BF16_Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        """Clip, update, gather. A norm that is not finite leaves everything as it is."""
+        """Clip, update, gather. A norm that is not finite leaves weights and moments as they are."""
         # A sum still holds the step before's, which would be taken for a gradient.
         assert all(map(all, self.fp32_groups_has_gradients)), "every parameter has a gradient in every step"
         gradients = self._gradients()

@@ -43,10 +43,10 @@ def traffic(config: Config, gpus_per_node: int) -> Traffic:
     model, parallel = config.model, config.parallel
     ep = parallel.expert_parallel_size
     itemsize = 2 if parallel.precision is Precision.bf16 else 4
-    row = bytes_per_row(model.hidden_size, model.num_experts_per_tok, itemsize)
+    row = bytes_per_row(
+        model.hidden_size, model.num_experts_per_tok, itemsize, parallel.activation_checkpointing
+    )
     row *= model.num_hidden_layers - min(model.first_k_dense_replace, model.num_hidden_layers)
-    if parallel.activation_checkpointing:  # a recomputed layer exchanges anew: half of it is the forward
-        row *= 1.5
     ranks = mean_ranks(model, ep, limited=True)
     elsewhere = (ep - 1) / ep
     return Traffic(

@@ -15,6 +15,7 @@ from dsv2.config import Config, ModelConfig, OptimConfig
 from dsv2.errors import UserError
 from dsv2.hf.config import check_exportable
 
+NO_DATA = "none"  # the path that stands for random tokens
 PEERS = ("transformers", "deepspeed_autoep", "torchtitan")
 
 
@@ -87,6 +88,12 @@ def check(name: str, config: Config, world_size: int) -> None:
             "optim.batch_size",
             config.optim.batch_size,
             "a peer's step is one micro-batch; leave it out",
+        ),
+        (
+            config.data.path == NO_DATA,
+            "data.path",
+            config.data.path,
+            "peers have random tokens; leave it out",
         ),
         (
             not parallel.activation_checkpointing,

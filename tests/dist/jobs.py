@@ -87,6 +87,7 @@ def reference(
     init_from: str | None = None,
     length: int = SEQUENCE,
     tied: bool = False,
+    eps: float = OPTIM.eps,
     **changes: Any,
 ) -> Trace:
     """The same run in this process with plain torch: no DeepSpeed, no process group."""
@@ -105,7 +106,7 @@ def reference(
         {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": OPTIM.weight_decay},
         {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=OPTIM.lr, betas=(OPTIM.beta1, OPTIM.beta2), eps=OPTIM.eps)
+    optimizer = torch.optim.AdamW(groups, lr=OPTIM.lr, betas=(OPTIM.beta1, OPTIM.beta2), eps=eps)
     trace = Trace()
     for step in range(steps):
         optimizer.zero_grad()

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from dsv2.moe.traffic import bytes_per_row
 from tests.dist import jobs
@@ -122,7 +123,7 @@ def test_one_row_a_rank_gives_what_a_copy_a_pair_gives(pools, world_size, top_k,
     )
 
 
-def bytes_sent(rank: int, world_size: int) -> tuple[list[int], float]:
+def bytes_sent(rank: int, world_size: int, recompute: bool) -> tuple[list[int], float]:
     """What a layer really gives to other ranks, forward and backward: bytes by collective; its rows_out."""
     from dsv2.model.init import init_weights
     from dsv2.moe.execution import Execution
@@ -140,20 +141,24 @@ def bytes_sent(rank: int, world_size: int) -> tuple[list[int], float]:
 
     x = torch.randn(2, 6, 24, generator=torch.Generator().manual_seed(rank), requires_grad=True)
     with patch.object(dist, "all_to_all_single", counted):
-        out = layer(x, torch.tensor([0, 1]))
+        ids = torch.tensor([0, 1])
+        out = checkpoint(layer, x, ids, use_reentrant=False) if recompute else layer(x, ids)
         out.y_BSD.sum().backward()
     return sent, out.stats.rows_out.item()
 
 
+@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_logged_bytes_are_those_sent(pools, world_size):
-    """Counts once a layer, which backward uses again; then three exchanges each way."""
-    results = pools[world_size].run("tests.dist.test_dispatch:bytes_sent")
+def test_logged_bytes_are_those_sent(pools, world_size, recompute):
+    """Counts once a forward, for backward too; then three exchanges each way; recomputed, forward twice."""
+    results = pools[world_size].run("tests.dist.test_dispatch:bytes_sent", recompute=recompute)
+    forwards, total = 1 + recompute, 0
     for sent, _ in results:
-        assert len(sent) == 1 + 3 + 3
-    total = sum(sum(sent[1:]) for sent, _ in results)
+        assert len(sent) == forwards * (1 + 3) + 3
+        counts = [sent[4 * forward] for forward in range(forwards)]  # a forward's first
+        total += sum(sent) - sum(counts)
     rows = sum(rows_out for _, rows_out in results)
-    assert total == rows * bytes_per_row(hidden_size=24, top_k=3, element_bytes=4) > 0
+    assert total == rows * bytes_per_row(24, 3, element_bytes=4, recompute=recompute) > 0
 
 
 def order_of_issue(rank: int, world_size: int) -> list[str]:

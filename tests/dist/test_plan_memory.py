@@ -142,7 +142,7 @@ def test_experts_elsewhere(pools, world_size, changes, recompute, kernels, preci
     p = make_pass(config, fused_norm=False)
     want = activations(p)
     assert want.kept + sum(head(p).values()) == pytest.approx(kept, rel=0.02)
-    # Where two moments are nearly as full, uneven ranks have theirs at either, and the mean of the fuller ones
-    # lies above both means: seen on 4 ranks with plain torch.
+    # Where two moments are nearly as full, uneven ranks have theirs at either, and the mean of the fuller
+    # ones lies above both means: seen on 4 ranks with plain torch.
     low = 0.95 if world_size == 4 and kernels is Kernels.reference else 0.97
     assert low < want.peak / peak < 1.08

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dsv2.kernels.adamw import AdamWStep
-from dsv2.kernels.library import REFERENCE, KernelSet
+from dsv2.kernels.library import REFERENCE, KernelSet, fused_kernels
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
@@ -15,8 +15,6 @@ DEVICE = "cuda"
 
 @pytest.fixture(scope="module")
 def fused() -> KernelSet:
-    from dsv2.kernels.library import fused_kernels
-
     return fused_kernels()
 
 
@@ -87,8 +85,21 @@ def test_routed_experts(fused, rows, top_k, experts, hidden, width, kind):
         check(apply(REFERENCE, n_pairs), apply(fused, n_pairs), [normal(rows, hidden), weights, w13, w2])
 
 
+def test_experts_without_a_row(fused):
+    """Zeros, and gradients that are zeros and not missing."""
+    shapes = ((0, 64), (0, 3), (4, 64, 64), (4, 64, 32))
+    x, weights, w13, w2 = (torch.ones(shape, device=DEVICE, requires_grad=True) for shape in shapes)
+    ids, counts = torch.empty(0, 3, dtype=torch.int64, device=DEVICE), torch.zeros(4, device=DEVICE).long()
+    out = fused.routed_experts(x, ids, weights, counts, 0, w13, w2)
+    out.sum().backward()
+    assert out.shape == x.shape
+    assert all(t.grad is not None and not t.grad.any() for t in (x, weights, w13, w2))
+
+
 @pytest.mark.parametrize("absent", [False, True])
-@pytest.mark.parametrize(("tokens", "slots", "keys"), [(1, 1, 1), (37, 3, 5), (1000, 6, 160), (700, 8, 255)])
+@pytest.mark.parametrize(
+    ("tokens", "slots", "keys"), [(0, 3, 4), (1, 1, 1), (37, 3, 5), (1000, 6, 160), (700, 8, 255)]
+)
 def test_sort_of_slots(fused, tokens, slots, keys, absent):
     """Stable; an empty key, a key that all have, absent slots within or beyond the rows asked for."""
     from dsv2.kernels.fused.rows import sort_slots
@@ -107,9 +118,8 @@ def test_sort_of_slots(fused, tokens, slots, keys, absent):
             assert (place[key == keys] == -1).all()
 
 
-@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize(("tokens", "slots", "width"), [(1, 1, 8), (50, 4, 100), (333, 8, 5120)])
-def test_rows(fused, tokens, slots, width, weighted):
+def test_rows(fused, tokens, slots, width):
     from dsv2.kernels.rows import map_rows
 
     generator = torch.Generator(DEVICE).manual_seed(0)
@@ -120,20 +130,11 @@ def test_rows(fused, tokens, slots, width, weighted):
         lambda x: fused.gather_rows(x, rows),
         [normal(tokens, width)],
     )
-    y = normal(len(rows.slot_P), width)
-    if weighted:
-        weights = torch.rand(tokens, slots, device=DEVICE)
-        check(
-            lambda y, w: REFERENCE.sum_rows(y, w, rows, tokens),
-            lambda y, w: fused.sum_rows(y, w, rows, tokens),
-            [y, weights],
-        )
-    else:
-        check(
-            lambda y: REFERENCE.sum_rows(y, None, rows, tokens),
-            lambda y: fused.sum_rows(y, None, rows, tokens),
-            [y],
-        )
+    check(
+        lambda y: REFERENCE.sum_rows(y, rows, tokens),
+        lambda y: fused.sum_rows(y, rows, tokens),
+        [normal(len(rows.slot_P), width)],
+    )
 
 
 @pytest.mark.parametrize(
@@ -237,7 +238,11 @@ def test_router_and_sums(fused, n_sequences, length, experts, n_group, topk_grou
 
 
 @pytest.mark.parametrize(("tokens", "hidden", "vocab"), [(1, 64, 1000), (33, 128, 5003), (9000, 256, 4096)])
-def test_head_loss(fused, tokens, hidden, vocab):
+@pytest.mark.parametrize("chunk", [4096, 16384])
+def test_head_loss(fused, monkeypatch, tokens, hidden, vocab, chunk):
+    from dsv2.kernels.fused import head
+
+    monkeypatch.setattr(head, "HEAD_CHUNK", chunk)
     labels = torch.randint(
         0, vocab, (tokens,), device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(0)
     )
@@ -254,7 +259,11 @@ def test_head_loss(fused, tokens, hidden, vocab):
     ("batch", "length", "heads", "nope", "rope", "v_dim"),
     [(2, 64, 4, 32, 16, 32), (1, 257, 3, 128, 64, 128), (2, 1000, 16, 128, 64, 128)],
 )
-def test_latent_attention(fused, batch, length, heads, nope, rope, v_dim):
+@pytest.mark.parametrize("flash4", [False, True])
+def test_latent_attention(fused, flash4, batch, length, heads, nope, rope, v_dim):
+    if flash4:
+        pytest.importorskip("flash_attn.cute")
+        fused = fused_kernels(flash4=True)
     from dsv2.model.rope import rope_tables
 
     cos, sin = rope_tables(torch.arange(length, device=DEVICE), rope, 10000.0)
@@ -267,6 +276,15 @@ def test_latent_attention(fused, batch, length, heads, nope, rope, v_dim):
         return lambda q, kv, c: kernels.latent_attention(q, kv, c[..., 40:], cos, sin, scale)
 
     check(apply(REFERENCE), apply(fused), [q, kv, latent_and_rope], bound=1e-2)
+
+
+def test_attention_of_one_token_is_its_value(fused):
+    """A sample begins with one."""
+    from dsv2.model.rope import rope_tables
+
+    cos, sin = rope_tables(torch.arange(1, device=DEVICE), 16, 10000.0)
+    q, kv, k_rope = normal(2, 1, 4, 48), normal(2, 1, 4, 64, seed=1), normal(2, 1, 16, seed=2)
+    assert torch.equal(fused.latent_attention(q, kv, k_rope, cos, sin, 0.1), kv[..., 32:])
 
 
 @pytest.mark.parametrize("states", [torch.float32, torch.bfloat16])

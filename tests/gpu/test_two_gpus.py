@@ -74,9 +74,9 @@ def test_fp32(ep, stage, dropping):
     torch.testing.assert_close(torch.tensor(two[0]), torch.tensor(one), rtol=2e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("ep", [1, 2])
-def test_fused_bf16(ep):
-    one = alone(steps, 0, 1, free_port(), 1, 1, Kernels.fused, False)
-    two = together(steps, 2, free_port(), ep, 1, Kernels.fused, False)
+@pytest.mark.parametrize(("ep", "dropping"), [(1, False), (2, False), (2, True)])
+def test_fused_bf16(ep, dropping):
+    one = alone(steps, 0, 1, free_port(), 1, 1, Kernels.fused, dropping)
+    two = together(steps, 2, free_port(), ep, 1, Kernels.fused, dropping)
     assert two[0] == two[1]
     torch.testing.assert_close(torch.tensor(two[0]), torch.tensor(one), rtol=1e-2, atol=1e-3)

@@ -44,6 +44,11 @@ def configuration(*overrides: str) -> Config:
         (["--against", "transformers", "optim.batch_size=8"], "optim.batch_size=8: a peer's step is one"),
         (["--against", "transformers", "parallel.activation_checkpointing=true"], "peers run without"),
         (["--against", "transformers", "model.attention=mha"], "attention=mha"),
+        (["--against", "transformers", "--balanced"], "--balanced: peers route as their routers choose"),
+        (
+            ["--against", "transformers", "data.path=prepared/mine"],
+            "data.path=prepared/mine: peers have random",
+        ),
         (["parallel=gpu"], "there is no GPU on this machine"),
     ],
 )

@@ -99,6 +99,9 @@ def test_defaults_are_valid():
     validate(Config(), 1)
 
 
+FUSED = [("parallel.kernels", Kernels.fused), ("parallel.precision", Precision.bf16)]
+
+
 @pytest.mark.parametrize(("name", "low"), [(n, 0) for n in AT_LEAST_ONE] + [(n, -1) for n in AT_LEAST_ZERO])
 def test_too_small(name, low):
     message = refusal((name, low))
@@ -254,6 +257,15 @@ def test_a_moment_that_never_moves(name):
         (
             [("parallel.kernels", Kernels.fused)],
             "parallel.kernels=fused: needs parallel.precision=bf16; or use reference",
+        ),
+        (
+            [*FUSED, ("model.qk_rope_head_dim", 12)],
+            "model.qk_rope_head_dim=12: must be a power of 2 with parallel.kernels=fused; or use reference",
+        ),
+        (
+            [*FUSED, ("model.moe_intermediate_size", 44)],
+            "model.moe_intermediate_size=44: must be a multiple of 8 with parallel.kernels=fused; or use "
+            "reference",
         ),
         (
             [("parallel.kernels", Kernels.fused_fa4), ("parallel.precision", Precision.bf16)],

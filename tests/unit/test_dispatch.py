@@ -70,7 +70,7 @@ def test_round_trip_against_the_loop(case):
     rest = torch.tensor([len(rows) - int(plan.rows_of_expert.sum())])
     factor = torch.tensor([*range(1, case.n_experts + 1), 0])  # dropped pairs stand behind all others
     factor = factor.repeat_interleave(torch.cat((plan.rows_of_expert, rest)))
-    out = combine(sum_rows(rows * factor.unsqueeze(-1), here.weights_RK, pairs, len(x)), plan, execution)
+    out = combine(sum_rows(rows * factor.unsqueeze(-1), pairs, len(x), here.weights_RK), plan, execution)
     readout = torch.linspace(-1, 1, out.numel()).view_as(out)
     (out * readout).sum().backward()
 
@@ -101,7 +101,7 @@ def test_sum_rows_of_other_tokens_do_not_change_a_token_to_the_last_bit():
 
     def summed(tokens: slice) -> torch.Tensor:
         rows = map_rows(keys[tokens], keys[tokens].numel())
-        return sum_rows(y[tokens].flatten(0, 1)[rows.slot_P], weights[tokens], rows, len(keys[tokens]))
+        return sum_rows(y[tokens].flatten(0, 1)[rows.slot_P], rows, len(keys[tokens]), weights[tokens])
 
     together = summed(slice(0, 6))
     assert torch.equal(together, torch.cat([summed(slice(t, t + 1)) for t in range(6)]))
@@ -113,7 +113,7 @@ def test_bf16_rows_are_weighted_and_added_up_in_fp32():
     generator = torch.Generator().manual_seed(0)
     y, weights = torch.randn(100, 8, generator=generator).bfloat16(), torch.rand(20, 5, generator=generator)
     rows = map_rows(torch.zeros(20, 5), 100)
-    out = sum_rows(y, weights, rows, 20)
+    out = sum_rows(y, rows, 20, weights)
     assert out.dtype == torch.bfloat16
     exact = (weights.double().unsqueeze(-1) * y.double().view(20, 5, 8)).sum(dim=1)
     assert torch.equal(out, exact.bfloat16())

@@ -160,6 +160,7 @@ def test_exchange_metrics():
     wait_ms = torch.tensor([6.0, 2.0], dtype=torch.float64)
     row = bytes_per_row(hidden_size=100, top_k=6, element_bytes=2)
     assert row == 4 * 100 * 2 + 2 * (6 + 6) * 4
+    assert bytes_per_row(hidden_size=100, top_k=6, element_bytes=2, recompute=True) == 1.5 * row
     assert exchange_metrics(rows_out, rows_in, wait_ms, row, steps=4) == pytest.approx(
         {
             "comm/send_max_mean": (1.5 + 1.0 + 2.0) / 3,

@@ -95,7 +95,7 @@ def _take_apart(
     of_all_heads = tl.zeros((1, R), tl.float32)
     n, r, v = tl.arange(0, BN)[None, :], tl.arange(0, R)[None, :], tl.arange(0, BV)[None, :]
     for start in range(0, H, HEADS):
-        h = start + tl.arange(0, HEADS)[:, None]
+        h = (start + tl.arange(0, HEADS)[:, None]).to(tl.int64)
         own = h < H
         at = gq + b * qb + place * qs + h * qh
         out = q_out + (t * H + h) * (N + R)
@@ -147,9 +147,16 @@ class _Assemble(torch.autograd.Function):
         return out_q, out_kv, out_rope, None, None
 
 
+def _values(q_BSHQ: Tensor, kv_BSHX: Tensor, k_rope_BSR: Tensor) -> Tensor:
+    """Of sequences of one token, which look at nothing but themselves; cuDNN refuses them."""
+    return kv_BSHX[..., q_BSHQ.shape[-1] - k_rope_BSR.shape[-1] :]
+
+
 def latent_attention(
     q_BSHQ: Tensor, kv_BSHX: Tensor, k_rope_BSR: Tensor, cos_SP: Tensor, sin_SP: Tensor, scale: float
 ) -> Tensor:
+    if q_BSHQ.shape[1] == 1:
+        return _values(q_BSHQ, kv_BSHX, k_rope_BSR)
     q, k, v = _Assemble.apply(q_BSHQ, kv_BSHX, k_rope_BSR, cos_SP, sin_SP)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
@@ -161,6 +168,8 @@ def latent_attention_flash4(
     q_BSHQ: Tensor, kv_BSHX: Tensor, k_rope_BSR: Tensor, cos_SP: Tensor, sin_SP: Tensor, scale: float
 ) -> Tensor:
     """The same by FlashAttention-4, which torch's own entry would give values padded to the keys' width."""
+    if q_BSHQ.shape[1] == 1:
+        return _values(q_BSHQ, kv_BSHX, k_rope_BSR)
     from flash_attn.cute import flash_attn_func
 
     q, k, v = _Assemble.apply(q_BSHQ, kv_BSHX, k_rope_BSR, cos_SP, sin_SP)

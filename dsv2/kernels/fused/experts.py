@@ -20,6 +20,19 @@ def _product(a: Tensor, b: Tensor, ends_E: Tensor) -> Tensor:
     return torch._grouped_mm(a, b, offs=ends_E)
 
 
+class _NoRows(torch.autograd.Function):
+    """No token has chosen any expert here: gradients are zeros, not missing, as all ranks reduce the same."""
+
+    @staticmethod
+    def forward(ctx, x_RD, weights_RK, w13_E2FD, w2_EDF):
+        ctx.save_for_backward(x_RD, weights_RK, w13_E2FD, w2_EDF)
+        return x_RD.new_zeros(x_RD.shape)
+
+    @staticmethod
+    def backward(ctx, grad_RD):
+        return tuple(torch.zeros_like(tensor) for tensor in ctx.saved_tensors)
+
+
 class _RoutedExperts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_RD, weights_RK, w13_E2FD, w2_EDF, pairs: RowMap, place_RK, ends_E):
@@ -30,7 +43,7 @@ class _RoutedExperts(torch.autograd.Function):
         hidden_PF = swiglu.forward(*gate_up_P2F.chunk(2, dim=1), weight_P)
         y_PD = _product(hidden_PF, w2_EDF.transpose(1, 2), ends_E)
         ctx.save_for_backward(x_PD, weights_RK, w13_E2FD, w2_EDF, place_RK, ends_E, gate_up_P2F, weight_P)
-        return add_rows(y_PD, None, place_RK)
+        return add_rows(y_PD, place_RK)
 
     @staticmethod
     def backward(ctx, grad_RD):
@@ -45,7 +58,7 @@ class _RoutedExperts(torch.autograd.Function):
         grad_w2 = _product(grad_y_PD.t(), hidden_PF, ends_E)
         del grad_y_PD, hidden_PF
         grad_w13 = _product(grad_gate_up.t(), x_PD, ends_E)
-        grad_x = add_rows(_product(grad_gate_up, w13_E2FD, ends_E), None, place_RK)
+        grad_x = add_rows(_product(grad_gate_up, w13_E2FD, ends_E), place_RK)
         # Rows beyond the last expert's are dropped pairs: whatever stands there counts for nothing.
         grad_weights = torch.zeros_like(weights_RK).flatten().index_copy_(0, pairs.slot_P, grad_weight_P)
         return (
@@ -66,6 +79,8 @@ def routed_experts(
     w13_E2FD: Tensor,
     w2_EDF: Tensor,
 ) -> Tensor:
+    if n_pairs == 0:
+        return _NoRows.apply(x_RD, weights_RK, w13_E2FD, w2_EDF)
     key_RK = expert_ids_RK.to(torch.int16)
     pairs, place_RK, ends_E = sort_slots(key_RK.where(key_RK >= 0, len(counts_E)), len(counts_E), n_pairs)
     return _RoutedExperts.apply(

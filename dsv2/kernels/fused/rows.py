@@ -24,9 +24,7 @@ def _copy(x, slot_P, out, J: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr)
 
 
 @triton.jit
-def _sum(
-    y, weight, place_TJ, out, HAS_WEIGHT: tl.constexpr, J: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr
-):
+def _sum(y, place_TJ, out, J: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     for start in tl.static_range(0, D, BLOCK):
         d = start + tl.arange(0, BLOCK)
@@ -34,29 +32,8 @@ def _sum(
         for j in tl.static_range(J):
             row = tl.load(place_TJ + token * J + j).to(tl.int64)
             width = tl.where(row >= 0, D, 0)  # a slot without a row reads nothing
-            value = tl.load(y + row * D + d, mask=d < width, other=0.0).to(tl.float32)
-            if HAS_WEIGHT:
-                value *= tl.load(weight + token * J + j)
-            total += value
+            total += tl.load(y + row * D + d, mask=d < width, other=0.0).to(tl.float32)
         tl.store(out + token * D + d, total.to(out.dtype.element_ty), mask=d < D)
-
-
-@triton.jit
-def _sum_backward(
-    grad_out, y, weight, slot_P, grad_y, grad_weight, J: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr
-):
-    row = tl.program_id(0).to(tl.int64)
-    slot = tl.load(slot_P + row)
-    token = slot // J
-    factor = tl.load(weight + slot)
-    dot = 0.0
-    for start in tl.static_range(0, D, BLOCK):
-        d = start + tl.arange(0, BLOCK)
-        g = tl.load(grad_out + token * D + d, mask=d < D, other=0.0).to(tl.float32)
-        value = tl.load(y + row * D + d, mask=d < D, other=0.0).to(tl.float32)
-        dot += tl.sum(g * value, 0)
-        tl.store(grad_y + row * D + d, (g * factor).to(grad_y.dtype.element_ty), mask=d < D)
-    tl.store(grad_weight + slot, dot)
 
 
 @triton.jit
@@ -96,15 +73,16 @@ def sort_slots(key_TJ: Tensor, n_keys: int, n_rows: int) -> tuple[RowMap, Tensor
     """
     slots = key_TJ.numel()
     blocks, keys = triton.cdiv(slots, SORTED), triton.next_power_of_2(n_keys + 2)  # one is for padding
-    count_KB = torch.empty(keys, blocks, dtype=torch.int32, device=key_TJ.device)
     slot_P = torch.empty(n_rows, dtype=torch.int64, device=key_TJ.device)
     place_TJ = torch.empty(key_TJ.shape, dtype=torch.int32, device=key_TJ.device)
-    if slots:
-        _histogram[(blocks,)](key_TJ, count_KB, slots, keys, SORTED)
+    if not slots:
+        ends = torch.zeros(n_keys, dtype=torch.int32, device=key_TJ.device)
+        return RowMap(slot_P, key_TJ.shape[1]), place_TJ, ends
+    count_KB = torch.empty(keys, blocks, dtype=torch.int32, device=key_TJ.device)
+    _histogram[(blocks,)](key_TJ, count_KB, slots, keys, SORTED)
     end_KB = count_KB.view(-1).cumsum(0, dtype=torch.int32).view(keys, blocks)
-    if slots:
-        tensors = (key_TJ, count_KB, end_KB, slot_P, place_TJ)
-        _place[(blocks,)](*tensors, slots, n_rows, n_keys, SORTED, STEP)
+    tensors = (key_TJ, count_KB, end_KB, slot_P, place_TJ)
+    _place[(blocks,)](*tensors, slots, n_rows, n_keys, SORTED, STEP)
     return RowMap(slot_P, key_TJ.shape[1]), place_TJ, end_KB[:n_keys, -1].contiguous()
 
 
@@ -124,13 +102,11 @@ def copy_rows(x_TD: Tensor, rows: RowMap) -> Tensor:
     return out
 
 
-def add_rows(y_PD: Tensor, weights_TJ: Tensor | None, place_TJ: Tensor) -> Tensor:
-    """[T, D]: each token's rows, weighted and added up; no gradient."""
+def add_rows(y_PD: Tensor, place_TJ: Tensor) -> Tensor:
+    """[T, D]: each token's rows added up; no gradient."""
     out = y_PD.new_empty(len(place_TJ), y_PD.shape[1])
     if out.numel():
-        weight = y_PD if weights_TJ is None else weights_TJ
-        has_weight = weights_TJ is not None
-        _sum[(len(out),)](y_PD, weight, place_TJ, out, has_weight, place_TJ.shape[1], out.shape[1], BLOCK)
+        _sum[(len(out),)](y_PD, place_TJ, out, place_TJ.shape[1], out.shape[1], BLOCK)
     return out
 
 
@@ -142,35 +118,23 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_PD: Tensor):
-        return add_rows(grad_PD.contiguous(), None, places(ctx.rows, ctx.n_tokens)), None
+        return add_rows(grad_PD.contiguous(), places(ctx.rows, ctx.n_tokens)), None
 
 
 class _Sum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, y_PD: Tensor, weights_TJ: Tensor | None, rows: RowMap, n_tokens: int) -> Tensor:
+    def forward(ctx, y_PD: Tensor, rows: RowMap, n_tokens: int) -> Tensor:
         ctx.rows = rows
-        if weights_TJ is not None:
-            ctx.save_for_backward(y_PD, weights_TJ)
-        return add_rows(y_PD.contiguous(), weights_TJ, places(rows, n_tokens))
+        return add_rows(y_PD.contiguous(), places(rows, n_tokens))
 
     @staticmethod
     def backward(ctx, grad_TD: Tensor):
-        grad_TD = grad_TD.contiguous()
-        if not ctx.saved_tensors:
-            return copy_rows(grad_TD, ctx.rows), None, None, None
-        y_PD, weights_TJ = ctx.saved_tensors
-        grad_PD, grad_weights = torch.empty_like(y_PD), torch.zeros_like(weights_TJ)
-        if len(y_PD):
-            width, slots = y_PD.shape[1], ctx.rows.n_slots
-            arguments = (grad_TD, y_PD, weights_TJ, ctx.rows.slot_P, grad_PD, grad_weights)
-            _sum_backward[(len(y_PD),)](*arguments, slots, width, BLOCK)
-        return grad_PD, grad_weights, None, None
+        return copy_rows(grad_TD.contiguous(), ctx.rows), None, None
 
 
 def gather_rows(x_TD: Tensor, rows: RowMap) -> Tensor:
     return _Gather.apply(x_TD, rows)
 
 
-def sum_rows(y_PD: Tensor, weights_TJ: Tensor | None, rows: RowMap, n_tokens: int) -> Tensor:
-    weights = None if weights_TJ is None else weights_TJ.float().contiguous()
-    return _Sum.apply(y_PD, weights, rows, n_tokens)
+def sum_rows(y_PD: Tensor, rows: RowMap, n_tokens: int) -> Tensor:
+    return _Sum.apply(y_PD, rows, n_tokens)
