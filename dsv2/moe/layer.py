@@ -53,10 +53,8 @@ class MoELayer(nn.Module):
         """Eq. 20 of x, on top of the residual if given. Tokens are dropped in training only (2.2.4)."""
         assert len(sequence_ids_B) == len(x_BSD), "one id a sequence"
         config, balance, group = self.config, self.config.balance, self.execution.ep_group
-        kernels, limits = (
-            self.execution.kernels,
-            (config.num_experts_per_tok, config.n_group, config.topk_group),
-        )
+        kernels = self.execution.kernels
+        limits = (config.num_experts_per_tok, config.n_group, config.topk_group)
         (n_sequences, n_tokens), x_TD = x_BSD.shape[:2], x_BSD.flatten(0, 1)
         routing = kernels.route(x_TD, self.gate.weight, *limits)
         sums = kernels.sequence_sums(routing, n_sequences, config.n_group)
