@@ -194,6 +194,12 @@ ONE_RUN = (
 )
 
 
+def options_of(group: str) -> list[str]:
+    """What `group=` may be, folders within it too; not what these share, `common.yaml`."""
+    files = sorted((CONF / group).rglob("*.yaml"))
+    return [f.relative_to(CONF / group).with_suffix("").as_posix() for f in files if f.stem != "common"]
+
+
 def explain(error: Exception, overrides: list[str]) -> UserError:
     """One message, naming the field, for what Hydra and OmegaConf raise while composing.
 
@@ -202,12 +208,11 @@ def explain(error: Exception, overrides: list[str]) -> UserError:
         overrides: the command line's arguments, to quote the one at fault.
     """
     if isinstance(error, MissingConfigException) and error.options is not None:
-        group, _, option = (error.missing_cfg_file or "").rpartition("/")
-        near = difflib.get_close_matches(option, error.options, n=1)
+        group, _, option = (error.missing_cfg_file or "").partition("/")
+        options = options_of(group)
+        near = difflib.get_close_matches(option, options, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
-        return UserError(
-            f"{group}={option}: there is no such option; {hint}one of {', '.join(error.options)}"
-        )
+        return UserError(f"{group}={option}: there is no such option; {hint}one of {', '.join(options)}")
     text = f"{error}\n{error.__cause__ or ''}"
     if "--multirun" in text:
         return UserError(f"{next((o for o in overrides if ',' in o), 'overrides')}: {ONE_RUN}")

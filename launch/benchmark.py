@@ -168,7 +168,7 @@ def compare(sizes: dict[str, int | None], arguments: argparse.Namespace) -> tupl
 
 
 def one_line(row: dict[str, Any]) -> str:
-    shown = {k: v for k, v in row.items() if not isinstance(v, list | dict)}
+    shown = {k: "-" if v is None else v for k, v in row.items() if not isinstance(v, list | dict)}
     return "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items())
 
 

@@ -45,6 +45,9 @@ MISTAKES = {
     "+model=small": ["+model=small: must name a file of conf/model, without .yaml"],
     "optim.lr=1e-3,2e-3": ["optim.lr=1e-3,2e-3: a job trains one model; start one for each value"],
     "experiment": ["experiment: must be written as name=value, such as experiment=quickstart"],
+    "experiment=study/balanc": [
+        "experiment=study/balanc: there is no such option; did you mean study/balance?"
+    ],
     "experiment=nope": ["experiment=nope: there is no such option", "quickstart"],
     "rope_scaling=yan": ["rope_scaling=yan: there is no such option; did you mean yarn?", "none, yarn"],
     "rope_scaling=null": ["rope_scaling=null: must name a file of conf/rope_scaling"],
