@@ -48,8 +48,8 @@ def refusal(*words: str) -> str:
         ),
         (
             ["gpus=8", "experiment=nope"],
-            "experiment=nope: there is no such option; one of lite, long_context, quickstart, study/attention, "
-            "study/balance, study/granularity, v2",
+            "experiment=nope: there is no such option; one of lite, long_context, quickstart, "
+            "study/attention, study/balance, study/granularity, v2",
         ),
         (["gpus=8", "zero=4", "experiment=lite"], "parallel.zero_stage=4: must be 0, 1, 2 or 3"),
         (
