@@ -15,6 +15,7 @@ from dsv2.kernels.router import Routing
 from dsv2.model.flops import flops_per_token, peak_flops
 from dsv2.moe.layer import MoELayer
 from dsv2.parallel.mesh import Mesh
+from launch.peers import Work
 
 Step = Callable[[list[Tensor]], float]  # trains on a step's micro-batches and returns its loss
 
@@ -46,6 +47,31 @@ def stream_tokens(config: Config, mesh: Mesh) -> Iterator[list[Tensor]]:
     while True:
         batches = share_of_step(stream, config.optim.batch_size, config.parallel.micro_batch_size, mesh)
         yield [torch.cat((batch.input_ids, batch.labels[:, -1:]), dim=1) for batch in batches]
+
+
+def torch_step(model: nn.Module, work: Work, loss_of: Callable[[Tensor, Tensor], Tensor]) -> Step:
+    """A peer's step by hand: the loss of ids and labels, clipping, torch's AdamW on the weights."""
+    optim = work.optim
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=optim.lr,
+        betas=(optim.beta1, optim.beta2),
+        eps=optim.eps,
+        weight_decay=optim.weight_decay,
+        fused=True,
+    )
+
+    def step(micro_batches: list[Tensor]) -> float:
+        (tokens,) = micro_batches
+        tokens = tokens.to(work.device)
+        loss = loss_of(tokens[:, :-1], tokens[:, 1:].contiguous())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), optim.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    return step
 
 
 def balance_routing(model: nn.Module) -> None:

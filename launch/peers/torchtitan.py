@@ -4,7 +4,7 @@ import importlib
 from typing import Any
 
 from launch.peers import Work
-from launch.timing import Step
+from launch.timing import Step, torch_step
 
 REQUIRES = {
     "torchtitan": "==0.3.0",
@@ -104,31 +104,10 @@ def build_model(work: Work) -> Any:
 
 def build(work: Work) -> Step:
     import torch
-    from torch import Tensor
 
     components: Any = importlib.import_module("torchtitan.components.loss")
-    model, optim = build_model(work), work.optim
+    model = build_model(work)
     loss_of = components.cross_entropy_loss
     if work.device.type == "cuda":
         loss_of = torch.compile(loss_of)
-    optimizer = torch.optim.AdamW(
-        model.parameters(),
-        lr=optim.lr,
-        betas=(optim.beta1, optim.beta2),
-        eps=optim.eps,
-        weight_decay=optim.weight_decay,
-        fused=True,
-    )
-
-    def step(micro_batches: list[Tensor]) -> float:
-        (tokens,) = micro_batches
-        tokens = tokens.to(work.device)
-        labels = tokens[:, 1:].contiguous()
-        loss = loss_of(model(tokens[:, :-1]), labels) / labels.numel()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), optim.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.item()
-
-    return step
+    return torch_step(model, work, lambda ids, labels: loss_of(model(ids), labels) / labels.numel())

@@ -5,7 +5,7 @@ from typing import Any
 from dsv2.config import ModelConfig
 from dsv2.hf.config import published_config
 from launch.peers import Work
-from launch.timing import Step
+from launch.timing import Step, torch_step
 
 REQUIRES = {"transformers": ">=5.0"}
 ABOUT = "grouped_mm experts, SDPA attention, fp32 logits; torch's AdamW on the weights themselves"
@@ -33,29 +33,7 @@ def settings(model: ModelConfig) -> dict[str, Any]:
 
 
 def build(work: Work) -> Step:
-    import torch
-    from torch import Tensor
-
     model = build_model(work)
-    optim = work.optim
-    optimizer = torch.optim.AdamW(
-        model.parameters(),
-        lr=optim.lr,
-        betas=(optim.beta1, optim.beta2),
-        eps=optim.eps,
-        weight_decay=optim.weight_decay,
-        fused=True,
+    return torch_step(
+        model, work, lambda ids, labels: model(input_ids=ids, labels=labels, shift_labels=labels).loss
     )
-
-    def step(micro_batches: list[Tensor]) -> float:
-        (tokens,) = micro_batches
-        tokens = tokens.to(work.device)
-        labels = tokens[:, 1:].contiguous()
-        loss = model(input_ids=tokens[:, :-1], labels=labels, shift_labels=labels).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), optim.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.item()
-
-    return step
