@@ -70,14 +70,14 @@ def pick_device(config: ParallelConfig, processes: int) -> torch.device:
 
 def init_process_group(device: torch.device, rank: int, world_size: int) -> None:
     """NCCL on GPUs, gloo on CPU. A single process needs neither torchrun nor a socket."""
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    if device.type == "cuda":
+    backend, bound = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+    if bound:
         torch.cuda.set_device(device)
     if world_size == 1 and "MASTER_ADDR" not in os.environ:
-        dist.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+        store = torch.distributed.HashStore()
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, device_id=bound)
         os.environ["LOCAL_RANK"] = "0"  # DeepSpeed insists on it
     else:
-        bound = device if device.type == "cuda" else None
         dist.init_process_group(backend, timeout=timedelta(minutes=30), device_id=bound)
     assert (dist.get_rank(), dist.get_world_size()) == (rank, world_size)
 

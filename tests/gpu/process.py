@@ -1,9 +1,22 @@
-"""Functions in processes of their own: a process group lives once a process."""
+"""Functions in processes of their own, as a process group lives once a process; sizes of a small model."""
 
 import multiprocessing
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
+
+SIZES = {
+    "vocab_size": 512,
+    "hidden_size": 128,
+    "q_lora_rank": 64,
+    "kv_lora_rank": 64,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 32,
+    "num_attention_heads": 4,
+    "intermediate_size": 256,
+    "moe_intermediate_size": 64,
+}  # multiples of what the fused kernels want, for `tiny_config`
 
 
 def alone(function: Callable[..., Any], *arguments: Any) -> Any:

@@ -11,23 +11,11 @@ from dsv2.kernels.library import fused_kernels
 from dsv2.model.init import init_weights
 from dsv2.model.transformer import DeepseekV2
 from dsv2.moe.execution import Execution
-from tests.gpu.process import alone
+from tests.gpu.process import SIZES, alone
 from tests.unit.helpers import tiny_config
 
 pytestmark = pytest.mark.gpu
 STEPS, SEQUENCES, LENGTH = 50, 8, 96
-SIZES = {
-    "vocab_size": 512,
-    "hidden_size": 128,
-    "q_lora_rank": 64,
-    "kv_lora_rank": 64,
-    "qk_nope_head_dim": 32,
-    "qk_rope_head_dim": 16,
-    "v_head_dim": 32,
-    "num_attention_heads": 4,
-    "intermediate_size": 256,
-    "moe_intermediate_size": 64,
-}
 
 
 def loss_curve(kernels: Kernels, precision: Precision) -> list[float]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dsv2.config import Kernels, OptimConfig, ParallelConfig, Precision
-from tests.gpu.process import alone, together
+from tests.gpu.process import SIZES, alone, together
 from tests.unit.helpers import tiny_config
 
 pytestmark = [
@@ -15,17 +15,6 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
 ]
 STEPS, SEQUENCES, LENGTH = 5, 8, 64
-SIZES = {
-    "vocab_size": 256,
-    "hidden_size": 64,
-    "q_lora_rank": 32,
-    "kv_lora_rank": 32,
-    "qk_nope_head_dim": 32,
-    "qk_rope_head_dim": 16,
-    "v_head_dim": 32,
-    "intermediate_size": 128,
-    "moe_intermediate_size": 32,
-}
 
 
 def steps(
@@ -47,7 +36,7 @@ def steps(
     engine = Engine(build_model(config, parallel, 0, mesh), OptimConfig(lr=1e-3), parallel, mesh)
     generator, found = torch.Generator().manual_seed(0), []
     for step in range(STEPS):
-        ids = torch.randint(256, (SEQUENCES, LENGTH + 1), generator=generator)
+        ids = torch.randint(512, (SEQUENCES, LENGTH + 1), generator=generator)
         mine = slice(rank * own, (rank + 1) * own)
         numbers = torch.arange(SEQUENCES) + step * SEQUENCES
         result = engine.train_step([Batch(ids[mine, :-1], ids[mine, 1:], numbers[mine])], lr=1e-3)

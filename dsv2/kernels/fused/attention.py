@@ -4,6 +4,9 @@ Shapes: B batch, S sequence, T = B * S, H heads, N and R widths without and with
 Q = N + R, V width of a value, X = N + V.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -147,31 +150,34 @@ class _Assemble(torch.autograd.Function):
         return out_q, out_kv, out_rope, None, None
 
 
-def _values(q_BSHQ: Tensor, kv_BSHX: Tensor, k_rope_BSR: Tensor) -> Tensor:
-    """Of sequences of one token, which look at nothing but themselves; cuDNN refuses them."""
-    return kv_BSHX[..., q_BSHQ.shape[-1] - k_rope_BSR.shape[-1] :]
-
-
-def latent_attention(
-    q_BSHQ: Tensor, kv_BSHX: Tensor, k_rope_BSR: Tensor, cos_SP: Tensor, sin_SP: Tensor, scale: float
-) -> Tensor:
-    if q_BSHQ.shape[1] == 1:
-        return _values(q_BSHQ, kv_BSHX, k_rope_BSR)
-    q, k, v = _Assemble.apply(q_BSHQ, kv_BSHX, k_rope_BSR, cos_SP, sin_SP)
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+def _cudnn(q_BSHQ: Tensor, k_BSHQ: Tensor, v_BSHV: Tensor, scale: float) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q_BSHQ, k_BSHQ, v_BSHV))
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
         out_BHSV = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
     return out_BHSV.transpose(1, 2)
 
 
-def latent_attention_flash4(
-    q_BSHQ: Tensor, kv_BSHX: Tensor, k_rope_BSR: Tensor, cos_SP: Tensor, sin_SP: Tensor, scale: float
-) -> Tensor:
-    """The same by FlashAttention-4, which torch's own entry would give values padded to the keys' width."""
-    if q_BSHQ.shape[1] == 1:
-        return _values(q_BSHQ, kv_BSHX, k_rope_BSR)
+def _flash4(q_BSHQ: Tensor, k_BSHQ: Tensor, v_BSHV: Tensor, scale: float) -> Tensor:
+    """By its own function: torch's entry to it wants values padded to the keys' width."""
     from flash_attn.cute import flash_attn_func
 
-    q, k, v = _Assemble.apply(q_BSHQ, kv_BSHX, k_rope_BSR, cos_SP, sin_SP)
-    out_BSHV, _ = flash_attn_func(q, k, v, softmax_scale=scale, causal=True)
+    out_BSHV, _ = flash_attn_func(q_BSHQ, k_BSHQ, v_BSHV, softmax_scale=scale, causal=True)
     return out_BSHV
+
+
+def _latent_attention(
+    attend: Callable[[Tensor, Tensor, Tensor, float], Tensor],
+    q_BSHQ: Tensor,
+    kv_BSHX: Tensor,
+    k_rope_BSR: Tensor,
+    cos_SP: Tensor,
+    sin_SP: Tensor,
+    scale: float,
+) -> Tensor:
+    if q_BSHQ.shape[1] == 1:  # a token that looks at nothing but itself; cuDNN refuses it
+        return kv_BSHX[..., q_BSHQ.shape[-1] - k_rope_BSR.shape[-1] :]
+    return attend(*_Assemble.apply(q_BSHQ, kv_BSHX, k_rope_BSR, cos_SP, sin_SP), scale)
+
+
+latent_attention = partial(_latent_attention, _cudnn)
+latent_attention_flash4 = partial(_latent_attention, _flash4)
