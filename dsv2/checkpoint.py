@@ -313,8 +313,7 @@ class CheckpointStore:
             raise UserError(
                 f"checkpoint {path}: cannot be read ({_root_cause(error)}); use an older one"
             ) from error
-        for state in engine.optimizer.state.values():
-            state["step"] = torch.tensor(content["adam_step"])  # one tensor each: they count up in place
+        engine.set_optimizer_steps(content["adam_step"])
         engine.refresh_weights()
         rng = torch.load(path / "rng.pt", weights_only=True)  # the host's: nothing draws on a GPU after init
         if len(rng) == engine.mesh.world_size:

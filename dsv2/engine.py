@@ -24,7 +24,7 @@ from dsv2.model.transformer import DeepseekV2, ModelOutput
 from dsv2.moe.balance import BalanceLosses
 from dsv2.moe.execution import Execution
 from dsv2.moe.stats import RoutingStats
-from dsv2.parallel.deepspeed_bf16 import expect, take_over
+from dsv2.parallel.deepspeed_bf16 import ZeRO1BF16, expect, take_over
 from dsv2.parallel.deepspeed_moe import (
     Fragment,
     adopt,
@@ -146,6 +146,12 @@ class Engine:
     def refresh_weights(self) -> None:
         """Bring the model up to date after the fp32 weights were written to."""
         refresh_model_weights(self.deepspeed)
+
+    def set_optimizer_steps(self, count: float) -> None:
+        """Adam's count of its steps: torch's fused one keeps it beside the weights, ours on the host."""
+        ours = isinstance(self.deepspeed.optimizer, ZeRO1BF16)
+        for owner, state in self.optimizer.state.items():  # one tensor each: they count up in place
+            state["step"] = torch.tensor(count, device="cpu" if ours else owner.device)
 
     def train_step(self, micro_batches: Sequence[Batch], lr: float) -> StepResult:
         """One optimizer step over this rank's micro-batches."""

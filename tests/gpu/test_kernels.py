@@ -76,13 +76,14 @@ def test_routed_experts(fused, rows, top_k, experts, hidden, width, kind):
         normal(experts, 2 * width, hidden, seed=2, scale=0.05),
         normal(experts, hidden, width, seed=3, scale=0.05),
     )
-    weights = torch.rand(rows, top_k, device=DEVICE)
+    weights = torch.rand(rows, top_k, device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(4))
 
     def apply(kernels: KernelSet, n_pairs: int) -> Callable[..., Tensor]:
         return lambda x, w, a, b: kernels.routed_experts(x, ids, w, counts, n_pairs, a, b)
 
     for n_pairs in {ids.numel(), int(counts.sum())}:
-        check(apply(REFERENCE, n_pairs), apply(fused, n_pairs), [normal(rows, hidden), weights, w13, w2])
+        tensors = [normal(rows, hidden), weights, w13, w2]
+        check(apply(REFERENCE, n_pairs), apply(fused, n_pairs), tensors, bound=1e-2)
 
 
 def test_experts_without_a_row(fused):
