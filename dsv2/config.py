@@ -38,7 +38,7 @@ class WandbMode(enum.Enum):
 class Kernels(enum.Enum):
     reference = "reference"  # plain torch, on anything
     fused = "fused"  # Triton, grouped products and cuDNN attention: NVIDIA GPUs, bf16
-    fused_fa4 = "fused_fa4"  # the same with FlashAttention-4: Hopper or newer, pip install --pre flash-attn-4
+    fused_cute = "fused_cute"  # the same with FlashAttention-4 and quack's products, written in CuTe: Hopper
 
 
 class Device(enum.Enum):

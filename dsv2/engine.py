@@ -85,7 +85,7 @@ def build_model(
     """This rank's share of the model on its device, in its precision: fresh, or with the weights given."""
     kernels = REFERENCE
     if parallel.kernels is not Kernels.reference:
-        kernels = fused_kernels(flash4=parallel.kernels is Kernels.fused_fa4)
+        kernels = fused_kernels(cute=parallel.kernels is Kernels.fused_cute)
     with torch.device("meta"):  # so that memory is taken once, and in the precision it is used in
         execution = Execution(mesh.ep_group, parallel.activation_checkpointing, kernels, mesh.clock)
         model = DeepseekV2(config, execution)

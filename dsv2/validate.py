@@ -230,10 +230,10 @@ def _validate_kernels(model: ModelConfig, parallel: ParallelConfig) -> None:
     name = parallel.kernels.value
     if parallel.precision is not Precision.bf16:
         _refuse("parallel.kernels", name, "needs parallel.precision=bf16; or use reference")
-    if parallel.kernels is Kernels.fused_fa4 and not (
-        find_spec("flash_attn") and find_spec("flash_attn.cute")
+    if parallel.kernels is Kernels.fused_cute and not (
+        find_spec("quack") and find_spec("flash_attn") and find_spec("flash_attn.cute")
     ):
-        right = "needs FlashAttention-4: pip install --pre flash-attn-4; or use fused"
+        right = "needs FlashAttention-4 and quack: pip install --pre flash-attn-4 quack-kernels; or use fused"
         _refuse("parallel.kernels", name, right)
     rope = model.qk_rope_head_dim
     if model.attention is AttentionKind.mla and rope & (rope - 1):

@@ -36,16 +36,23 @@ class KernelSet:
     sum_of_squares: Callable[[list[Tensor]], Tensor]
 
 
-def fused_kernels(flash4: bool = False) -> KernelSet:
-    """The same for an NVIDIA GPU, bf16 only; attention by FlashAttention-4, or by cuDNN. Needs Triton."""
+def fused_kernels(cute: bool = False) -> KernelSet:
+    """The same for an NVIDIA GPU, bf16 only. Needs Triton.
+
+    Args:
+        cute: attention by FlashAttention-4 and not by cuDNN, experts by quack's products and not by torch's.
+    """
     from dsv2.kernels.fused import adamw, attention, experts, head, linear, norm, router, rows, swiglu
+
+    if cute:
+        from dsv2.kernels.fused import experts_cute as experts
 
     return KernelSet(
         rms_norm=norm.rms_norm,
         add_rms_norm=norm.add_rms_norm,
         add_up=norm.add_up,
         linears=linear.linears,
-        latent_attention=attention.latent_attention_flash4 if flash4 else attention.latent_attention,
+        latent_attention=attention.latent_attention_flash4 if cute else attention.latent_attention,
         swiglu=swiglu.swiglu,
         route=router.route,
         sequence_sums=router.sequence_sums,

@@ -1,6 +1,7 @@
 """torchtitan's DeepSeek model as a library on one GPU: its modules, overrides and compilation, no trainer."""
 
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 from launch.peers import Work
@@ -8,7 +9,7 @@ from launch.timing import Step, torch_step
 
 REQUIRES = {
     "torchtitan": "==0.3.0",
-    "torch": ">=2.13",  # it imports names that 2.11 has not
+    "torch": ">=2.11",
     "spmd_types": "==0.2.3",
     "tyro": ">=1.0",
     "docstring-parser": ">=0.16",
@@ -25,8 +26,45 @@ OVERRIDES = [
 ]
 
 
+def fill_in_torch() -> None:
+    """Before torch 2.13: the names from there that its modules are made with, so that they can be imported.
+
+    One is an annotation in code for many processes. The other marks an operator that returns the argument
+    it writes to, which older versions refuse; what it returns is never used, so it returns nothing.
+    """
+    import torch
+    import torch.distributed.fsdp as fsdp
+
+    if hasattr(torch.Tag, "inplace"):
+        return
+    given, inplace = torch.library.custom_op, object()
+
+    def custom_op(name: str, *args: Any, tags: Any = None, **options: Any) -> Any:
+        if tags is not inplace:
+            return given(name, *args, **options | ({} if tags is None else {"tags": tags}))
+        assert name == "torchtitan::fused_mla_q_rope_", name
+        schema = "(Tensor(a!) q, Tensor cache, Tensor positions, SymInt nope, bool inverse) -> ()"
+        return lambda function: given(name, schema=schema, **options)(_without_result(function))
+
+    names: list[tuple[Any, str, Any]] = [
+        (fsdp, "DataParallelMeshDims", object),
+        (torch.Tag, "inplace", inplace),
+        (torch.library, "custom_op", custom_op),
+    ]
+    for owner, name, value in names:
+        setattr(owner, name, value)
+
+
+def _without_result(function: Callable[..., Any]) -> Callable[..., None]:
+    def run(*arguments: Any) -> None:
+        function(*arguments)
+
+    return run
+
+
 def model_config(work: Work) -> Any:
     """Its configuration with our sizes."""
+    fill_in_torch()
     titan: Any = importlib.import_module("torchtitan.models.deepseek_v3")
     common: Any = importlib.import_module("torchtitan.models.common")
     attention: Any = importlib.import_module("torchtitan.models.common.attention")

@@ -11,11 +11,21 @@ from dsv2.kernels.library import REFERENCE, KernelSet, fused_kernels
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
+# Of the operations that have a version in CuTe, each. Its libraries warn of what they do themselves.
+CUTE = pytest.param(True, marks=pytest.mark.filterwarnings("ignore"), id="cute")
+BOTH = pytest.mark.parametrize("cute", [pytest.param(False, id="fused"), CUTE])
+
+
+def kernel_set(cute: bool) -> KernelSet:
+    if cute:
+        pytest.importorskip("flash_attn.cute")
+        pytest.importorskip("quack")
+    return fused_kernels(cute)
 
 
 @pytest.fixture(scope="module")
 def fused() -> KernelSet:
-    return fused_kernels()
+    return kernel_set(cute=False)
 
 
 def normal(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
@@ -64,12 +74,14 @@ def choices(rows: int, top_k: int, experts: int, kind: str) -> Tensor:
     return ids
 
 
+@BOTH
 @pytest.mark.parametrize("kind", ["even", "skewed", "empty", "absent"])
 @pytest.mark.parametrize(
     ("rows", "top_k", "experts", "hidden", "width"),
     [(1, 2, 4, 64, 32), (37, 3, 8, 256, 96), (1000, 6, 64, 2048, 1408)],
 )
-def test_routed_experts(fused, rows, top_k, experts, hidden, width, kind):
+def test_routed_experts(cute, rows, top_k, experts, hidden, width, kind):
+    fused = kernel_set(cute)
     ids = choices(rows, top_k, experts, kind)
     counts = torch.stack([(ids == e).sum() for e in range(experts)])
     w13, w2 = (
@@ -260,13 +272,11 @@ def test_head_loss(fused, monkeypatch, tokens, hidden, vocab, chunk):
     ("batch", "length", "heads", "nope", "rope", "v_dim"),
     [(2, 64, 4, 32, 16, 32), (1, 257, 3, 128, 64, 128), (2, 1000, 16, 128, 64, 128)],
 )
-@pytest.mark.parametrize("flash4", [False, True])
-def test_latent_attention(fused, flash4, batch, length, heads, nope, rope, v_dim):
-    if flash4:
-        pytest.importorskip("flash_attn.cute")
-        fused = fused_kernels(flash4=True)
+@BOTH
+def test_latent_attention(cute, batch, length, heads, nope, rope, v_dim):
     from dsv2.model.rope import rope_tables
 
+    fused = kernel_set(cute)
     cos, sin = rope_tables(torch.arange(length, device=DEVICE), rope, 10000.0)
     scale = (nope + rope) ** -0.5
     q = normal(batch, length, heads, nope + rope)

@@ -71,7 +71,7 @@ def test_bad_input_is_one_line_and_exit_code_2(capsys, monkeypatch, arguments, s
         ("deepspeed_autoep", {"deepspeed": "0.20.0"}, "deepspeed is 0.20.0, must be ==0.19.8; pip install"),
         ("deepspeed_autoep", {"deepspeed": "0.19.8"}, "transformers is not installed"),
         ("torchtitan", {}, "torchtitan is not installed; pip install torchtitan==0.3.0"),
-        ("torchtitan", {"torchtitan": "0.3.0", "torch": "2.11.0"}, "torch is 2.11.0, must be >=2.13; pip"),
+        ("torchtitan", {"torchtitan": "0.3.0", "torch": "2.10.0"}, "torch is 2.10.0, must be >=2.11; pip"),
         ("torchtitan", {"torchtitan": "0.3.0", "torch": "2.13.0"}, "spmd_types is not installed; pip"),
     ],
 )

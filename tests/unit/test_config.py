@@ -268,9 +268,9 @@ def test_a_moment_that_never_moves(name):
             "reference",
         ),
         (
-            [("parallel.kernels", Kernels.fused_fa4), ("parallel.precision", Precision.bf16)],
-            "parallel.kernels=fused_fa4: needs FlashAttention-4: pip install --pre flash-attn-4; "
-            "or use fused",
+            [("parallel.kernels", Kernels.fused_cute), ("parallel.precision", Precision.bf16)],
+            "parallel.kernels=fused_cute: needs FlashAttention-4 and quack: pip install --pre flash-attn-4 "
+            "quack-kernels; or use fused",
         ),
         (
             [("optim.batch_size", 18)],

@@ -24,7 +24,16 @@ def _copy(x, slot_P, out, J: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr)
 
 
 @triton.jit
-def _sum(y, place_TJ, out, J: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
+def _sum(
+    y,
+    place_TJ,
+    weight_TJ,
+    out,
+    J: tl.constexpr,
+    D: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     token = tl.program_id(0).to(tl.int64)
     for start in tl.static_range(0, D, BLOCK):
         d = start + tl.arange(0, BLOCK)
@@ -32,7 +41,10 @@ def _sum(y, place_TJ, out, J: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr
         for j in tl.static_range(J):
             row = tl.load(place_TJ + token * J + j).to(tl.int64)
             width = tl.where(row >= 0, D, 0)  # a slot without a row reads nothing
-            total += tl.load(y + row * D + d, mask=d < width, other=0.0).to(tl.float32)
+            value = tl.load(y + row * D + d, mask=d < width, other=0.0).to(tl.float32)
+            if HAS_WEIGHT:
+                value *= tl.load(weight_TJ + token * J + j)
+            total += value
         tl.store(out + token * D + d, total.to(out.dtype.element_ty), mask=d < D)
 
 
@@ -93,20 +105,22 @@ def places(rows: RowMap, n_tokens: int) -> Tensor:
     return place.index_copy_(0, rows.slot_P, numbers).view(n_tokens, rows.n_slots)
 
 
-def copy_rows(x_TD: Tensor, rows: RowMap) -> Tensor:
-    """[P, D]; no gradient."""
-    out = x_TD.new_empty(len(rows.slot_P), x_TD.shape[1])
-    if out.numel():
-        width = x_TD.shape[1]
-        _copy[(len(out),)](x_TD.contiguous(), rows.slot_P, out, rows.n_slots, width, BLOCK)
+def copy_rows(x_TD: Tensor, rows: RowMap, length: int | None = None) -> Tensor:
+    """[P, D], or [length, D] with nothing written beyond P; no gradient."""
+    n_rows, width = len(rows.slot_P), x_TD.shape[1]
+    out = x_TD.new_empty(n_rows if length is None else length, width)
+    if n_rows and width:
+        _copy[(n_rows,)](x_TD.contiguous(), rows.slot_P, out, rows.n_slots, width, BLOCK)
     return out
 
 
-def add_rows(y_PD: Tensor, place_TJ: Tensor) -> Tensor:
-    """[T, D]: each token's rows added up; no gradient."""
+def add_rows(y_PD: Tensor, place_TJ: Tensor, weight_TJ: Tensor | None = None) -> Tensor:
+    """[T, D]: each token's rows, times their fp32 weights if given, added up; no gradient."""
     out = y_PD.new_empty(len(place_TJ), y_PD.shape[1])
     if out.numel():
-        _sum[(len(out),)](y_PD, place_TJ, out, place_TJ.shape[1], out.shape[1], BLOCK)
+        weight, weighted = (y_PD, False) if weight_TJ is None else (weight_TJ, True)
+        widths = (place_TJ.shape[1], out.shape[1])
+        _sum[(len(out),)](y_PD, place_TJ, weight, out, *widths, weighted, BLOCK)
     return out
 
 
