@@ -5,6 +5,7 @@ grows warm or slows down does so for all of them alike.
 """
 
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -40,8 +41,8 @@ def run_turn(arguments: list[str]) -> dict[str, Any]:
         if done.returncode == 0:
             return json.loads(out.read_text()) | {"printed": done.stdout}
     lines = [line for line in done.stderr.splitlines() if line.strip()]
-    # What an exception says comes last, but for what libraries print at exit.
-    said = [line for line in lines if "Error" in line.split(":")[0] or line.startswith("error:")]
+    # What an exception says comes last, but for its own further lines and what libraries print at exit.
+    said = [line for line in lines if re.match(r"(error|(\w+\.)*[A-Z]\w*): ", line)]
     return {"error": (said or lines or [f"exit code {done.returncode}"])[-1].strip()[:300]}
 
 

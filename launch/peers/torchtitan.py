@@ -123,6 +123,8 @@ def build_model(work: Work) -> Any:
     import torch
 
     config = model_config(work)
+    distributed: Any = importlib.import_module("torchtitan.distributed.utils")
+    distributed.set_spmd_backend("partial_dtensor")  # the one that asks for no mesh when there is none
     fused = work.device.type == "cuda"
     if fused:
         override: Any = importlib.import_module("torchtitan.config.override")
