@@ -1,5 +1,6 @@
 """The set of operations that a model is built with."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -45,6 +46,7 @@ def fused_kernels(cute: bool = False) -> KernelSet:
     from dsv2.kernels.fused import adamw, attention, experts, head, linear, norm, router, rows, swiglu
 
     if cute:
+        warnings.filterwarnings("ignore", "Argument aux_data", UserWarning)  # FlashAttention-4, of its own
         from dsv2.kernels.fused import experts_cute as experts
 
     return KernelSet(

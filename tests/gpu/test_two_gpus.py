@@ -33,7 +33,7 @@ def steps(
     parallel = ParallelConfig(ep, stage, own, precision, kernels=kernels)
     config = tiny_config(**SIZES)
     config.initializer_range, config.balance.token_dropping = 0.05, dropping
-    engine = Engine(build_model(config, parallel, 0, mesh), OptimConfig(lr=1e-3), parallel, mesh)
+    engine = Engine(build_model(config, parallel, 0, mesh), OptimConfig(lr=1e-3, eps=1e-4), parallel, mesh)
     generator, found = torch.Generator().manual_seed(0), []
     for step in range(STEPS):
         ids = torch.randint(512, (SEQUENCES, LENGTH + 1), generator=generator)
@@ -68,4 +68,7 @@ def test_fused_bf16(ep, dropping):
     one = alone(steps, 0, 1, free_port(), 1, 1, Kernels.fused, dropping)
     two = together(steps, 2, free_port(), ep, 1, Kernels.fused, dropping)
     assert two[0] == two[1]
-    torch.testing.assert_close(torch.tensor(two[0]), torch.tensor(one), rtol=1e-2, atol=1e-3)
+    # Roundings differ, and with them a few tokens' experts; gradient norms show it most.
+    got, want = torch.tensor(two[0]), torch.tensor(one)
+    torch.testing.assert_close(got, want, rtol=3e-2, atol=0)
+    torch.testing.assert_close(got[:, :2], want[:, :2], rtol=5e-3, atol=0)
