@@ -7,7 +7,6 @@ SIGTERM, SIGINT or stop_step after saving; 1 an error; 2 a mistake in the config
 3 the loss is no longer a number; 130 interrupted before training began.
 """
 
-import logging
 import os
 import sys
 import time
@@ -28,6 +27,7 @@ from dsv2.compose import (
     to_config,
 )
 from dsv2.config import Config
+from dsv2.console import without_warnings_logged
 from dsv2.errors import CheckpointError, Diverged, UserError
 from dsv2.rundir import claim
 from dsv2.validate import validate
@@ -38,18 +38,17 @@ def train(config: Config) -> None:
     rank, world_size = launched_ranks()
     validate(config, world_size)
     # Torch and DeepSpeed take seconds to import: they wait until the configuration makes sense.
-    logging.disable(logging.WARNING)  # or every rank is told that it has no GPU
-    from data.stream import build_stream
-    from dsv2.checkpoint import RunState
-    from dsv2.engine import Engine, build_model, share_of_step
-    from dsv2.evaluate import Evaluator
-    from dsv2.monitor import Monitor
-    from dsv2.optim import plan_steps
-    from dsv2.parallel.deepspeed_moe import start_mesh
-    from dsv2.parallel.mesh import end_process_group, pick_device
-    from dsv2.signals import StopSignals
+    with without_warnings_logged():
+        from data.stream import build_stream
+        from dsv2.checkpoint import RunState
+        from dsv2.engine import Engine, build_model, share_of_step
+        from dsv2.evaluate import Evaluator
+        from dsv2.monitor import Monitor
+        from dsv2.optim import plan_steps
+        from dsv2.parallel.deepspeed_moe import start_mesh
+        from dsv2.parallel.mesh import end_process_group, pick_device
+        from dsv2.signals import StopSignals
 
-    logging.disable(logging.NOTSET)
     # What may be wrong with the files is found before any process group is made.
     run_dir, parallel = config.run_dir, config.parallel
     device, (store, found, weights) = pick_device(parallel, local_processes()), find_start(config)

@@ -1,9 +1,22 @@
 """What a run prints: pure functions from numbers to lines; train.py prints them from rank 0."""
 
+import logging
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 _SUFFIXES = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K"))
+
+
+@contextmanager
+def without_warnings_logged() -> Iterator[None]:
+    """For imports of DeepSpeed, which tells every rank that it has no GPU."""
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def fmt_count(number: float) -> str:

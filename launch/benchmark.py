@@ -16,6 +16,7 @@ set up; one that is not installed is refused.
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 from itertools import count
@@ -26,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from dsv2.compose import compose_config, launched_ranks, local_processes
 from dsv2.config import Config, Precision
+from dsv2.console import without_warnings_logged
 from dsv2.errors import UserError
 from dsv2.validate import validate
 from launch.compare import OURS, alternate, run_turn, summary, table
@@ -43,7 +45,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--against", help="peers to compare with, such as transformers,torchtitan:4")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each contender, with --against (3)")
     parser.add_argument("--contender", default=None, help=argparse.SUPPRESS)  # one turn of `--against`
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
     if arguments.balanced and arguments.against:
         raise UserError("--balanced: peers route as their routers choose; leave it out with --against")
     for name, least in (("steps", 1), ("warmup", 0), ("rounds", 1)):
@@ -70,11 +72,12 @@ def measure(config: Config, device: Any, arguments: argparse.Namespace) -> dict[
     """Train and return what a step took, on this rank."""
     from torch import Tensor, arange
 
-    from data.stream import Batch
-    from dsv2.engine import Engine, build_model
-    from dsv2.parallel.deepspeed_moe import start_mesh
-    from dsv2.parallel.mesh import end_process_group
-    from launch.timing import balance_routing, random_tokens, row, stream_tokens, time_steps
+    with without_warnings_logged():
+        from data.stream import Batch
+        from dsv2.engine import Engine, build_model
+        from dsv2.parallel.deepspeed_moe import start_mesh
+        from dsv2.parallel.mesh import end_process_group
+        from launch.timing import balance_routing, random_tokens, row, stream_tokens, time_steps
 
     rank, world_size = launched_ranks()
     mesh = start_mesh(device, rank, world_size, config.parallel.expert_parallel_size)
@@ -169,10 +172,13 @@ def compare(sizes: dict[str, int | None], arguments: argparse.Namespace) -> tupl
 
 def one_line(row: dict[str, Any]) -> str:
     shown = {k: "-" if v is None else v for k, v in row.items() if not isinstance(v, list | dict)}
-    return "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items())
+    words = {k: f"{v:.0f}" if isinstance(v, float) and v >= 1e4 else v for k, v in shown.items()}
+    return "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in words.items())
 
 
 def main(argv: list[str] | None = None) -> int:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler says when it starts and ends
+
     from dsv2.parallel.mesh import pick_device
 
     rank, world_size = launched_ranks()
