@@ -171,9 +171,14 @@ def compare(sizes: dict[str, int | None], arguments: argparse.Namespace) -> tupl
 
 
 def one_line(row: dict[str, Any]) -> str:
-    shown = {k: "-" if v is None else v for k, v in row.items() if not isinstance(v, list | dict)}
-    words = {k: f"{v:.0f}" if isinstance(v, float) and v >= 1e4 else v for k, v in shown.items()}
-    return "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in words.items())
+    def word(value: Any) -> str:
+        if value is None:
+            return "-"
+        if isinstance(value, float):
+            return f"{value:.0f}" if value >= 1e4 else f"{value:.4g}"
+        return str(value)
+
+    return "  ".join(f"{k} {word(v)}" for k, v in row.items() if not isinstance(v, list | dict))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -40,10 +40,17 @@ def run_turn(arguments: list[str]) -> dict[str, Any]:
         done = subprocess.run([*program, *arguments], capture_output=True, text=True)
         if done.returncode == 0:
             return json.loads(out.read_text()) | {"printed": done.stdout}
-    lines = [line for line in done.stderr.splitlines() if line.strip()]
-    # What an exception says comes last, but for its own further lines and what libraries print at exit.
-    said = [line for line in lines if re.match(r"(error|(\w+\.)*[A-Z]\w*): ", line)]
-    return {"error": (said or lines or [f"exit code {done.returncode}"])[-1].strip()[:300]}
+    return {"error": what_failed(done.stderr) or f"exit code {done.returncode}"}
+
+
+def what_failed(stderr: str) -> str:
+    """The last line that begins an exception: its further lines, and what libraries print at exit, follow.
+
+    With a process group torch puts the rank before it.
+    """
+    lines = [line for line in stderr.splitlines() if line.strip()]
+    begins = re.compile(r"(\[rank\d+\]: )?(error: |(\w+\.)*[A-Z]\w*(: |$))")
+    return ([line for line in lines if begins.match(line)] or lines or [""])[-1].strip()[:300]
 
 
 def summary(name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -39,10 +39,11 @@ def fill_in_torch() -> None:
         return
     given, inplace = torch.library.custom_op, object()
 
-    def custom_op(name: str, *args: Any, tags: Any = None, **options: Any) -> Any:
-        if tags is not inplace:
-            return given(name, *args, **options | ({} if tags is None else {"tags": tags}))
+    def custom_op(name: str, *args: Any, **options: Any) -> Any:
+        if options.get("tags") is not inplace:
+            return given(name, *args, **options)
         assert name == "torchtitan::fused_mla_q_rope_", name
+        del options["tags"]
         schema = "(Tensor(a!) q, Tensor cache, Tensor positions, SymInt nope, bool inverse) -> ()"
         return lambda function: given(name, schema=schema, **options)(_without_result(function))
 

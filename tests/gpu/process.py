@@ -5,6 +5,8 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
+import pytest
+
 SIZES = {
     "vocab_size": 512,
     "hidden_size": 128,
@@ -17,6 +19,12 @@ SIZES = {
     "intermediate_size": 256,
     "moe_intermediate_size": 64,
 }  # multiples of what the fused kernels want, for `tiny_config`
+
+
+def need_cute() -> None:
+    """Skip the test where what `fused_cute` is made of is not installed."""
+    for library in ("flash_attn.cute", "quack"):
+        pytest.importorskip(library)
 
 
 def alone(function: Callable[..., Any], *arguments: Any) -> Any:

@@ -12,7 +12,7 @@ from dsv2.kernels.library import fused_kernels
 from dsv2.model.init import init_weights
 from dsv2.model.transformer import DeepseekV2
 from dsv2.moe.execution import Execution
-from tests.gpu.process import SIZES, alone
+from tests.gpu.process import SIZES, alone, need_cute
 from tests.unit.helpers import tiny_config
 
 pytestmark = pytest.mark.gpu
@@ -51,7 +51,7 @@ def reference_curves() -> tuple[Tensor, Tensor]:
 def test_loss_curve_is_the_references_within_the_noise_of_bf16(reference_curves, kernels):
     """No further from fp32 than plain torch in bf16 is, twice over, and both learn."""
     if kernels is Kernels.fused_cute:
-        pytest.importorskip("quack")
+        need_cute()
     exact, plain = reference_curves
     fused = torch.tensor(alone(loss_curve, kernels, Precision.bf16))
     noise = (plain - exact).square().mean().sqrt()

@@ -36,7 +36,7 @@ def steps(
     engine = Engine(build_model(config, parallel, 0, mesh), OptimConfig(lr=1e-3, eps=1e-4), parallel, mesh)
     generator, found = torch.Generator().manual_seed(0), []
     for step in range(STEPS):
-        ids = torch.randint(512, (SEQUENCES, LENGTH + 1), generator=generator)
+        ids = torch.randint(SIZES["vocab_size"], (SEQUENCES, LENGTH + 1), generator=generator)
         mine = slice(rank * own, (rank + 1) * own)
         numbers = torch.arange(SEQUENCES) + step * SEQUENCES
         result = engine.train_step([Batch(ids[mine, :-1], ids[mine, 1:], numbers[mine])], lr=1e-3)
@@ -70,5 +70,5 @@ def test_fused_bf16(ep, dropping):
     assert two[0] == two[1]
     # Roundings differ, and with them a few tokens' experts; gradient norms show it most.
     got, want = torch.tensor(two[0]), torch.tensor(one)
-    torch.testing.assert_close(got, want, rtol=3e-2, atol=0)
+    torch.testing.assert_close(got, want, rtol=1e-2, atol=1e-3)
     torch.testing.assert_close(got[:, :2], want[:, :2], rtol=5e-3, atol=0)

@@ -145,6 +145,26 @@ def test_a_turn_that_fails_says_why():
     assert said.startswith("error: model=nope: there is no such option")
 
 
+@pytest.mark.parametrize(
+    ("last_lines", "said"),
+    [
+        (
+            "torch._dynamo.exc.Unsupported: no super()\n  Hint: try\n    raise SpmdTypeError(\n",
+            "torch._dynamo.exc",
+        ),
+        ("[rank0]: torch.OutOfMemoryError: too large\n[W1125 NCCL] not destroyed\n", "[rank0]: torch.OutOfM"),
+        ("  assert sizes\nAssertionError\nexiting now\n", "AssertionError"),
+        ("RuntimeError: first\n\nValueError: second\n", "ValueError: second"),
+        ("Killed by the system\n", "Killed by the system"),
+        ("", ""),
+    ],
+)
+def test_what_a_turn_died_of(last_lines, said):
+    found = compare.what_failed(last_lines)
+    assert found.startswith(said)
+    assert bool(found) is bool(said)
+
+
 def test_timing_counts_steps_after_warmup_and_one_accounting_of_flops():
     config = configuration("parallel.micro_batch_size=2", "optim.batch_size=4")
     seen = []

@@ -2,7 +2,7 @@
 
 A pair's weight comes last, in the sum over a token's pairs: w (W2 h). In backward the product with W2
 ends in the gradients of gate and up, the weighted activations that W2's own gradient needs, and the
-gradient of the weight. quack has a row's gate and up take turns; `concat_layout` names the tensors, w13
+gradient of the weight. quack interleaves gate and up within a row; `concat_layout` names the tensors, w13
 and its gradient, in which all of gate comes before all of up. Kept for backward: the pairs' rows, and
 gate and up.
 

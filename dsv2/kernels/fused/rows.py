@@ -106,7 +106,7 @@ def places(rows: RowMap, n_tokens: int) -> Tensor:
 
 
 def copy_rows(x_TD: Tensor, rows: RowMap, length: int | None = None) -> Tensor:
-    """[P, D], or [length, D] with nothing written beyond P; no gradient."""
+    """[P, D], or [length, D] of which the rows beyond P are uninitialised; no gradient."""
     n_rows, width = len(rows.slot_P), x_TD.shape[1]
     out = x_TD.new_empty(n_rows if length is None else length, width)
     if n_rows and width:
