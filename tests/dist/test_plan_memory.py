@@ -59,7 +59,7 @@ def test_states_and_peak_are_those_of_the_engine(pools, world_size, ep, stage, b
     if stage >= 2 or (stage == 1 and not bf16):
         bucket = BUCKET * (2 if bf16 else 4)  # it would drown all else
     for held, peak in pools[world_size].run(
-        "tests.dist.memory_jobs:measure", steps=2, micro_batches=2, **layout, **SIZES
+        "tests.dist.memory_jobs:measure", micro_batches=2, **layout, **SIZES
     ):
         assert 0 <= held - want.states.total <= SLACK
         # The planner stays on the safe side where it does not follow every copy (ZeRO-2 and 3).
@@ -74,7 +74,6 @@ def test_bf16_states_and_gradients_of_one_term(pools, states, micro_batches):
     want = planned(1, 1, 1, True, states, micro_batches)
     [(held, peak)] = pools[1].run(
         "tests.dist.memory_jobs:measure",
-        steps=2,
         micro_batches=micro_batches,
         **{"ep": 1, "stage": 1, "micro_batch": 1, "bf16": True, "states": states},
         **SIZES,
@@ -89,7 +88,6 @@ def test_gradients_of_one_term_come_as_activations_go(pools):
     assert want.fullest == "forward and backward"
     [(_, peak)] = pools[1].run(
         "tests.dist.memory_jobs:measure",
-        steps=2,
         micro_batches=1,
         **{"ep": 1, "stage": 1, "micro_batch": jobs.BATCH, "bf16": True},
         **SIZES,
