@@ -10,7 +10,7 @@ import argparse
 import sys
 
 from dsv2.compose import compose_overrides, field_types, to_config, unknown_key
-from dsv2.config import Config
+from dsv2.config import Config, Kernels
 from dsv2.errors import UserError
 from dsv2.planner.hardware import GPUS, find_gpu
 from dsv2.planner.search import Machines, plan, search
@@ -68,12 +68,18 @@ def read(arguments: list[str]) -> tuple[Machines, list[str]]:
     return Machines(gpus, find_gpu(own.get("gpu", "h100")), per_node, mfu), overrides
 
 
-def load(overrides: list[str], gpus: int) -> Config:
+def load(overrides: list[str], machines: Machines) -> Config:
     """The configuration as train.py would take it; the data's whereabouts may be missing."""
     composed = compose_overrides(overrides)
     composed.data.source, composed.data.path = "local", "not read"
     config = to_config(composed)
-    validate(config, gpus)
+    validate(config, machines.gpus)
+    if config.parallel.kernels is Kernels.fused_cute and not machines.gpu.hopper:
+        hopper = ", ".join(name for name, gpu in GPUS.items() if gpu.hopper)
+        raise UserError(
+            f"parallel.kernels=fused_cute: needs a Hopper GPU, gpu= one of {hopper}, not "
+            f"{machines.gpu.name}; or use fused"
+        )
     return config
 
 
@@ -94,7 +100,7 @@ All other words are overrides of the configuration, as train.py takes them.""",
     parser.add_argument("--search", action="store_true", help="list the layouts that fit, the fastest first")
     options = parser.parse_intermixed_args(arguments)
     machines, overrides = read(options.words)
-    config = load(overrides, machines.gpus)
+    config = load(overrides, machines)
     if options.search:
         lines = search_lines(config, machines, search(config, machines))
     else:

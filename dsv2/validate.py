@@ -1,7 +1,6 @@
 """What is refused before anything starts: values and combinations that cannot run."""
 
 import math
-from importlib.util import find_spec
 
 from dsv2.config import (
     AttentionKind,
@@ -230,11 +229,6 @@ def _validate_kernels(model: ModelConfig, parallel: ParallelConfig) -> None:
     name = parallel.kernels.value
     if parallel.precision is not Precision.bf16:
         _refuse("parallel.kernels", name, "needs parallel.precision=bf16; or use reference")
-    if parallel.kernels is Kernels.fused_cute and not (
-        find_spec("quack") and find_spec("flash_attn") and find_spec("flash_attn.cute")
-    ):
-        right = "needs FlashAttention-4 and quack: pip install --pre flash-attn-4 quack-kernels; or use fused"
-        _refuse("parallel.kernels", name, right)
     rope = model.qk_rope_head_dim
     if model.attention is AttentionKind.mla and rope & (rope - 1):
         right = f"must be a power of 2 with parallel.kernels={name}; or use reference"
@@ -243,6 +237,12 @@ def _validate_kernels(model: ModelConfig, parallel: ParallelConfig) -> None:
         if (value := getattr(model, field)) % 8:
             right = f"must be a multiple of 8 with parallel.kernels={name}; or use reference"
             _refuse(f"model.{field}", value, right)
+    if model.attention is AttentionKind.mla:
+        keys = model.qk_nope_head_dim + rope
+        for field, width in (("qk_nope_head_dim + qk_rope_head_dim", keys), ("v_head_dim", model.v_head_dim)):
+            if width % 8 or width > 256:  # cuDNN and FlashAttention-4 take no others
+                right = f"must be a multiple of 8 up to 256 with parallel.kernels={name}; or use reference"
+                _refuse(f"model.{field}", width, right)
 
 
 def _validate_parallel(config: Config, world_size: int) -> None:

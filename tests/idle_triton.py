@@ -8,6 +8,8 @@ kernels that write them do, with tensors that nobody counts.
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
 from types import ModuleType
 from typing import Any
 from unittest.mock import patch
@@ -87,8 +89,50 @@ def _mm(a: torch.Tensor, b: torch.Tensor, **options: Any) -> torch.Tensor:
     return torch.matmul(a, b, **options)
 
 
+def _quack() -> dict[str, Any]:
+    """Its products: they make the tensors that they make on a GPU, and write nothing."""
+
+    def gemm(a: torch.Tensor, b: torch.Tensor, out: Any = None, cu_seqlens_k: Any = None, **options: Any):
+        if out is not None:
+            return out
+        groups = () if cu_seqlens_k is None else (len(cu_seqlens_k) - 1,)
+        return a.new_empty(*groups, a.shape[-2], b.shape[-1])
+
+    def gemm_act(a: torch.Tensor, b: torch.Tensor, **options: Any) -> tuple[torch.Tensor, ...]:
+        return a.new_empty(len(a), b.shape[-1]), a.new_empty(len(a), b.shape[-1] // 2)
+
+    def gemm_dact(a: torch.Tensor, b: torch.Tensor, preact: torch.Tensor, **options: Any):
+        hidden = a.new_empty(len(a), b.shape[-1])
+        return torch.empty_like(preact), hidden, a.new_empty(len(a), dtype=torch.float32)
+
+    names = ("quack", "quack.gemm_config", "quack.gemm_interface")
+    modules: dict[str, Any] = {name: ModuleType(name) for name in names}
+    modules["quack.gemm_config"].GemmConfig = lambda **options: None
+    modules["quack.gemm_interface"].__dict__.update(gemm=gemm, gemm_act=gemm_act, gemm_dact=gemm_dact)
+    return modules
+
+
+class _FlashAttention4(torch.autograd.Function):
+    """The same of FlashAttention-4, which adds the queries' gradient up in fp32."""
+
+    @staticmethod
+    def forward(ctx, q_BSHQ, k_BSHQ, v_BSHV, scale):
+        batch, length, heads, _ = q_BSHQ.shape
+        log_sum_BHS = q_BSHQ.new_empty(batch, heads, length, dtype=torch.float32)
+        out_BSHV = v_BSHV.new_empty(v_BSHV.shape)
+        ctx.save_for_backward(q_BSHQ, k_BSHQ, v_BSHV, out_BSHV, log_sum_BHS)
+        return out_BSHV
+
+    @staticmethod
+    def backward(ctx, grad_BSHV):
+        q, k, v, _out, _log_sum = ctx.saved_tensors  # all alive to its end
+        grads = [x.new_empty(x.shape) for x in (q, k, v)]
+        _sum = torch.empty_like(q, dtype=torch.float32)
+        return *grads, None
+
+
 @contextmanager
-def idle_triton(chunk: int) -> Iterator[KernelSet]:
+def idle_triton(chunk: int, cute: bool = False) -> Iterator[KernelSet]:
     """The fused kernels on a CPU, their values nonsense; the head takes `chunk` tokens at a time."""
     triton: Any = ModuleType("triton")
     triton.language = ModuleType("triton.language")
@@ -97,9 +141,15 @@ def idle_triton(chunk: int) -> Iterator[KernelSet]:
     triton.next_power_of_2 = lambda n: 1 << (n - 1).bit_length()
     modules = {name: module for name, module in sys.modules.items() if not name.startswith(FUSED)}
     modules |= {"triton": triton, "triton.language": triton.language}
+    if cute:
+        modules |= _quack()
     with patch.dict(sys.modules, modules, clear=True):  # torch itself must not meet this Triton
-        kernels = fused_kernels()
+        kernels = fused_kernels(cute)
         attention, head = (sys.modules[f"{FUSED}.{name}"] for name in ("attention", "head"))
+        if cute:  # no spare rows, which would be more than there are
+            sys.modules[f"{FUSED}.experts_cute"].__dict__["SPARE"] = 1
+            attend = partial(attention._latent_attention, _FlashAttention4.apply)
+            kernels = replace(kernels, latent_attention=attend)
     with (
         patch.object(attention, "sdpa_kernel", lambda backend: nullcontext()),
         patch.object(head, "HEAD_CHUNK", chunk),

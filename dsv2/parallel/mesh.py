@@ -16,6 +16,7 @@ from torch import Tensor
 from dsv2.config import Device, Kernels, ParallelConfig
 from dsv2.errors import UserError
 from dsv2.moe.execution import WaitClock
+from dsv2.packages import CUTE, misfit
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def pick_device(config: ParallelConfig, processes: int) -> torch.device:
     """This process's device: one GPU a process, by torchrun's local rank; `processes` are on this machine.
 
     Raises:
-        UserError: more processes on this machine than GPUs.
+        UserError: more processes on this machine than GPUs, or kernels that they or the packages here lack.
     """
     gpus = torch.cuda.device_count()
     on_cpu = config.device is Device.cpu or (config.device is Device.auto and gpus == 0)
@@ -65,7 +66,20 @@ def pick_device(config: ParallelConfig, processes: int) -> torch.device:
             f"parallel.device={config.device.value}: {processes} processes on this machine, which has {gpus} "
             f"GPUs; start at most {gpus} (torchrun --nproc_per_node), or use parallel.device=cpu"
         )
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    if config.kernels is Kernels.fused_cute:
+        _check_cute(device)
+    return device
+
+
+def _check_cute(device: torch.device) -> None:
+    """Refuse `fused_cute` where it cannot run: its tiles are those of Hopper's instructions."""
+    field = f"parallel.kernels={Kernels.fused_cute.value}"
+    if torch.cuda.get_device_capability(device)[0] != 9:
+        name = torch.cuda.get_device_name(device)
+        raise UserError(f"{field}: needs a Hopper GPU (H100, H200), not {name}; use parallel.kernels=fused")
+    if wrong := misfit(CUTE):
+        raise UserError(f"{field}: {wrong}; or use parallel.kernels=fused")
 
 
 def init_process_group(device: torch.device, rank: int, world_size: int) -> None:

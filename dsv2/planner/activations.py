@@ -33,6 +33,10 @@ class Pass(NamedTuple):
         return self.kernels is not Kernels.reference
 
     @property
+    def cute(self) -> bool:
+        return self.kernels is Kernels.fused_cute
+
+    @property
     def whole_norm(self) -> bool:
         """Is RMSNorm one operation?"""
         return self.fused_norm or self.fused
@@ -152,14 +156,14 @@ def _reference_experts(p: Pass) -> Table:
 
 
 def _fused_experts(p: Pass) -> Table:
-    """dsv2/kernels/fused/experts.py; `combine` keeps nothing."""
+    """dsv2/kernels/fused/experts.py or experts_cute.py; `combine` keeps nothing."""
     m = p.model
     slots = p.rows * m.num_experts_per_tok
     return {
         "experts: indices": p.pairs * INT64 + slots * INT32,
         "experts: rows": p.pairs * p.row,
         "experts: gate and up": 2 * p.pairs * m.moe_intermediate_size * p.itemsize,
-        "experts: weights": (slots + p.pairs) * FP32,
+        "experts: weights": (slots + (0 if p.cute else p.pairs)) * FP32,
     }
 
 
@@ -199,7 +203,8 @@ def _logits(p: Pass) -> float:
 def _attention_workspace(p: Pass) -> float:
     """Gradients of queries, keys and values, and of the projections they are cut from.
 
-    Fused those of the projections come when what was kept is gone: with the former is the output's.
+    Fused those of the projections come when what was kept is gone: with the former is the output's, and
+    where FlashAttention-4 adds the queries' up in fp32 that sum.
     """
     m = p.model
     qk, v = m.qk_nope_head_dim + m.qk_rope_head_dim, m.v_head_dim
@@ -207,8 +212,10 @@ def _attention_workspace(p: Pass) -> float:
     if m.attention is not AttentionKind.mla:
         qk = v = m.qk_nope_head_dim
         kv = 0
-    widths = 2 * (qk + v) if p.fused and m.attention is AttentionKind.mla else 3 * qk + v + kv
-    return p.tokens * m.num_attention_heads * widths * p.itemsize
+    each = p.tokens * m.num_attention_heads
+    if p.fused and m.attention is AttentionKind.mla:
+        return each * (2 * (qk + v) * p.itemsize + p.cute * qk * FP32)
+    return each * (3 * qk + v + kv) * p.itemsize
 
 
 def _swiglu_workspace(p: Pass, width: int) -> float:
@@ -285,14 +292,16 @@ def _reference_forward(p: Pass) -> float:
 
 
 def _fused_workspace(p: Pass) -> float:
-    """The backward of dsv2/kernels/fused/experts.py.
+    """The backward of dsv2/kernels/fused/experts.py or experts_cute.py.
 
     At the gradient of w2 there are those of the outputs and of the product; at the input's those of both
-    weights, of the pairs and of the rows. Those of gate and up take the places of gate and up.
+    weights, of the pairs and of the rows. Those of gate and up take the places of gate and up, or with
+    experts_cute.py their own.
     """
     width = p.pairs * p.model.moe_intermediate_size * p.itemsize
     matrix, pairs, rows = _expert_matrices(p), p.pairs * p.row, p.rows * p.row
     fullest = max(pairs + width + matrix, pairs + rows + 3 * matrix)
+    fullest += 2 * width if p.cute else 0
     return fullest + (0 if p.ep_size == 1 else rows)  # with the gradient that came
 
 
@@ -344,15 +353,19 @@ def activations(p: Pass) -> Activations:
     attended, dense, mixture = (sum(table(p).values()) for table in (attention, dense_ffn, moe))
     mixed, held = _moe_workspace(p), _held_orders(p)
     dense_fullest = dense + _dense_workspace(p) if dense_layers else 0
+    attention_fullest = _attention_workspace(p) + p.fused * _stream(p)
     if p.recompute:  # a layer keeps its input alone, and makes the rest anew in its backward
         kept = m.num_hidden_layers * p.tokens * p.row + moe_layers * held
         attended -= p.tokens * p.row if p.whole_norm or not p.cast else 0  # which has its input
         mixed_fullest = mixture - held + mixed if moe_layers else 0
-        attention_fullest = _attention_workspace(p) + p.fused * _stream(p)
         single = attended + max(mixed_fullest, dense_fullest, attention_fullest)
         return Activations(kept, _logits(p), kept + single, single)
     dense_kept = dense_layers * (attended + dense)
     kept = dense_kept + moe_layers * (attended + mixture)
     mixed_fullest = mixture + mixed if moe_layers else 0
-    layers = max(kept + mixed if moe_layers else 0, dense_kept + dense_fullest - dense)
-    return Activations(kept, _logits(p), layers, attended + max(mixed_fullest, dense_fullest))
+    # In the last layer of either kind, where all before it is still kept.
+    last = kept + max(mixed, attention_fullest - mixture) if moe_layers else 0
+    layers = max(last, dense_kept - dense + max(dense_fullest, attention_fullest) if dense_layers else 0)
+    return Activations(
+        kept, _logits(p), layers, attended + max(mixed_fullest, dense_fullest, attention_fullest)
+    )

@@ -1,19 +1,20 @@
 """Other frameworks on the same work, one a file, for `launch/benchmark.py --against`.
 
-An adapter has `REQUIRES`, the packages by name with the versions it is written for (`>=` that one, or `==`),
-`ABOUT`, a line on how it is set up, and `build(work)`, which returns a step: forward, loss, backward, the
-gradient's norm clipped, and AdamW, on a micro-batch of tokens. Nothing of its framework is imported before.
+An adapter has `REQUIRES`, the packages by name with the versions it is written for, `PIP`, how pip is to
+install them, `ABOUT`, a line on how it is set up, and `build(work)`, which returns a step: forward, loss,
+backward, the gradient's norm clipped, and AdamW, on a micro-batch of tokens. Nothing of its framework is
+imported before.
 """
 
 import importlib
 import re
-from importlib import metadata
 from types import ModuleType
 from typing import Any, NamedTuple
 
 from dsv2.config import Config, ModelConfig, OptimConfig
 from dsv2.errors import UserError
 from dsv2.hf.config import check_exportable
+from dsv2.packages import installed, misfit
 
 NO_DATA = "none"  # the path that stands for random tokens
 PEERS = ("transformers", "deepspeed_autoep", "torchtitan")
@@ -37,7 +38,7 @@ def adapter(name: str) -> ModuleType:
 
 def version(name: str) -> str:
     """The version of the peer's first package."""
-    return metadata.version(next(iter(adapter(name).REQUIRES)))
+    return installed(next(iter(adapter(name).REQUIRES))) or "?"
 
 
 def parse(given: str) -> dict[str, int | None]:
@@ -73,12 +74,9 @@ def check(name: str, config: Config, world_size: int) -> None:
     Raises:
         UserError: says what to install, or which field stands in the way.
     """
-    for package, wanted in adapter(name).REQUIRES.items():
-        install = f"pip install {package}=={wanted.lstrip('>=')}"
-        if not (found := _installed(package)):
-            raise UserError(f"--against {name}: {package} is not installed; {install}")
-        if not _fits(found, wanted):
-            raise UserError(f"--against {name}: {package} is {found}, must be {wanted}; {install}")
+    found = adapter(name)
+    if wrong := misfit(found.REQUIRES, found.PIP):
+        raise UserError(f"--against {name}: {wrong}")
     check_exportable(config.model)
     parallel = config.parallel
     for fits, field, value, reason in (
@@ -104,12 +102,3 @@ def check(name: str, config: Config, world_size: int) -> None:
     ):
         if not fits:
             raise UserError(f"--against {name}: {field}={value}: {reason}")
-
-
-def _installed(package: str) -> str | None:
-    return next((d.version for d in metadata.distributions(name=package)), None)
-
-
-def _fits(found: str, wanted: str) -> bool:
-    numbers = [[int(n) for n in re.findall(r"\d+", text)[:3]] for text in (found, wanted)]
-    return numbers[0] >= numbers[1] if wanted.startswith(">=") else numbers[0] == numbers[1]

@@ -13,8 +13,10 @@ REQUIRES = {
     "spmd_types": "==0.2.3",
     "tyro": ">=1.0",
     "docstring-parser": ">=0.16",
+    "typeguard": ">=4.0",
     "triton": ">=3.0",
 }
+PIP = "install --no-deps"  # what else it asks for is for its own trainer, and older than requirements.txt has
 ABOUT = (
     "on a GPU fused MLA, SwiGLU and experts, each block and the loss compiled, SDPA through cuDNN; "
     "softmax scores, no bias, no group limit, plain RoPE; torch's AdamW on the weights themselves"
@@ -33,8 +35,10 @@ def fill_in_torch() -> None:
     it writes to, which older versions refuse; what it returns is never used, so it returns nothing.
     """
     import torch
-    import torch.distributed.fsdp as fsdp
 
+    fsdp: Any = importlib.import_module("torch.distributed.fsdp")
+    if not hasattr(fsdp, "DataParallelMeshDims"):
+        fsdp.DataParallelMeshDims = object
     if hasattr(torch.Tag, "inplace"):
         return
     given, inplace = torch.library.custom_op, object()
@@ -47,12 +51,7 @@ def fill_in_torch() -> None:
         schema = "(Tensor(a!) q, Tensor cache, Tensor positions, SymInt nope, bool inverse) -> ()"
         return lambda function: given(name, schema=schema, **options)(_without_result(function))
 
-    names: list[tuple[Any, str, Any]] = [
-        (fsdp, "DataParallelMeshDims", object),
-        (torch.Tag, "inplace", inplace),
-        (torch.library, "custom_op", custom_op),
-    ]
-    for owner, name, value in names:
+    for owner, name, value in ((torch.Tag, "inplace", inplace), (torch.library, "custom_op", custom_op)):
         setattr(owner, name, value)
 
 

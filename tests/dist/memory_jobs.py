@@ -14,7 +14,6 @@ from tests.dist import jobs
 from tests.idle_triton import idle_triton
 from tests.live import LiveMemory
 
-
 TIMES = 3  # gloo's threads may let go of what they sent a little late: the least of several times counts
 
 
@@ -37,10 +36,11 @@ def measure(rank: int, world_size: int, micro_batches: int, **layout: Any) -> tu
 def one_pass(
     rank: int, world_size: int, sizes: dict[str, int], sequences: int, parallel: ParallelConfig
 ) -> tuple[int, int]:
-    """(bytes that a forward keeps for its backward, most bytes during both), without weights and gradients."""
+    """(bytes a forward keeps for its backward, most bytes during both), without weights and gradients."""
     with contextlib.ExitStack() as stack:
-        if parallel.kernels is Kernels.fused:
-            kernels = stack.enter_context(idle_triton(chunk=8192))
+        if parallel.kernels is not Kernels.reference:
+            cute = parallel.kernels is Kernels.fused_cute
+            kernels = stack.enter_context(idle_triton(chunk=8192, cute=cute))
             stack.enter_context(patch("dsv2.engine.fused_kernels", lambda **options: kernels))
         mesh = start_mesh(torch.device("cpu"), rank, world_size, parallel.expert_parallel_size)
         model = build_model(jobs.model_config(**sizes), parallel, 0, mesh)

@@ -101,6 +101,7 @@ KERNELS = [
     (Kernels.reference, Precision.fp32),
     (Kernels.reference, Precision.bf16),
     (Kernels.fused, Precision.bf16),
+    (Kernels.fused_cute, Precision.bf16),
 ]
 
 

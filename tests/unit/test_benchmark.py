@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from data.stream import build_stream
+from dsv2 import packages
 from dsv2.config import Config
 from dsv2.errors import UserError
 from dsv2.model.init import init_weights
@@ -53,7 +54,7 @@ def configuration(*overrides: str) -> Config:
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(capsys, monkeypatch, arguments, said):
-    monkeypatch.setattr(peers, "_installed", lambda package: "5.17.0")
+    monkeypatch.setattr(packages, "installed", lambda package: "5.17.0")
     assert benchmark.main(arguments) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
@@ -65,18 +66,18 @@ def test_bad_input_is_one_line_and_exit_code_2(capsys, monkeypatch, arguments, s
 @pytest.mark.parametrize(
     ("peer", "installed", "said"),
     [
-        ("transformers", {}, "transformers is not installed; pip install transformers=="),
+        ("transformers", {}, "-m pip install 'transformers>=5.0'"),
         ("transformers", {"transformers": "4.57.1"}, "transformers is 4.57.1, must be >=5.0"),
-        ("deepspeed_autoep", {}, "deepspeed is not installed; pip install deepspeed==0.19.8"),
-        ("deepspeed_autoep", {"deepspeed": "0.20.0"}, "deepspeed is 0.20.0, must be ==0.19.8; pip install"),
+        ("deepspeed_autoep", {}, "-m pip install deepspeed==0.19.8 'transformers>=5.0'"),
+        ("deepspeed_autoep", {"deepspeed": "0.20.0"}, "deepspeed is 0.20.0, must be ==0.19.8; "),
         ("deepspeed_autoep", {"deepspeed": "0.19.8"}, "transformers is not installed"),
-        ("torchtitan", {}, "torchtitan is not installed; pip install torchtitan==0.3.0"),
-        ("torchtitan", {"torchtitan": "0.3.0", "torch": "2.10.0"}, "torch is 2.10.0, must be >=2.11; pip"),
-        ("torchtitan", {"torchtitan": "0.3.0", "torch": "2.13.0"}, "spmd_types is not installed; pip"),
+        ("torchtitan", {}, "-m pip install --no-deps torchtitan==0.3.0 'torch>=2.11' spm"),
+        ("torchtitan", {"torchtitan": "0.3.0", "torch": "2.10.0"}, "torch is 2.10.0, must be >=2.11; "),
+        ("torchtitan", {"torchtitan": "0.3.0", "torch": "2.13.0"}, "spmd_types is not installed; "),
     ],
 )
 def test_a_peer_that_is_not_there_is_refused_before_anything_runs(capsys, monkeypatch, peer, installed, said):
-    monkeypatch.setattr(peers, "_installed", installed.get)
+    monkeypatch.setattr(packages, "installed", installed.get)
     monkeypatch.setattr(benchmark, "run_turn", lambda arguments: pytest.fail("something ran"))
     assert benchmark.main(["--against", f"{peer}:2"]) == 2
     assert f"error: --against {peer}: " in (said_so := capsys.readouterr().err)

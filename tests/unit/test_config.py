@@ -259,20 +259,6 @@ def test_a_moment_that_never_moves(name):
             "parallel.kernels=fused: needs parallel.precision=bf16; or use reference",
         ),
         (
-            [*FUSED, ("model.qk_rope_head_dim", 12)],
-            "model.qk_rope_head_dim=12: must be a power of 2 with parallel.kernels=fused; or use reference",
-        ),
-        (
-            [*FUSED, ("model.moe_intermediate_size", 44)],
-            "model.moe_intermediate_size=44: must be a multiple of 8 with parallel.kernels=fused; or use "
-            "reference",
-        ),
-        (
-            [("parallel.kernels", Kernels.fused_cute), ("parallel.precision", Precision.bf16)],
-            "parallel.kernels=fused_cute: needs FlashAttention-4 and quack: pip install --pre flash-attn-4 "
-            "quack-kernels; or use fused",
-        ),
-        (
             [("optim.batch_size", 18)],
             "optim.batch_size=18: must be a multiple of 4 = parallel.micro_batch_size=4 x 1 processes",
         ),
@@ -296,6 +282,22 @@ def test_a_moment_that_never_moves(name):
 )
 def test_impossible_combinations(changes, message):
     assert refusal(*changes) == message
+
+
+@pytest.mark.parametrize("kernels", [Kernels.fused, Kernels.fused_cute])
+@pytest.mark.parametrize(
+    ("name", "value", "of", "right"),
+    [
+        ("qk_rope_head_dim", 12, 12, "a power of 2"),
+        ("qk_nope_head_dim + qk_rope_head_dim", 272, 256, "a multiple of 8 up to 256"),
+        ("v_head_dim", 12, 12, "a multiple of 8 up to 256"),
+        ("moe_intermediate_size", 44, 44, "a multiple of 8"),
+    ],
+)
+def test_widths_of_the_fused_kernels(kernels, name, value, of, right):
+    wrong = f"model.{name}={value}: must be {right} with parallel.kernels={kernels.value}; or use reference"
+    change = (f"model.{name.split()[0]}", of)
+    assert refusal(*FUSED, ("parallel.kernels", kernels), change) == wrong
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from dsv2 import packages
 from dsv2.config import Device, Kernels, ParallelConfig
 from dsv2.errors import UserError
 from dsv2.parallel.mesh import pick_device
@@ -55,3 +56,43 @@ def test_fused_kernels_want_a_gpu(machine):
         pick_device(ParallelConfig(kernels=Kernels.fused), 1)
     machine(gpus=1)
     assert str(pick_device(ParallelConfig(kernels=Kernels.fused), 1)) == "cuda:0"
+
+
+CUTE = {"flash-attn-4": "4.0.0b36", "quack-kernels": "0.6.5"}
+
+
+@pytest.mark.parametrize(
+    ("gpus", "capability", "installed", "said"),
+    [
+        (0, (9, 0), CUTE, "needs an NVIDIA GPU; on the CPU use parallel.kernels=reference"),
+        (1, (8, 0), CUTE, r"needs a Hopper GPU \(H100, H200\), not NVIDIA Test; use parallel.kernels=fused"),
+        (1, (10, 0), {}, "needs a Hopper GPU"),
+        (
+            1,
+            (9, 0),
+            {},
+            r"flash-attn-4 is not installed; .* -m pip install flash-attn-4==4.0.0b36 quack-k.*==",
+        ),
+        (1, (9, 0), CUTE | {"flash-attn-4": "4.0.0b35"}, "flash-attn-4 is 4.0.0b35, must be ==4.0.0b36; "),
+        (
+            1,
+            (9, 0),
+            CUTE | {"quack-kernels": "0.7"},
+            "quack-kernels is 0.7, must be ==0.6.5; .* or use .*=fused$",
+        ),
+        (1, (9, 0), CUTE, None),
+    ],
+)
+def test_fused_cute_wants_a_hopper_gpu_and_its_packages(
+    machine, monkeypatch, gpus, capability, installed, said
+):
+    machine(gpus)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA Test")
+    monkeypatch.setattr(packages, "installed", installed.get)
+    config = ParallelConfig(kernels=Kernels.fused_cute)
+    if said is None:
+        assert str(pick_device(config, 1)) == "cuda:0"
+    else:
+        with pytest.raises(UserError, match=f"^parallel.kernels=fused_cute: .*{said}"):
+            pick_device(config, 1)

@@ -10,6 +10,7 @@ import pytest
 from dsv2.errors import UserError
 from dsv2.plan import load, main, read
 from dsv2.planner.hardware import GPUS
+from dsv2.planner.search import Machines
 from dsv2.planner.text import short
 from tests.unit.helpers import REPO
 
@@ -90,7 +91,21 @@ def test_words_and_overrides():
 
 @pytest.mark.parametrize("data", [["experiment=v2"], ["data=hf_stream"], ["data=stdlib"], ["data.path=x"]])
 def test_no_data_is_needed(data):
-    load(["parallel.expert_parallel_size=1", "optim.batch_size=2304", *data], 8)
+    load(
+        ["parallel.expert_parallel_size=1", "optim.batch_size=2304", *data],
+        Machines(8, GPUS["h100"], 8, None),
+    )
+
+
+def test_kernels_of_packages_and_gpus_that_are_elsewhere(capsys):
+    """fused_cute needs neither here, but the GPU planned for must be one it is made for."""
+    words = ["experiment=lite", "gpus=8", "parallel.kernels=fused_cute"]
+    main([*words, "gpu=h200"])
+    assert ", fused_cute kernels" in capsys.readouterr().out.splitlines()[0]
+    assert refusal(*words, "gpu=b200") == (
+        "parallel.kernels=fused_cute: needs a Hopper GPU, gpu= one of h100, h800, h200, not B200; "
+        "or use fused"
+    )
 
 
 def test_a_plan_that_fits(capsys):

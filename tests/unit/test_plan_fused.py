@@ -22,6 +22,7 @@ SHAPES = {
     "base": {},
     "wide vocabulary": {"vocab_size": 3000},
     "no query compression, many heads": {"q_lora_rank": None, "num_attention_heads": 12},
+    "very many heads": {"num_attention_heads": 64},
     "no shared experts": {"n_shared_experts": 0},
     "many shared experts": {"n_shared_experts": 24, "num_experts_per_tok": 1},
     "many experts": {"n_routed_experts": 32, "moe_intermediate_size": 96, "num_experts_per_tok": 6},
@@ -38,11 +39,11 @@ def config(shape: str) -> ModelConfig:
 def measured(monkeypatch):
     """(bytes kept by a forward, most bytes during it and its backward, what the planner says)."""
 
-    def run(shape: str, chunk: int, recompute: bool) -> tuple[int, int, Pass]:
+    def run(shape: str, chunk: int, recompute: bool, kind: Kernels) -> tuple[int, int, Pass]:
         monkeypatch.setattr(planner, "HEAD_CHUNK", chunk)
         sizes = config(shape)
         ids = torch.randint(0, sizes.vocab_size, (2, SEQUENCES, LENGTH), generator=torch.manual_seed(0))
-        with idle_triton(chunk) as kernels:
+        with idle_triton(chunk, cute=kind is Kernels.fused_cute) as kernels:
             model = DeepseekV2(sizes, Execution(recompute=recompute, kernels=kernels)).to(torch.bfloat16)
             for parameter in model.parameters():
                 parameter.grad = torch.zeros_like(parameter)
@@ -51,15 +52,16 @@ def measured(monkeypatch):
                 out = model(ids[0], ids[1], torch.arange(SEQUENCES))
                 kept = live.total
                 out.loss.backward()
-        p = Pass(sizes, TOKENS, 2, 1, recompute, fused_norm=False, kernels=Kernels.fused)
+        p = Pass(sizes, TOKENS, 2, 1, recompute, fused_norm=False, kernels=kind)
         return kept, live.peak, p
 
     return run
 
 
+@pytest.mark.parametrize("kind", [Kernels.fused, Kernels.fused_cute])
 @pytest.mark.parametrize(("shape", "chunk", "recompute"), [*product(SHAPES, CHUNKS, [False, True])])
-def test_kept_and_fullest_moment(measured, shape, chunk, recompute):
-    kept, peak, p = measured(shape, CHUNKS[chunk], recompute)
+def test_kept_and_fullest_moment(measured, shape, chunk, recompute, kind):
+    kept, peak, p = measured(shape, CHUNKS[chunk], recompute, kind)
     want = activations(p)
     assert want.kept + sum(head(p).values()) == pytest.approx(kept, rel=0.03), "and rope tables, statistics"
     assert 0.97 < want.peak / peak < 1.03
