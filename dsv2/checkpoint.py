@@ -42,7 +42,7 @@ from dsv2.checkpoint_files import (
     newest_first,
     sync_folder,
 )
-from dsv2.compose import to_plain
+from dsv2.compose import differences, to_plain
 from dsv2.config import Config
 from dsv2.errors import CheckpointError, UserError
 from dsv2.parallel.mesh import Mesh
@@ -71,6 +71,7 @@ class Found(NamedTuple):
     step: int  # the run's own optimizer steps done: 0 where a stage begins
     warnings: list[str]  # about damaged ones that were passed over
     older: list[Path]  # the run's own, newest first, to fall back on
+    changed: list[str]  # options that are not those it was saved with
 
 
 class _Range:
@@ -264,7 +265,8 @@ class CheckpointStore:
                     "use that, or start another run with name=NAME"
                     + (", from its weights with new_stage=true" if key == "rope_scaling" else "")
                 )
-        return Found(path, 0 if stage else content["run"]["step"], warnings, older)
+        changed = differences(content["config"], self.settings)
+        return Found(path, 0 if stage else content["run"]["step"], warnings, older, changed)
 
     def load(self, engine: "Engine", found: Found) -> RunState:
         """Load weights, optimizer and random state into a new engine of any layout. Collective.

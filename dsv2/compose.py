@@ -121,6 +121,34 @@ def from_plain(plain: dict[str, Any]) -> Config:
     return config
 
 
+# They say where a run is and how far it goes this time, not how it trains.
+_OF_THE_CALL = {"name", "runs_dir", "resume", "new_stage", "init_from", "stop_step"}
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Each option whose value is another now, as `optim.lr 0.001 -> 0.0005`, values as overrides have them.
+
+    Args:
+        before: what `to_plain` made, maybe by an older version; a field that it lacks had its default.
+        now: what `to_plain` made.
+    """
+    old, new = _flat(to_plain(Config())) | _flat(before), _flat(now)
+    names = [name for name in dict.fromkeys([*new, *old]) if name not in _OF_THE_CALL]
+    values = [(name, old.get(name), new.get(name)) for name in names]
+    return [f"{name} {_written(a)} -> {_written(b)}" for name, a, b in values if a != b]
+
+
+def _written(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value)
+
+
+def _flat(plain: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in plain.items():
+        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return found
+
+
 def to_yaml(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 

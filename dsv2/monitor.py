@@ -46,6 +46,8 @@ class Monitor:
         self._window: RoutingStats | None = None
         self._window_steps = 0
         self._first_step = state.step
+        # Then nothing is trained: its files stay those of the run, whatever becomes of this evaluation.
+        self._was_finished = state.step == self.total_steps
         self._begun_from = found.path if found and found.step == 0 else None
         if found is None and config.init_from is not None:
             self._begun_from = Path(config.init_from)
@@ -53,11 +55,13 @@ class Monitor:
             self.note(f"warning: {warning}")
         if found and config.init_from is not None:
             self.note(f"note: init_from={config.init_from} is not read: the run goes on from {found.path}")
+        if found and found.changed:
+            self.note(f"note: changed since {found.path.name} was saved: {', '.join(found.changed)}")
 
     def __enter__(self) -> "Monitor":
         config = self.config
         resumed = self._first_step or None
-        if self.mesh.is_main:
+        if self.mesh.is_main and not self._was_finished:
             save_config(self.run_dir, to_yaml(config), resumed=resumed is not None)
         self.tracker = open_tracker(
             config.logging,
@@ -81,12 +85,12 @@ class Monitor:
             dashboard=self.tracker.dashboard_hint,
         ):
             self.note(line)
-        if self.state.step == self.total_steps:
+        if self._was_finished:
             self.note(
                 "this run is finished: it is evaluated again, and nothing is trained. A larger "
                 "optim.total_tokens goes on from here; name=NAME starts another run"
             )
-        self.status("running")
+        self.status("finished" if self._was_finished else "running")
         self._loop_start = self._last_mark = self._data_mark = time.perf_counter()
         return self
 
@@ -107,7 +111,7 @@ class Monitor:
             ):
                 self.note(line)
         else:
-            self.status("failed")
+            self.status("finished" if self._was_finished else "failed")
             if isinstance(error, Diverged):
                 self.tracker.alert(f"{self.config.name} diverged", str(error))
         self.tracker.close(exit_code=0 if error is None else 1)

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from dsv2.compose import differences, to_plain
+from dsv2.config import Config
 from tests.unit.helpers import REPO
 
 
@@ -116,3 +118,17 @@ def test_help_is_quick_and_needs_no_torch(arguments, text, tmp_path):
     assert "hydra" in modules
     assert not modules & {"torch", "deepspeed", "numpy", "wandb", "transformers"}
     assert not list(tmp_path.iterdir())
+
+
+def test_what_differs_between_two_configurations():
+    """By field; a field that an older version did not have had its default; where a run is does not count."""
+    before, now = to_plain(Config(name="a")), to_plain(Config(name="b", stop_step=3))
+    del before["parallel"]["kernels"], before["logging"]
+    now["model"]["rope_scaling"] = {"factor": 40.0}
+    now["optim"]["lr"], now["parallel"]["activation_checkpointing"] = 5e-4, True
+    assert differences(before, now) == [
+        "model.rope_scaling.factor null -> 40.0",
+        f"optim.lr {Config().optim.lr} -> 0.0005",
+        "parallel.activation_checkpointing false -> true",
+    ]
+    assert differences(now, now) == []

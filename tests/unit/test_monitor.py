@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from dsv2.checkpoint import RunState
+from dsv2.checkpoint import Found, RunState
 from dsv2.config import Config, DataConfig, LoggingConfig, OptimConfig, WandbMode
 from dsv2.engine import StepResult
 from dsv2.errors import Diverged
@@ -148,3 +148,25 @@ def test_other_errors_and_good_ends_do_not_alert(tmp_path, monkeypatch):
     assert (tracker.alerts, tracker.exit_codes) == ([], [1, 0])
     status = json.loads((tmp_path / "status.json").read_text())
     assert status == {"state": "stopped", "step": 3, "total_steps": 7}
+
+
+def test_a_finished_run_stays_finished_whatever_becomes_of_another_evaluation(tmp_path):
+    state = RunState(step=7, tokens=280)
+    with monitor(tmp_path, RunState()) as watch:
+        watch.state.step = 7
+    kept = {name: (tmp_path / name).read_text() for name in ("config.yaml", "status.json")}
+    assert '"finished"' in kept["status.json"]
+    longer = replace(CONFIG, logging=replace(CONFIG.logging, every=5))
+    watch = Monitor(longer, ONE, tmp_path, state, None)
+    watch.__enter__()
+    assert (tmp_path / "status.json").read_text() == kept["status.json"]
+    watch.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
+    assert {name: (tmp_path / name).read_text() for name in kept} == kept
+    assert list(tmp_path.glob("config.*.yaml")) == []
+
+
+def test_options_that_are_others_than_the_checkpoints_are_told(tmp_path, capsys):
+    found = Found(Path("step-00000002"), 2, [], [], ["optim.lr 0.001 -> 0.0005", "logging.every 1 -> 3"])
+    Monitor(CONFIG, ONE, tmp_path, RunState(step=2, tokens=80), found)
+    line = "note: changed since step-00000002 was saved: optim.lr 0.001 -> 0.0005, logging.every 1 -> 3\n"
+    assert capsys.readouterr().out == line
