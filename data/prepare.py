@@ -154,7 +154,12 @@ def _sample(source: Source, settings: Settings) -> Iterator[str]:
 
 def _in_validation(text: str, fraction: float) -> bool:
     """By the text alone: where a document lies does not matter, and its copies are on its side."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") < fraction * 2**64
+    return _place(text) < fraction
+
+
+def _place(text: str) -> float:
+    """Of the text by its hash, from 0 to 1: below --val-fraction it is held out."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
 
 
 def _write_parts(
@@ -257,14 +262,9 @@ def _finish(
     """Check that both splits hold documents, and write token_bytes.npy and the manifest."""
     train = tuple(part.train for part in progress.parts if part.train)
     validation = tuple(part.validation for part in progress.parts if part.validation)
-    for split, shards in (("train", train), ("validation", validation)):
-        if not shards and (split == "train" or settings.val_fraction > 0):
-            discard(out, progress)  # or it would stand in the way of better arguments
-            raise UserError(
-                f"no document fell into the {split} split with --val-fraction {settings.val_fraction}: "
-                "change it, or give more documents"
-                + (" (--document-lines N cuts files into some)" if source.kind == "files" else "")
-            )
+    if not train or (settings.val_fraction > 0 and not validation):
+        discard(out, progress)  # or it would stand in the way of better arguments
+        raise UserError(_one_sided(source, settings.val_fraction, "validation" if train else "train"))
     train_counts, validation_counts = (
         count_tokens((out / shard.file for shard in shards), tokenizer.vocab_size)
         for shards in (train, validation)
@@ -292,6 +292,17 @@ def _finish(
     write_text(out / MANIFEST, to_json(manifest))
     close_progress(out)
     return manifest
+
+
+def _one_sided(source: Source, fraction: float, empty: str) -> str:
+    """Why one split is empty, and which --val-fraction would fill both."""
+    places = sorted({_place(text) for _, text in source.documents([])})
+    better = math.ceil(places[0] * 1000 + 1) / 1000  # above the first
+    held_out = sum(place < better for place in places)
+    change = f"--val-fraction {better:g} holds out {held_out} of {len(places)}; or "
+    what = f"no document fell into the {empty} split with --val-fraction {fraction}: "
+    more = " (--document-lines N cuts files into some)" if source.kind == "files" else ""
+    return f"{what}{change if held_out < len(places) else ''}give more documents{more}"
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:

@@ -205,6 +205,9 @@ def check_command_line(overrides: list[str]) -> None:
     for override in overrides:
         if override in ("-m", "--multirun"):
             raise UserError(f"{override}: {ONE_RUN}")
+        name = override.removeprefix("--").split("=")[0]
+        if override.startswith("--") and (name == "experiment" or name in field_types()):
+            raise UserError(f"{override}: must be written without dashes, as {name}=VALUE")
         if not asks_hydra and "=" not in override and not override.startswith("~"):
             raise UserError(f"{override}: must be written as name=value, such as experiment=quickstart")
         found = re.fullmatch(r"[+~]*(model|rope_scaling|data|optim|parallel|logging)=(.*)", override)

@@ -254,7 +254,7 @@ def _validate_parallel(config: Config, world_size: int) -> None:
             "parallel.expert_parallel_size",
             ep,
             f"must divide the number of processes, {world_size}: one of {_divisors(world_size)}; "
-            "torchrun --nproc_per_node starts more",
+            "NPROC=N launch/local.sh and torchrun --nproc_per_node=N start more",
         )
     if model.n_routed_experts % ep:
         _refuse(

@@ -64,7 +64,8 @@ def pick_device(config: ParallelConfig, processes: int) -> torch.device:
     if processes > gpus:
         raise UserError(
             f"parallel.device={config.device.value}: {processes} processes on this machine, which has {gpus} "
-            f"GPUs; start at most {gpus} (torchrun --nproc_per_node), or use parallel.device=cpu"
+            f"GPUs; start at most {gpus} (NPROC=N launch/local.sh, torchrun --nproc_per_node=N), or use "
+            "parallel.device=cpu"
         )
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     if config.kernels is Kernels.fused_cute:

@@ -307,7 +307,7 @@ def test_widths_of_the_fused_kernels(kernels, name, value, of, right):
             6,
             [("parallel.expert_parallel_size", 4)],
             "parallel.expert_parallel_size=4: must divide the number of processes, 6: one of 1, 2, 3, 6; "
-            "torchrun --nproc_per_node starts more",
+            "NPROC=N launch/local.sh and torchrun --nproc_per_node=N start more",
         ),
         (
             3,

@@ -1,6 +1,7 @@
 """Preparing a folder: what is refused, what is damaged, and how it goes on from there."""
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,19 @@ def test_one_document_has_no_validation(tmp_path: Path) -> None:
     alone = prepare(FilesSource((str(path),)), tmp_path / "c", Settings(VOCAB, val_fraction=0), quiet=True)
     assert (alone.train.documents, alone.validation.documents) == (1, 0)
     assert alone.validation.unigram_nats is None
+
+
+def test_the_fraction_that_the_error_names_holds_documents_out(tmp_path: Path) -> None:
+    for index, text in enumerate(documents()[:6]):
+        (tmp_path / f"{index}.txt").write_text(text)
+    source = FilesSource((str(tmp_path / "*.txt"),))
+    with pytest.raises(UserError, match="no document fell into the validation split") as refusal:
+        prepare(source, tmp_path / "out", Settings(VOCAB, val_fraction=0.0001), quiet=True)
+    found = re.search(r"0.0001: --val-fraction ([\d.]+) holds out (\d) of 6; or give", str(refusal.value))
+    assert found, refusal.value
+    done = prepare(source, tmp_path / "out", Settings(VOCAB, val_fraction=float(found[1])), quiet=True)
+    assert done.validation.documents == int(found[2])
+    assert done.train.documents == 6 - int(found[2])
 
 
 def test_corrected_arguments_after_a_failure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -32,7 +32,7 @@ def refusal(*words: str) -> str:
         (
             ["experiment=lite", "gpus=8", "ep=3"],
             "parallel.expert_parallel_size=3: must divide the number of processes, 8: one of 1, 2, 4, 8; "
-            "torchrun --nproc_per_node starts more",
+            "NPROC=N launch/local.sh and torchrun --nproc_per_node=N start more",
         ),
         (["gpus=8", "gpux=h100"], "gpux=h100: there is no such field; did you mean gpu?"),
         (["gpus=8", "zer=1"], "zer=1: there is no such field; did you mean zero?"),
