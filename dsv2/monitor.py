@@ -85,6 +85,11 @@ class Monitor:
             dashboard=self.tracker.dashboard_hint,
         ):
             self.note(line)
+        if config.optim.warmup_steps > self.total_steps:
+            self.note(
+                f"note: optim.warmup_steps={config.optim.warmup_steps} is more than the run has: "
+                f"the learning rate never reaches optim.lr={config.optim.lr:g}"
+            )
         if self._was_finished:
             self.note(
                 "this run is finished: it is evaluated again, and nothing is trained. A larger "

@@ -170,3 +170,12 @@ def test_options_that_are_others_than_the_checkpoints_are_told(tmp_path, capsys)
     Monitor(CONFIG, ONE, tmp_path, RunState(step=2, tokens=80), found)
     line = "note: changed since step-00000002 was saved: optim.lr 0.001 -> 0.0005, logging.every 1 -> 3\n"
     assert capsys.readouterr().out == line
+
+
+@pytest.mark.parametrize(("warmup", "told"), [(8, True), (7, False)])
+def test_a_run_that_never_leaves_its_warm_up_says_so(tmp_path, capsys, warmup, told):
+    config = replace(CONFIG, optim=replace(CONFIG.optim, warmup_steps=warmup, lr=3e-4))
+    with Monitor(config, ONE, tmp_path, RunState(), None):
+        pass
+    line = "note: optim.warmup_steps=8 is more than the run has: the learning rate never reaches optim.lr="
+    assert (line in capsys.readouterr().out) is told
