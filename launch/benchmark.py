@@ -95,10 +95,10 @@ def measure(config: Config, device: Any, arguments: argparse.Namespace) -> dict[
         return engine.train_step(batches, config.optim.lr).lm_loss
 
     timing = time_steps(step, tokens, device, arguments.steps, arguments.warmup)
-    figures = row(config, device, timing, world_size)
+    precision = f"{config.parallel.precision.value}/{config.parallel.optimizer_states.value}"
+    figures = row(config, device, timing, world_size, precision)
     figures |= {
         "kernels": config.parallel.kernels.value,
-        "optimizer_states": config.parallel.optimizer_states.value,
         "routing": "balanced" if arguments.balanced else "learned",
         "data": "random" if random else config.data.path,
     }
@@ -143,9 +143,11 @@ def measure_peer(config: Config, device: Any, arguments: argparse.Namespace) -> 
     dtype = torch.bfloat16 if parallel.precision is Precision.bf16 else torch.float32
     length = config.data.sequence_length
     work = Work(config.model, config.optim, parallel.micro_batch_size, length, config.seed, device, dtype)
-    step = adapter(arguments.contender).build(work)
-    timing = time_steps(step, random_tokens(config, 0, 1), device, arguments.steps, arguments.warmup)
-    return row(config, device, timing, 1)
+    peer, name = adapter(arguments.contender), parallel.precision.value
+    timing = time_steps(
+        peer.build(work), random_tokens(config, 0, 1), device, arguments.steps, arguments.warmup
+    )
+    return row(config, device, timing, 1, f"{name}/{peer.STATES or name}")
 
 
 def compare(sizes: dict[str, int | None], arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -170,6 +172,11 @@ def compare(sizes: dict[str, int | None], arguments: argparse.Namespace) -> tupl
     return {"rounds": arguments.rounds, "contenders": found}, f"\n{first}\n{table(found)}"
 
 
+def announcement(config: Config, device: Any, arguments: argparse.Namespace) -> str:
+    size = f"{config.optim.batch_size} x {config.data.sequence_length} tokens"
+    return f"{arguments.warmup} + {arguments.steps} steps of {size} on {device.type}"
+
+
 def one_line(row: dict[str, Any]) -> str:
     def word(value: Any) -> str:
         if value is None:
@@ -192,6 +199,8 @@ def main(argv: list[str] | None = None) -> int:
         config = configuration(arguments.overrides, world_size)
         sizes = check_peers(arguments.against, config, world_size) if arguments.against else {}
         device = pick_device(config.parallel, local_processes())
+        if rank == 0 and arguments.contender is None:  # on a CPU they take a while
+            print(announcement(config, device, arguments), file=sys.stderr, flush=True)
         if sizes:
             result, text = compare(sizes, arguments)
         else:

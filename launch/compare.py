@@ -65,7 +65,7 @@ def summary(name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
         found["spread"] = (max(steps) - min(steps)) / found["step_ms"]
         for key in ("tok_s_gpu", "tflops", "mfu"):  # of the median step
             found[key] = None if good[0][key] is None else good[0][key] * steps[0] / found["step_ms"]
-        for key in ("micro_batch", "mem_gib"):
+        for key in ("micro_batch", "mem_gib", "precision"):
             found[key] = good[0][key]
     return found
 
@@ -75,10 +75,11 @@ def about(name: str) -> str:
 
 
 def table(summaries: list[dict[str, Any]]) -> str:
-    """One line a contender; `speed` is its tokens/s over ours."""
+    """One line a contender; `states` are Adam's, `speed` is its tokens/s over ours."""
     ours = summaries[0].get("tok_s_gpu")
     heads = (
         "contender",
+        "weights/states",
         "micro-batch",
         "ms a step",
         "spread",
@@ -88,14 +89,16 @@ def table(summaries: list[dict[str, Any]]) -> str:
         "peak GiB",
         "speed",
     )
-    lines = [f"{heads[0]:<28}" + "".join(f"{head:>12}" for head in heads[1:])]
+    widths = [max(12, len(head) + 2) for head in heads[1:]]
+    lines = [f"{heads[0]:<28}" + "".join(map(str.rjust, heads[1:], widths))]
     for found in summaries:
         label = " ".join(filter(None, (found["name"], found["version"])))
         if "step_ms" not in found:
             lines.append(f"{label:<28}  {found['errors'][-1]}")
             continue
         cells = (
-            found["micro_batch"],
+            found["precision"],
+            str(found["micro_batch"]),
             f"{found['step_ms']:.1f}",
             f"{found['spread']:.1%}" if len(found["rounds"]) > 1 else "-",
             f"{found['tok_s_gpu']:.0f}",
@@ -104,6 +107,6 @@ def table(summaries: list[dict[str, Any]]) -> str:
             "-" if found["mem_gib"] is None else f"{found['mem_gib']:.1f}",
             f"{found['tok_s_gpu'] / ours:.3f}" if ours else "-",
         )
-        lines.append(f"{label:<28}" + "".join(f"{cell:>12}" for cell in cells))
+        lines.append(f"{label:<28}" + "".join(map(str.rjust, cells, widths)))
     lines += ["", *(f"{found['name']}: {found['about']}" for found in summaries)]
     return "\n".join(lines)

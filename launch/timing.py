@@ -115,8 +115,10 @@ def time_steps(
     return Timing([seconds for seconds, _ in timed], timed[-1][1], peak)
 
 
-def row(config: Config, device: torch.device, timing: Timing, world_size: int) -> dict[str, Any]:
-    """The figures, with one accounting of FLOPs for all."""
+def row(
+    config: Config, device: torch.device, timing: Timing, world_size: int, precision: str
+) -> dict[str, Any]:
+    """The figures, with one accounting of FLOPs for all; `precision` is that of weights/optimizer states."""
     on_gpu = device.type == "cuda"
     seconds, length = statistics.median(timing.seconds), config.data.sequence_length
     tokens = config.optim.batch_size * length / world_size
@@ -125,6 +127,7 @@ def row(config: Config, device: torch.device, timing: Timing, world_size: int) -
     return {
         "device": torch.cuda.get_device_name() if on_gpu else "cpu",
         "torch": torch.__version__,
+        "precision": precision,
         "layers": config.model.num_hidden_layers,
         "micro_batch": config.parallel.micro_batch_size,
         "length": length,

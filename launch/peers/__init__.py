@@ -1,9 +1,9 @@
 """Other frameworks on the same work, one a file, for `launch/benchmark.py --against`.
 
 An adapter has `REQUIRES`, the packages by name with the versions it is written for, `PIP`, how pip is to
-install them, `ABOUT`, a line on how it is set up, and `build(work)`, which returns a step: forward, loss,
-backward, the gradient's norm clipped, and AdamW, on a micro-batch of tokens. Nothing of its framework is
-imported before.
+install them, `ABOUT`, a line on how it is set up, `STATES`, the precision of its optimizer's states or None
+for the weights', and `build(work)`, which returns a step: forward, loss, backward, the gradient's norm
+clipped, and AdamW, on a micro-batch of tokens. Nothing of its framework is imported before.
 """
 
 import importlib

@@ -8,9 +8,8 @@ from launch.timing import Step
 
 REQUIRES = {"deepspeed": "==0.19.8", "transformers": ">=5.0"}
 PIP = "install"
-ABOUT = (
-    "AutoEP's defaults over transformers with SDPA attention; ZeRO-1, bf16 weights, fp32 masters and moments"
-)
+STATES = "fp32"
+ABOUT = "AutoEP's defaults over transformers with SDPA attention; ZeRO-1, fp32 masters and moments"
 
 
 def engine_config(work: Work) -> dict[str, Any]:

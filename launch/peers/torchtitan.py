@@ -17,6 +17,7 @@ REQUIRES = {
     "triton": ">=3.0",
 }
 PIP = "install --no-deps"  # what else it asks for is for its own trainer, and older than requirements.txt has
+STATES = None
 ABOUT = (
     "on a GPU fused MLA, SwiGLU and experts, each block and the loss compiled, SDPA through cuDNN; "
     "softmax scores, no bias, no group limit, plain RoPE; torch's AdamW on the weights themselves"

@@ -9,6 +9,7 @@ from launch.timing import Step, torch_step
 
 REQUIRES = {"transformers": ">=5.0"}
 PIP = "install"
+STATES = None
 ABOUT = "grouped_mm experts, SDPA attention, fp32 logits; torch's AdamW on the weights themselves"
 
 

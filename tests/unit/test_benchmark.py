@@ -115,6 +115,7 @@ def turns(ours: list[float], theirs: list[Any]) -> dict[str, list[dict[str, Any]
             "mfu": None,
             "mem_gib": 3.0,
             "micro_batch": 4,
+            "precision": "bf16/fp32",
         }
 
     found = compare.alternate(["dsv2", "transformers"], len(ours), turn)
@@ -130,8 +131,8 @@ def test_turns_alternate_and_medians_are_over_rounds(capsys):
     assert ours["version"] is None
     assert theirs["version"][0].isdigit()
     lines = compare.table([ours, theirs]).splitlines()
-    assert lines[1].split() == ["dsv2", "4", "100.0", "14.0%", "10000", "1", "-", "3.0", "1.000"]
-    assert lines[2].split()[2:] == ["4", "200.0", "10.0%", "5000", "1", "-", "3.0", "0.500"]
+    assert lines[1].split() == ["dsv2", "bf16/fp32", "4", "100.0", "14.0%", "10000", "1", "-", "3.0", "1.000"]
+    assert lines[2].split()[2:] == ["bf16/fp32", "4", "200.0", "10.0%", "5000", "1", "-", "3.0", "0.500"]
 
 
 def test_a_peer_that_fails_is_shown_and_the_others_go_on():
@@ -178,7 +179,7 @@ def test_timing_counts_steps_after_warmup_and_one_accounting_of_flops():
     assert [[list(t.shape) for t in batch] for batch in seen] == [[[2, 17], [2, 17]]] * 5
     assert not torch.equal(seen[0][0], seen[1][0])
     assert (len(timing.seconds), timing.loss, timing.peak_gib) == (3, 5.0, None)
-    figures = row(config, torch.device("cpu"), timing._replace(seconds=[1.0, 2.0, 9.0]), 1)
+    figures = row(config, torch.device("cpu"), timing._replace(seconds=[1.0, 2.0, 9.0]), 1, "")
     assert (figures["step_ms"], figures["tok_s_gpu"]) == (2000, 32)
     again = next(random_tokens(config, 0, 1))
     assert all(torch.equal(a, b) for a, b in zip(again, seen[0], strict=True))
