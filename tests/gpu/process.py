@@ -7,6 +7,9 @@ from typing import Any
 
 import pytest
 
+from dsv2.config import Kernels
+from dsv2.kernels.library import KernelSet, fused_kernels
+
 SIZES = {
     "vocab_size": 512,
     "hidden_size": 128,
@@ -21,10 +24,24 @@ SIZES = {
 }  # multiples of what the fused kernels want, for `tiny_config`
 
 
-def need_cute() -> None:
+# A test of both versions of an operation. The libraries around CuTe warn of what they do themselves.
+_CUTE = pytest.mark.filterwarnings("ignore")
+BOTH = pytest.mark.parametrize(
+    "cute", [pytest.param(False, id="fused"), pytest.param(True, id="cute", marks=_CUTE)]
+)
+KINDS = pytest.mark.parametrize("kernels", [Kernels.fused, pytest.param(Kernels.fused_cute, marks=_CUTE)])
+
+
+def need(kernels: Kernels) -> None:
     """Skip the test where what `fused_cute` is made of is not installed."""
-    for library in ("flash_attn.cute", "quack"):
-        pytest.importorskip(library)
+    if kernels is Kernels.fused_cute:
+        for library in ("flash_attn.cute", "quack"):
+            pytest.importorskip(library)
+
+
+def kernel_set(cute: bool) -> KernelSet:
+    need(Kernels.fused_cute if cute else Kernels.fused)
+    return fused_kernels(cute)
 
 
 def alone(function: Callable[..., Any], *arguments: Any) -> Any:

@@ -3,13 +3,17 @@
 import pytest
 
 from launch.compare import run_turn
+from tests.gpu.process import KINDS, need
 
 pytestmark = pytest.mark.gpu
 
 
+@KINDS
 @pytest.mark.parametrize("recompute", ["false", "true"])
-def test_kernels_are_attributed_to_parts(recompute):
+def test_kernels_are_attributed_to_parts(recompute, kernels):
+    need(kernels)
     options = ["--steps", "2", "--warmup", "2", "model=small", "parallel=gpu", "data.sequence_length=1024"]
+    options += [f"parallel.kernels={kernels.value}"]
     row = run_turn([*options, f"parallel.activation_checkpointing={recompute}"])
     assert "error" not in row, row
     share = {part: found["share"] for part, found in row["parts"].items()}

@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from dsv2.config import Kernels, OptimConfig, ParallelConfig, Precision
-from dsv2.kernels.library import fused_kernels
 from dsv2.model.init import init_weights
 from dsv2.model.transformer import DeepseekV2
 from dsv2.moe.execution import Execution
-from tests.gpu.process import SIZES, alone, need_cute
+from tests.gpu.process import BOTH, KINDS, SIZES, alone, kernel_set, need
 from tests.unit.helpers import tiny_config
 
 pytestmark = pytest.mark.gpu
@@ -47,11 +46,10 @@ def reference_curves() -> tuple[Tensor, Tensor]:
     return torch.tensor(fp32), torch.tensor(bf16)
 
 
-@pytest.mark.parametrize("kernels", [Kernels.fused, Kernels.fused_cute])
+@KINDS
 def test_loss_curve_is_the_references_within_the_noise_of_bf16(reference_curves, kernels):
     """No further from fp32 than plain torch in bf16 is, twice over, and both learn."""
-    if kernels is Kernels.fused_cute:
-        need_cute()
+    need(kernels)
     exact, plain = reference_curves
     fused = torch.tensor(alone(loss_curve, kernels, Precision.bf16))
     noise = (plain - exact).square().mean().sqrt()
@@ -61,13 +59,14 @@ def test_loss_curve_is_the_references_within_the_noise_of_bf16(reference_curves,
     torch.testing.assert_close(fused[:3], exact[:3], rtol=2e-3, atol=0)
 
 
+@BOTH
 @pytest.mark.parametrize("dropping", [False, True])
 @pytest.mark.parametrize("recompute", [False, True])
-def test_the_host_never_waits_within_the_model(dropping, recompute):
+def test_the_host_never_waits_within_the_model(dropping, recompute, cute):
     """One rank: forward and backward of all layers are queued without a look at the device."""
     config = tiny_config(**SIZES)
     config.balance.token_dropping = dropping
-    model = DeepseekV2(config, Execution(recompute=recompute, kernels=fused_kernels()))
+    model = DeepseekV2(config, Execution(recompute=recompute, kernels=kernel_set(cute)))
     init_weights(model, 0.05, seed=0)
     model = model.bfloat16().cuda().train()
     ids = torch.randint(512, (2, SEQUENCES, LENGTH), device="cuda")

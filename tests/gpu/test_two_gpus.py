@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dsv2.config import Kernels, OptimConfig, ParallelConfig, Precision
-from tests.gpu.process import SIZES, alone, together
+from tests.gpu.process import KINDS, SIZES, alone, need, together
 from tests.unit.helpers import tiny_config
 
 pytestmark = [
@@ -63,10 +63,12 @@ def test_fp32(ep, stage, dropping):
     torch.testing.assert_close(torch.tensor(two[0]), torch.tensor(one), rtol=2e-5, atol=1e-6)
 
 
+@KINDS
 @pytest.mark.parametrize(("ep", "dropping"), [(1, False), (2, False), (2, True)])
-def test_fused_bf16(ep, dropping):
-    one = alone(steps, 0, 1, free_port(), 1, 1, Kernels.fused, dropping)
-    two = together(steps, 2, free_port(), ep, 1, Kernels.fused, dropping)
+def test_fused_bf16(ep, dropping, kernels):
+    need(kernels)
+    one = alone(steps, 0, 1, free_port(), 1, 1, kernels, dropping)
+    two = together(steps, 2, free_port(), ep, 1, kernels, dropping)
     assert two[0] == two[1]
     # Roundings differ, and with them a few tokens' experts; gradient norms show it most.
     got, want = torch.tensor(two[0]), torch.tensor(one)
