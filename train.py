@@ -51,7 +51,7 @@ def train(config: Config) -> None:
 
     # What may be wrong with the files is found before any process group is made.
     run_dir, parallel = config.run_dir, config.parallel
-    device, (store, found, weights) = pick_device(parallel, local_processes()), find_start(config)
+    device, (store, found, weights) = pick_device(config, local_processes()), find_start(config)
     _lock = claim(run_dir) if rank == 0 else None
 
     mesh = start_mesh(device, rank, world_size, parallel.expert_parallel_size)

@@ -295,14 +295,14 @@ def _finish(
 
 
 def _one_sided(source: Source, fraction: float, empty: str) -> str:
-    """Why one split is empty, and which --val-fraction would fill both."""
-    places = sorted({_place(text) for _, text in source.documents([])})
+    """Why one split is empty, and a fraction that fills both; not for a hub's, which it would read again."""
+    places = sorted({_place(text) for _, text in source.documents([])}) if source.kind != "hub" else [1.0]
     better = math.ceil(places[0] * 1000 + 1) / 1000  # above the first
     held_out = sum(place < better for place in places)
     change = f"--val-fraction {better:g} holds out {held_out} of {len(places)}; or "
     what = f"no document fell into the {empty} split with --val-fraction {fraction}: "
     more = " (--document-lines N cuts files into some)" if source.kind == "files" else ""
-    return f"{what}{change if held_out < len(places) else ''}give more documents{more}"
+    return f"{what}{change if held_out < len(places) else 'change it, or '}give more documents{more}"
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:

@@ -272,8 +272,9 @@ class CheckpointStore:
         """Load weights, optimizer and random state into a new engine of any layout. Collective.
 
         A damaged one is set aside as `step-N.damaged`, with a warning in `found`, and the next older one
-        taken, if the run's newest was asked for. From a checkpoint of another run, this run starts with a
-        W&B run of its own, and in a new stage with no steps, tokens and data behind it.
+        taken (`found` then tells of its options), if the run's newest was asked for. From a checkpoint of
+        another run, this run starts with a W&B run of its own, and in a new stage with no steps, tokens and
+        data behind it.
 
         Raises:
             UserError: damaged, and there is no other.
@@ -286,6 +287,7 @@ class CheckpointStore:
                 path.rename(path.with_suffix(".damaged"))
             found.warnings.append(f"{problem}; set aside as {path.name}.damaged")
             path = older.pop(0)
+            found.changed[:] = differences(check(path)["config"], self.settings)
         return self._load(engine, path)
 
     def _damage(self, path: Path, mesh: Mesh) -> str | None:

@@ -45,9 +45,10 @@ class Monitor:
         self._alerts = Alerts(config.logging, routed_experts=moe_layers * model.n_routed_experts)
         self._window: RoutingStats | None = None
         self._window_steps = 0
+        self._changed = found.changed if found else []
         self._first_step = state.step
-        # Then nothing is trained: its files stay those of the run, whatever becomes of this evaluation.
-        self._was_finished = state.step == self.total_steps
+        # Then nothing is left but another evaluation: the run stays finished, whatever becomes of that.
+        self._was_finished = self._read_status() == self._status("finished")
         self._begun_from = found.path if found and found.step == 0 else None
         if found is None and config.init_from is not None:
             self._begun_from = Path(config.init_from)
@@ -55,8 +56,6 @@ class Monitor:
             self.note(f"warning: {warning}")
         if found and config.init_from is not None:
             self.note(f"note: init_from={config.init_from} is not read: the run goes on from {found.path}")
-        if found and found.changed:
-            self.note(f"note: changed since {found.path.name} was saved: {', '.join(found.changed)}")
 
     def __enter__(self) -> "Monitor":
         config = self.config
@@ -85,12 +84,14 @@ class Monitor:
             dashboard=self.tracker.dashboard_hint,
         ):
             self.note(line)
+        if self._changed:
+            self.note(f"note: changed since that checkpoint: {', '.join(self._changed)}")
         if config.optim.warmup_steps > self.total_steps:
             self.note(
                 f"note: optim.warmup_steps={config.optim.warmup_steps} is more than the run has: "
                 f"the learning rate never reaches optim.lr={config.optim.lr:g}"
             )
-        if self._was_finished:
+        if self.state.step == self.total_steps:
             self.note(
                 "this run is finished: it is evaluated again, and nothing is trained. A larger "
                 "optim.total_tokens goes on from here; name=NAME starts another run"
@@ -135,13 +136,21 @@ class Monitor:
         """RUN_DIR/status.json, for scripts that requeue: `running`, `stopped`, `finished` or `failed`, and
         the last step saved."""
         if self.mesh.is_main:
-            content = {"state": state, "step": self.state.step, "total_steps": self.total_steps}
             partial = self.run_dir / "status.json.partial"
             try:
-                partial.write_text(json.dumps(content) + "\n")
+                partial.write_text(json.dumps(self._status(state)) + "\n")
                 partial.replace(self.run_dir / "status.json")
             except OSError as error:  # a full disk must not end a run
                 self.note(f"warning: status.json could not be written: {error}")
+
+    def _status(self, state: str) -> dict[str, Any]:
+        return {"state": state, "step": self.state.step, "total_steps": self.total_steps}
+
+    def _read_status(self) -> Any:
+        try:
+            return json.loads((self.run_dir / "status.json").read_text())
+        except (OSError, ValueError):
+            return None
 
     def resume_clock(self) -> None:
         """The next step begins: what lies before it (evaluation, saving) is not its time."""

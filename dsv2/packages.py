@@ -15,12 +15,12 @@ def installed(package: str) -> str | None:
     return next((d.version for d in metadata.distributions(name=package)), None)
 
 
-def misfit(requires: dict[str, str], pip: str = "install") -> str | None:
+def misfit(requires: dict[str, str], alone: tuple[str, ...] = ()) -> str | None:
     """What is wrong with the first package that does not fit, and how to install all such; else None.
 
     Args:
         requires: the specifier of each package's version, such as ==0.3.0.
-        pip: the command of pip, with its options.
+        alone: those to install without what they ask for themselves.
     """
     found = {package: installed(package) for package in requires}
     wrong = [p for p, wanted in requires.items() if not _fits(found[p], wanted)]
@@ -28,8 +28,12 @@ def misfit(requires: dict[str, str], pip: str = "install") -> str | None:
         return None
     first = wrong[0]
     what = f"is {found[first]}, must be {requires[first]}" if found[first] else "is not installed"
-    names = " ".join(shlex.quote(package + requires[package]) for package in wrong)
-    return f"{first} {what}; {shlex.quote(_python())} -m pip {pip} {names}"
+    commands = []
+    for option in ("", "--no-deps "):
+        some = [shlex.quote(p + requires[p]) for p in wrong if (p in alone) is bool(option)]
+        if some:
+            commands.append(f"{shlex.quote(_python())} -m pip install {option}{' '.join(some)}")
+    return f"{first} {what}; {' && '.join(commands)}"
 
 
 def _fits(found: str | None, wanted: str) -> bool:

@@ -10,12 +10,12 @@ import argparse
 import sys
 
 from dsv2.compose import compose_overrides, field_types, to_config, unknown_key
-from dsv2.config import Config, Kernels
+from dsv2.config import Config
 from dsv2.errors import UserError
 from dsv2.planner.hardware import GPUS, find_gpu
 from dsv2.planner.search import Machines, plan, search
 from dsv2.planner.text import plan_lines, search_lines
-from dsv2.validate import validate
+from dsv2.validate import validate, validate_gpu
 
 SHORT = {  # the planner's short names of fields
     "ep": "parallel.expert_parallel_size",
@@ -74,12 +74,7 @@ def load(overrides: list[str], machines: Machines) -> Config:
     composed.data.source, composed.data.path = "local", "not read"
     config = to_config(composed)
     validate(config, machines.gpus)
-    if config.parallel.kernels is Kernels.fused_cute and not machines.gpu.hopper:
-        hopper = ", ".join(name for name, gpu in GPUS.items() if gpu.hopper)
-        raise UserError(
-            f"parallel.kernels=fused_cute: needs a Hopper GPU, gpu= one of {hopper}, not "
-            f"{machines.gpu.name}; or use fused"
-        )
+    validate_gpu(config, machines.gpu.name, machines.gpu.capability)
     return config
 
 

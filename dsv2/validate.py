@@ -238,11 +238,50 @@ def _validate_kernels(model: ModelConfig, parallel: ParallelConfig) -> None:
             right = f"must be a multiple of 8 with parallel.kernels={name}; or use reference"
             _refuse(f"model.{field}", value, right)
     if model.attention is AttentionKind.mla:
-        keys = model.qk_nope_head_dim + rope
-        for field, width in (("qk_nope_head_dim + qk_rope_head_dim", keys), ("v_head_dim", model.v_head_dim)):
-            if width % 8 or width > 256:  # cuDNN and FlashAttention-4 take no others
-                right = f"must be a multiple of 8 up to 256 with parallel.kernels={name}; or use reference"
-                _refuse(f"model.{field}", width, right)
+        _validate_fused_heads(model, parallel.kernels)
+
+
+def _head_widths(model: ModelConfig) -> dict[str, int]:
+    keys = model.qk_nope_head_dim + model.qk_rope_head_dim
+    return {"qk_nope_head_dim + qk_rope_head_dim": keys, "v_head_dim": model.v_head_dim}
+
+
+def _validate_fused_heads(model: ModelConfig, kernels: Kernels) -> None:
+    """MLA's widths that cuDNN's attention takes on Hopper, backward too; or FlashAttention-4."""
+    instead = f"with parallel.kernels={kernels.value}; or use reference"
+    for field, width in _head_widths(model).items():
+        if width % 8:
+            _refuse(f"model.{field}", width, f"must be a multiple of 8 {instead}")
+        if kernels is Kernels.fused_cute and width > 256:
+            _refuse(f"model.{field}", width, f"must be at most 256 {instead}")
+        published = (*_head_widths(model).values(),) == (192, 128)
+        if kernels is Kernels.fused and width > 128 and not published:
+            right = f"must be at most 128, or 192 beside model.v_head_dim=128, {instead}"
+            _refuse(f"model.{field}", width, right)
+
+
+def validate_gpu(config: Config, gpu: str, capability: int) -> None:
+    """Refuse kernels that this kind of GPU has not.
+
+    Args:
+        gpu: its name.
+        capability: its major compute capability: 8 is Ampere, 9 Hopper, 10 Blackwell.
+
+    Raises:
+        UserError: says which kernels it has.
+    """
+    model, kernels = config.model, config.parallel.kernels
+    too_wide = model.attention is AttentionKind.mla and max(_head_widths(model).values()) > 128
+    cudnn = capability in (9, 10) or not too_wide
+    others = "fused or reference" if cudnn else "reference"
+    if kernels is Kernels.fused_cute and capability != 9:
+        right = f"needs a Hopper GPU (H100, H800, H200), not {gpu}; or use {others}"
+        _refuse("parallel.kernels", kernels.value, right)
+    if kernels is Kernels.fused and not cudnn:
+        right = (
+            f"cuDNN's attention takes heads of at most 128 on {gpu}, not {max(_head_widths(model).values())}"
+        )
+        _refuse("parallel.kernels", kernels.value, f"{right}; use {others}")
 
 
 def _validate_parallel(config: Config, world_size: int) -> None:

@@ -172,9 +172,18 @@ def compare(sizes: dict[str, int | None], arguments: argparse.Namespace) -> tupl
     return {"rounds": arguments.rounds, "contenders": found}, f"\n{first}\n{table(found)}"
 
 
-def announcement(config: Config, device: Any, arguments: argparse.Namespace) -> str:
-    size = f"{config.optim.batch_size} x {config.data.sequence_length} tokens"
-    return f"{arguments.warmup} + {arguments.steps} steps of {size} on {device.type}"
+def announcement(
+    config: Config, device: Any, sizes: dict[str, int | None], arguments: argparse.Namespace
+) -> str:
+    """What is about to be timed."""
+    steps = f"{arguments.warmup} + {arguments.steps} steps on {device.type}"
+    length = config.data.sequence_length
+    if not sizes:
+        return f"{steps}, {config.optim.batch_size} x {length} tokens each"
+    own = config.parallel.micro_batch_size
+    contenders = ", ".join(f"{name} {size or own} x {length}" for name, size in {OURS: own, **sizes}.items())
+    rounds = "1 round" if arguments.rounds == 1 else f"{arguments.rounds} rounds"
+    return f"{rounds} of {steps}: {contenders} tokens each"
 
 
 def one_line(row: dict[str, Any]) -> str:
@@ -198,9 +207,9 @@ def main(argv: list[str] | None = None) -> int:
         arguments = parse_arguments(argv)
         config = configuration(arguments.overrides, world_size)
         sizes = check_peers(arguments.against, config, world_size) if arguments.against else {}
-        device = pick_device(config.parallel, local_processes())
+        device = pick_device(config, local_processes())
         if rank == 0 and arguments.contender is None:  # on a CPU they take a while
-            print(announcement(config, device, arguments), file=sys.stderr, flush=True)
+            print(announcement(config, device, sizes, arguments), file=sys.stderr, flush=True)
         if sizes:
             result, text = compare(sizes, arguments)
         else:

@@ -13,10 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dsv2.config import Device, Kernels, ParallelConfig
+from dsv2.config import Config, Device, Kernels
 from dsv2.errors import UserError
 from dsv2.moe.execution import WaitClock
 from dsv2.packages import CUTE, misfit
+from dsv2.validate import validate_gpu
 
 
 @dataclass(frozen=True)
@@ -44,17 +45,18 @@ class Mesh:
         return (square + expert_square).sqrt()
 
 
-def pick_device(config: ParallelConfig, processes: int) -> torch.device:
+def pick_device(config: Config, processes: int) -> torch.device:
     """This process's device: one GPU a process, by torchrun's local rank; `processes` are on this machine.
 
     Raises:
         UserError: more processes on this machine than GPUs, or kernels that they or the packages here lack.
     """
+    parallel, kernels = config.parallel, config.parallel.kernels
     gpus = torch.cuda.device_count()
-    on_cpu = config.device is Device.cpu or (config.device is Device.auto and gpus == 0)
-    if on_cpu and config.kernels is not Kernels.reference:
+    on_cpu = parallel.device is Device.cpu or (parallel.device is Device.auto and gpus == 0)
+    if on_cpu and kernels is not Kernels.reference:
         raise UserError(
-            f"parallel.kernels={config.kernels.value}: needs an NVIDIA GPU; on the CPU use "
+            f"parallel.kernels={kernels.value}: needs an NVIDIA GPU; on the CPU use "
             "parallel.kernels=reference"
         )
     if on_cpu:
@@ -63,24 +65,16 @@ def pick_device(config: ParallelConfig, processes: int) -> torch.device:
         raise UserError("parallel.device=cuda: there is no GPU on this machine; leave out parallel=gpu")
     if processes > gpus:
         raise UserError(
-            f"parallel.device={config.device.value}: {processes} processes on this machine, which has {gpus} "
-            f"GPUs; start at most {gpus} (NPROC=N launch/local.sh, torchrun --nproc_per_node=N), or use "
-            "parallel.device=cpu"
+            f"parallel.device={parallel.device.value}: {processes} processes on this machine, which has "
+            f"{gpus} GPUs; start at most {gpus} (NPROC=N launch/local.sh, torchrun --nproc_per_node=N), or "
+            "use parallel.device=cpu"
         )
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    if config.kernels is Kernels.fused_cute:
-        _check_cute(device)
+    if kernels is not Kernels.reference:
+        validate_gpu(config, torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)[0])
+    if kernels is Kernels.fused_cute and (wrong := misfit(CUTE)):
+        raise UserError(f"parallel.kernels={kernels.value}: {wrong}; or use fused")
     return device
-
-
-def _check_cute(device: torch.device) -> None:
-    """Refuse `fused_cute` where it cannot run: its tiles are those of Hopper's instructions."""
-    field = f"parallel.kernels={Kernels.fused_cute.value}"
-    if torch.cuda.get_device_capability(device)[0] != 9:
-        name = torch.cuda.get_device_name(device)
-        raise UserError(f"{field}: needs a Hopper GPU (H100, H200), not {name}; use parallel.kernels=fused")
-    if wrong := misfit(CUTE):
-        raise UserError(f"{field}: {wrong}; or use parallel.kernels=fused")
 
 
 def init_process_group(device: torch.device, rank: int, world_size: int) -> None:

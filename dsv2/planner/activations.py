@@ -363,9 +363,9 @@ def activations(p: Pass) -> Activations:
     dense_kept = dense_layers * (attended + dense)
     kept = dense_kept + moe_layers * (attended + mixture)
     mixed_fullest = mixture + mixed if moe_layers else 0
-    # In the last layer of either kind, where all before it is still kept.
+    # In the last layer, where all before it is still kept; or in the last dense one.
     last = kept + max(mixed, attention_fullest - mixture) if moe_layers else 0
-    layers = max(last, dense_kept - dense + max(dense_fullest, attention_fullest) if dense_layers else 0)
+    layers = max(last, dense_kept + dense_fullest - dense)
     return Activations(
         kept, _logits(p), layers, attended + max(mixed_fullest, dense_fullest, attention_fullest)
     )

@@ -14,7 +14,7 @@ class Gpu:
     memory: float  # bytes a program can have
     node_bandwidth: float  # bytes/s to the GPUs of its machine: NVLink
     network_bandwidth: float  # bytes/s to other machines: a network card a GPU, as in the makers' systems
-    hopper: bool = False
+    capability: int  # major compute capability
 
     @property
     def peak(self) -> float:
@@ -26,11 +26,11 @@ class Gpu:
 
 GIB, GB = 2**30, 10**9
 GPUS = {
-    "a100": Gpu("A100", 79 * GIB, 300 * GB, 25 * GB),  # SXM, 80 GB
-    "h100": Gpu("H100", 79 * GIB, 450 * GB, 50 * GB, hopper=True),  # SXM, 80 GB
-    "h800": Gpu("H800", 79 * GIB, 200 * GB, 50 * GB, hopper=True),  # the H100 with less NVLink; the paper's
-    "h200": Gpu("H200", 139 * GIB, 450 * GB, 50 * GB, hopper=True),
-    "b200": Gpu("B200", 178 * GIB, 900 * GB, 50 * GB),
+    "a100": Gpu("A100", 79 * GIB, 300 * GB, 25 * GB, 8),  # SXM, 80 GB
+    "h100": Gpu("H100", 79 * GIB, 450 * GB, 50 * GB, 9),  # SXM, 80 GB
+    "h800": Gpu("H800", 79 * GIB, 200 * GB, 50 * GB, 9),  # the H100 with less NVLink; the paper's
+    "h200": Gpu("H200", 139 * GIB, 450 * GB, 50 * GB, 9),
+    "b200": Gpu("B200", 178 * GIB, 900 * GB, 50 * GB, 10),
 }
 
 

@@ -1,9 +1,10 @@
 """Other frameworks on the same work, one a file, for `launch/benchmark.py --against`.
 
-An adapter has `REQUIRES`, the packages by name with the versions it is written for, `PIP`, how pip is to
-install them, `ABOUT`, a line on how it is set up, `STATES`, the precision of its optimizer's states or None
-for the weights', and `build(work)`, which returns a step: forward, loss, backward, the gradient's norm
-clipped, and AdamW, on a micro-batch of tokens. Nothing of its framework is imported before.
+An adapter has `REQUIRES`, the packages by name with the versions it is written for, `ALONE`, those of them
+to install without what they ask for, `ABOUT`, a line on how it is set up, `STATES`, the precision of its
+optimizer's states or None for the weights', and `build(work)`, which returns a step: forward, loss, backward,
+the gradient's norm clipped, and AdamW, on a micro-batch of tokens. Nothing of its framework is imported
+before.
 """
 
 import importlib
@@ -36,9 +37,9 @@ def adapter(name: str) -> ModuleType:
     return importlib.import_module(f"launch.peers.{name}")
 
 
-def version(name: str) -> str:
+def version(name: str) -> str | None:
     """The version of the peer's first package."""
-    return installed(next(iter(adapter(name).REQUIRES))) or "?"
+    return installed(next(iter(adapter(name).REQUIRES)))
 
 
 def parse(given: str) -> dict[str, int | None]:
@@ -75,7 +76,7 @@ def check(name: str, config: Config, world_size: int) -> None:
         UserError: says what to install, or which field stands in the way.
     """
     found = adapter(name)
-    if wrong := misfit(found.REQUIRES, found.PIP):
+    if wrong := misfit(found.REQUIRES, found.ALONE):
         raise UserError(f"--against {name}: {wrong}")
     check_exportable(config.model)
     parallel = config.parallel

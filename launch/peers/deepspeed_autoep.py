@@ -7,7 +7,7 @@ from launch.peers.transformers import build_model
 from launch.timing import Step
 
 REQUIRES = {"deepspeed": "==0.19.8", "transformers": ">=5.0"}
-PIP = "install"
+ALONE = ()
 STATES = "fp32"
 ABOUT = "AutoEP's defaults over transformers with SDPA attention; ZeRO-1, fp32 masters and moments"
 

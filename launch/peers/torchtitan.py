@@ -12,11 +12,9 @@ REQUIRES = {
     "torch": ">=2.11",
     "spmd_types": "==0.2.3",
     "tyro": ">=1.0",
-    "docstring-parser": ">=0.16",
-    "typeguard": ">=4.0",
     "triton": ">=3.0",
 }
-PIP = "install --no-deps"  # what else it asks for is for its own trainer, and older than requirements.txt has
+ALONE = ("torchtitan",)  # what else it asks for is for its trainer, and older than requirements.txt has
 STATES = None
 ABOUT = (
     "on a GPU fused MLA, SwiGLU and experts, each block and the loss compiled, SDPA through cuDNN; "

@@ -8,7 +8,7 @@ from launch.peers import Work
 from launch.timing import Step, torch_step
 
 REQUIRES = {"transformers": ">=5.0"}
-PIP = "install"
+ALONE = ()
 STATES = None
 ABOUT = "grouped_mm experts, SDPA attention, fp32 logits; torch's AdamW on the weights themselves"
 

@@ -6,9 +6,11 @@ from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import pytest
+import torch
 
 from dsv2.config import Kernels
 from dsv2.kernels.library import KernelSet, fused_kernels
+from dsv2.packages import CUTE, misfit
 
 SIZES = {
     "vocab_size": 512,
@@ -33,10 +35,12 @@ KINDS = pytest.mark.parametrize("kernels", [Kernels.fused, pytest.param(Kernels.
 
 
 def need(kernels: Kernels) -> None:
-    """Skip the test where what `fused_cute` is made of is not installed."""
+    """Skip the test where `fused_cute` would be refused."""
     if kernels is Kernels.fused_cute:
-        for library in ("flash_attn.cute", "quack"):
-            pytest.importorskip(library)
+        if torch.cuda.get_device_capability()[0] != 9:
+            pytest.skip("no Hopper GPU")
+        if wrong := misfit(CUTE):
+            pytest.skip(wrong)
 
 
 def kernel_set(cute: bool) -> KernelSet:

@@ -100,12 +100,13 @@ def test_routed_experts(poison, cute, rows, top_k, experts, hidden, width, kind)
         check(apply(REFERENCE, n_pairs), apply(fused, n_pairs), [normal(rows, hidden), weights, w13, w2])
 
 
-def test_experts_without_a_row(fused):
+@BOTH
+def test_experts_without_a_row(cute):
     """Zeros, and gradients that are zeros and not missing."""
     shapes = ((0, 64), (0, 3), (4, 64, 64), (4, 64, 32))
     x, weights, w13, w2 = (torch.ones(shape, device=DEVICE, requires_grad=True) for shape in shapes)
     ids, counts = torch.empty(0, 3, dtype=torch.int64, device=DEVICE), torch.zeros(4, device=DEVICE).long()
-    out = fused.routed_experts(x, ids, weights, counts, 0, w13, w2)
+    out = kernel_set(cute).routed_experts(x, ids, weights, counts, 0, w13, w2)
     out.sum().backward()
     assert out.shape == x.shape
     assert all(t.grad is not None and not t.grad.any() for t in (x, weights, w13, w2))
@@ -291,13 +292,14 @@ def test_latent_attention(cute, batch, length, heads, nope, rope, v_dim):
     check(apply(REFERENCE), apply(fused), [q, kv, latent_and_rope], bound=1e-2)
 
 
-def test_attention_of_one_token_is_its_value(fused):
+@BOTH
+def test_attention_of_one_token_is_its_value(cute):
     """A sample begins with one."""
     from dsv2.model.rope import rope_tables
 
     cos, sin = rope_tables(torch.arange(1, device=DEVICE), 16, 10000.0)
     q, kv, k_rope = normal(2, 1, 4, 48), normal(2, 1, 4, 64, seed=1), normal(2, 1, 16, seed=2)
-    assert torch.equal(fused.latent_attention(q, kv, k_rope, cos, sin, 0.1), kv[..., 32:])
+    assert torch.equal(kernel_set(cute).latent_attention(q, kv, k_rope, cos, sin, 0.1), kv[..., 32:])
 
 
 @pytest.mark.parametrize("states", [torch.float32, torch.bfloat16])

@@ -71,7 +71,7 @@ def test_bad_input_is_one_line_and_exit_code_2(capsys, monkeypatch, arguments, s
         ("deepspeed_autoep", {}, "-m pip install deepspeed==0.19.8 'transformers>=5.0'"),
         ("deepspeed_autoep", {"deepspeed": "0.20.0"}, "deepspeed is 0.20.0, must be ==0.19.8; "),
         ("deepspeed_autoep", {"deepspeed": "0.19.8"}, "transformers is not installed"),
-        ("torchtitan", {}, "-m pip install --no-deps torchtitan==0.3.0 'torch>=2.11' spm"),
+        ("torchtitan", {}, " 'torch>=2.11' spmd_types==0.2.3 'tyro>=1.0' 'triton>=3.0' && "),
         ("torchtitan", {"torchtitan": "0.3.0", "torch": "2.10.0"}, "torch is 2.10.0, must be >=2.11; "),
         ("torchtitan", {"torchtitan": "0.3.0", "torch": "2.13.0"}, "spmd_types is not installed; "),
     ],
@@ -214,7 +214,9 @@ def test_a_comparison_of_all_that_is_here(tmp_path, capsys):
         "1",
     ]
     assert benchmark.main([*arguments, "--out", str(out), *TINY]) == 0
-    printed = capsys.readouterr().out
+    printed, told = capsys.readouterr()
+    sizes = "dsv2 4 x 16, transformers 4 x 16, deepspeed_autoep 4 x 16 tokens each"
+    assert told.startswith(f"1 round of 1 + 2 steps on cpu: {sizes}\n")
     assert "routed experts" in printed  # our parts
     assert "speed" in printed
     ours, transformers, autoep = json.loads(out.read_text())["contenders"]

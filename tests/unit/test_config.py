@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from dsv2.compose import field_types, to_plain, to_yaml
-from dsv2.config import AttentionKind, Config, Kernels, Precision, RopeScalingConfig
+from dsv2.config import AttentionKind, Config, Precision, RopeScalingConfig
 from dsv2.errors import UserError
 from dsv2.validate import validate
 from tests.unit.helpers import compose_config
@@ -97,9 +97,6 @@ def refusal(*changes: tuple[str, Any], world_size: int = 1) -> str:
 
 def test_defaults_are_valid():
     validate(Config(), 1)
-
-
-FUSED = [("parallel.kernels", Kernels.fused), ("parallel.precision", Precision.bf16)]
 
 
 @pytest.mark.parametrize(("name", "low"), [(n, 0) for n in AT_LEAST_ONE] + [(n, -1) for n in AT_LEAST_ZERO])
@@ -255,10 +252,6 @@ def test_a_moment_that_never_moves(name):
             "parallel.precision=fp32",
         ),
         (
-            [("parallel.kernels", Kernels.fused)],
-            "parallel.kernels=fused: needs parallel.precision=bf16; or use reference",
-        ),
-        (
             [("optim.batch_size", 18)],
             "optim.batch_size=18: must be a multiple of 4 = parallel.micro_batch_size=4 x 1 processes",
         ),
@@ -282,22 +275,6 @@ def test_a_moment_that_never_moves(name):
 )
 def test_impossible_combinations(changes, message):
     assert refusal(*changes) == message
-
-
-@pytest.mark.parametrize("kernels", [Kernels.fused, Kernels.fused_cute])
-@pytest.mark.parametrize(
-    ("name", "value", "of", "right"),
-    [
-        ("qk_rope_head_dim", 12, 12, "a power of 2"),
-        ("qk_nope_head_dim + qk_rope_head_dim", 272, 256, "a multiple of 8 up to 256"),
-        ("v_head_dim", 12, 12, "a multiple of 8 up to 256"),
-        ("moe_intermediate_size", 44, 44, "a multiple of 8"),
-    ],
-)
-def test_widths_of_the_fused_kernels(kernels, name, value, of, right):
-    wrong = f"model.{name}={value}: must be {right} with parallel.kernels={kernels.value}; or use reference"
-    change = (f"model.{name.split()[0]}", of)
-    assert refusal(*FUSED, ("parallel.kernels", kernels), change) == wrong
 
 
 @pytest.mark.parametrize(

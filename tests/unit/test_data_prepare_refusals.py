@@ -73,17 +73,24 @@ def test_one_document_has_no_validation(tmp_path: Path) -> None:
     assert alone.validation.unigram_nats is None
 
 
-def test_the_fraction_that_the_error_names_holds_documents_out(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("fraction", "empty"), [(0.0001, "validation"), (0.9999, "train")])
+def test_the_fraction_that_the_error_names_fills_both_splits(
+    tmp_path: Path, fraction: float, empty: str
+) -> None:
     for index, text in enumerate(documents()[:6]):
         (tmp_path / f"{index}.txt").write_text(text)
     source = FilesSource((str(tmp_path / "*.txt"),))
-    with pytest.raises(UserError, match="no document fell into the validation split") as refusal:
-        prepare(source, tmp_path / "out", Settings(VOCAB, val_fraction=0.0001), quiet=True)
-    found = re.search(r"0.0001: --val-fraction ([\d.]+) holds out (\d) of 6; or give", str(refusal.value))
+    prepare(source, tmp_path / "all", Settings(VOCAB, val_fraction=0), quiet=True)
+    tokenizer = str(tmp_path / "all" / "tokenizer.model")
+    with pytest.raises(UserError, match=f"no document fell into the {empty} split") as refusal:
+        prepare(source, tmp_path / "out", Settings(None, tokenizer, fraction), quiet=True)
+    found = re.search(
+        rf"{fraction}: --val-fraction ([\d.]+) holds out (\d) of 6; or give", str(refusal.value)
+    )
     assert found, refusal.value
-    done = prepare(source, tmp_path / "out", Settings(VOCAB, val_fraction=float(found[1])), quiet=True)
-    assert done.validation.documents == int(found[2])
-    assert done.train.documents == 6 - int(found[2])
+    done = prepare(source, tmp_path / "out", Settings(None, tokenizer, float(found[1])), quiet=True)
+    assert done.validation.documents == int(found[2]) > 0
+    assert done.train.documents == 6 - int(found[2]) > 0
 
 
 def test_corrected_arguments_after_a_failure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -151,13 +151,12 @@ def test_other_errors_and_good_ends_do_not_alert(tmp_path, monkeypatch):
 
 
 def test_a_finished_run_stays_finished_whatever_becomes_of_another_evaluation(tmp_path):
-    state = RunState(step=7, tokens=280)
     with monitor(tmp_path, RunState()) as watch:
         watch.state.step = 7
     kept = {name: (tmp_path / name).read_text() for name in ("config.yaml", "status.json")}
     assert '"finished"' in kept["status.json"]
-    longer = replace(CONFIG, logging=replace(CONFIG.logging, every=5))
-    watch = Monitor(longer, ONE, tmp_path, state, None)
+    other = replace(CONFIG, logging=replace(CONFIG.logging, every=5))
+    watch = Monitor(other, ONE, tmp_path, RunState(step=7, tokens=280), None)
     watch.__enter__()
     assert (tmp_path / "status.json").read_text() == kept["status.json"]
     watch.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
@@ -165,11 +164,28 @@ def test_a_finished_run_stays_finished_whatever_becomes_of_another_evaluation(tm
     assert list(tmp_path.glob("config.*.yaml")) == []
 
 
+@pytest.mark.parametrize("before", ["failed", "running", None, "finished at another length"])
+def test_a_run_with_all_its_steps_is_not_finished_for_that(tmp_path, before):
+    """Its last evaluation has failed, it begins with another's last checkpoint, or it is now shorter."""
+    status = {"state": before, "step": 7, "total_steps": 7}
+    if before == "finished at another length":
+        status |= {"state": "finished", "step": 9, "total_steps": 9}
+    if before:
+        (tmp_path / "status.json").write_text(json.dumps(status))
+    watch = Monitor(CONFIG, ONE, tmp_path, RunState(step=7, tokens=280), None)
+    watch.__enter__()
+    assert (tmp_path / "config.yaml").is_file()
+    assert json.loads((tmp_path / "status.json").read_text())["state"] == "running"
+    watch.__exit__(RuntimeError, RuntimeError(), None)
+    assert json.loads((tmp_path / "status.json").read_text())["state"] == "failed"
+
+
 def test_options_that_are_others_than_the_checkpoints_are_told(tmp_path, capsys):
     found = Found(Path("step-00000002"), 2, [], [], ["optim.lr 0.001 -> 0.0005", "logging.every 1 -> 3"])
-    Monitor(CONFIG, ONE, tmp_path, RunState(step=2, tokens=80), found)
-    line = "note: changed since step-00000002 was saved: optim.lr 0.001 -> 0.0005, logging.every 1 -> 3\n"
-    assert capsys.readouterr().out == line
+    with Monitor(CONFIG, ONE, tmp_path, RunState(step=2, tokens=80), found):
+        pass
+    line = "note: changed since that checkpoint: optim.lr 0.001 -> 0.0005, logging.every 1 -> 3\n"
+    assert line in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("warmup", "told"), [(8, True), (7, False)])

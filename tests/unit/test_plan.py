@@ -103,9 +103,14 @@ def test_kernels_of_packages_and_gpus_that_are_elsewhere(capsys):
     main([*words, "gpu=h200"])
     assert ", fused_cute kernels" in capsys.readouterr().out.splitlines()[0]
     assert refusal(*words, "gpu=b200") == (
-        "parallel.kernels=fused_cute: needs a Hopper GPU, gpu= one of h100, h800, h200, not B200; "
-        "or use fused"
+        "parallel.kernels=fused_cute: needs a Hopper GPU (H100, H800, H200), not B200; or use fused or "
+        "reference"
     )
+    assert refusal("experiment=lite", "gpus=8", "gpu=a100") == (
+        "parallel.kernels=fused: cuDNN's attention takes heads of at most 128 on A100, not 192; use reference"
+    )
+    main(["experiment=lite", "gpus=8", "gpu=a100", "parallel.kernels=reference"])
+    main(["experiment=lite", "gpus=8", "gpu=a100", "model.qk_nope_head_dim=64"])
 
 
 def test_a_plan_that_fits(capsys):

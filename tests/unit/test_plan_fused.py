@@ -65,3 +65,12 @@ def test_kept_and_fullest_moment(measured, shape, chunk, recompute, kind):
     want = activations(p)
     assert want.kept + sum(head(p).values()) == pytest.approx(kept, rel=0.03), "and rope tables, statistics"
     assert 0.97 < want.peak / peak < 1.03
+
+
+def test_fused_cute_keeps_no_weight_a_pair():
+    """fused multiplies the hidden activations by it, fused_cute the outputs, by the token's slots."""
+    p = Pass(config("base"), TOKENS, 2, 1, False, fused_norm=False, kernels=Kernels.fused)
+    kept = [
+        planner.moe(p._replace(kernels=k))["experts: weights"] for k in (Kernels.fused, Kernels.fused_cute)
+    ]
+    assert kept[0] - kept[1] == 4 * TOKENS * p.model.num_experts_per_tok

@@ -14,7 +14,7 @@ from dsv2.planner.speed import ARITHMETIC, LINKS, speed, traffic
 from tests.unit.helpers import compose_config, tiny_config
 
 V2 = compose_config("experiment=v2", "data.path=none")
-SLOW = Gpu("H100", memory=1e9, node_bandwidth=4e6, network_bandwidth=1e6)
+SLOW = Gpu("H100", memory=1e9, node_bandwidth=4e6, network_bandwidth=1e6, capability=9)
 
 
 def config(ep: int, stage: int = 1, recompute: bool = False) -> Config:
