@@ -244,9 +244,8 @@ def check_data(config: DataConfig, model_vocab_size: int, validation: int = 0) -
     if config.source is DataSource.stdlib:
         _check_vocabulary(config.vocab_size, model_vocab_size, "data.vocab_size")
         prepare_stdlib(config.path, config.vocab_size)
-    _check_vocabulary(
-        load_manifest(config.path).vocab_size, model_vocab_size, f"the tokenizer of {config.path}"
-    )
+    vocabulary = load_manifest(config.path).vocab_size
+    _check_vocabulary(vocabulary, model_vocab_size, f"the tokenizer of {config.path}")
     PackedTokens(config.path, "train", config.sequence_length, model_vocab_size)
     if validation:
         held_out = PackedTokens(config.path, "validation", config.sequence_length, model_vocab_size)
@@ -315,6 +314,16 @@ def _batch(tokens: np.ndarray, places: np.ndarray) -> Batch:
 def _check_share(total: int, start: int, count: int) -> None:
     if not 0 <= start <= start + count <= total:
         raise ValueError(f"the share [{start}, {start + count}) must lie in [0, {total})")
+
+
+def check_resumed(config: DataConfig, state: dict[str, Any]) -> None:
+    """Refuse a stream's saved `state` of other data with a UserError; `check_data` first."""
+    if config.source is DataSource.hf_stream:
+        here = _stream_fingerprint(config, tokenizer_of(config))
+    else:
+        dataset = load_manifest(config.path).fingerprint
+        here = {"dataset": dataset, "sequence_length": config.sequence_length, "seed": config.seed}
+    _check_fingerprint(state["fingerprint"], here)
 
 
 def _check_fingerprint(there: dict[str, Any], here: dict[str, Any]) -> None:

@@ -27,13 +27,15 @@ def find_start(config: Config) -> tuple["CheckpointStore", "Found | None", "HFWe
     Raises:
         UserError: the data, the checkpoint or the weights are not what the configuration needs.
     """
-    from data.stream import check_data
+    from data.stream import check_data, check_resumed
     from dsv2.checkpoint import CheckpointStore
     from dsv2.hf.weights import HFWeights
 
     check_data(config.data, config.model.vocab_size, config.eval.sequences)
     store = CheckpointStore(config.run_dir / "checkpoints", config.checkpoint.keep, to_plain(config))
     found = store.find(config.resume, config.stop_step)
+    if found and found.state.data:
+        check_resumed(config.data, found.state.data)
     if found is not None or config.init_from is None:
         return store, found, None
     return store, None, HFWeights(Path(config.init_from), config.model)

@@ -68,7 +68,7 @@ class Found(NamedTuple):
     """A checkpoint to go on from."""
 
     path: Path
-    step: int  # the run's own optimizer steps done: 0 where a stage begins
+    state: RunState  # of this run, so at step 0 where a stage begins
     warnings: list[str]  # about damaged ones that were passed over
     older: list[Path]  # the run's own, newest first, to fall back on
     changed: list[str]  # options that are not those it was saved with
@@ -201,10 +201,10 @@ class CheckpointStore:
                 that is past `stop_step` already.
         """
         found = self._find(resume)
-        if found and stop_step is not None and found.step >= stop_step:
+        if found and stop_step is not None and found.state.step >= stop_step:
             raise UserError(
-                f"stop_step={stop_step}: {found.path} is at step {found.step} already; give a later step, or "
-                "null to run to the end"
+                f"stop_step={stop_step}: {found.path} is at step {found.state.step} already; give a later "
+                "step, or null to run to the end"
             )
         return found
 
@@ -265,16 +265,15 @@ class CheckpointStore:
                     "use that, or start another run with name=NAME"
                     + (", from its weights with new_stage=true" if key == "rope_scaling" else "")
                 )
-        changed = differences(content["config"], self.settings)
-        return Found(path, 0 if stage else content["run"]["step"], warnings, older, changed)
+        state = RunState() if stage else RunState(**content["run"])
+        return Found(path, state, warnings, older, differences(content["config"], self.settings))
 
     def load(self, engine: "Engine", found: Found) -> RunState:
         """Load weights, optimizer and random state into a new engine of any layout. Collective.
 
         A damaged one is set aside as `step-N.damaged`, with a warning in `found`, and the next older one
-        taken (`found` then tells of its options), if the run's newest was asked for. From a checkpoint of
-        another run, this run starts with a W&B run of its own, and in a new stage with no steps, tokens and
-        data behind it.
+        taken, if the run's newest was asked for. From a checkpoint of another run, this run starts with a
+        W&B run of its own, and in a new stage with no steps, tokens and data behind it.
 
         Raises:
             UserError: damaged, and there is no other.

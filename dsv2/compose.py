@@ -46,6 +46,8 @@ def compose_overrides(overrides: list[str]) -> DictConfig:
     """
     register_schema()
     check_command_line(overrides)
+    if options := [override for override in overrides if override.startswith("-")]:
+        raise UserError(f"{options[0]}: must be written as name=value, such as experiment=quickstart")
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
             return compose("config", overrides)
@@ -207,7 +209,8 @@ def check_command_line(overrides: list[str]) -> None:
             raise UserError(f"{override}: {ONE_RUN}")
         name = override.removeprefix("--").split("=")[0]
         if override.startswith("--") and (name == "experiment" or name in field_types()):
-            raise UserError(f"{override}: must be written without dashes, as {name}=VALUE")
+            right = f"{name}={override.partition('=')[2] or 'VALUE'}"
+            raise UserError(f"{override}: must be written without dashes, such as {right}")
         if not asks_hydra and "=" not in override and not override.startswith("~"):
             raise UserError(f"{override}: must be written as name=value, such as experiment=quickstart")
         found = re.fullmatch(r"[+~]*(model|rope_scaling|data|optim|parallel|logging)=(.*)", override)

@@ -49,7 +49,7 @@ class Monitor:
         self._first_step = state.step
         # Then nothing is left but another evaluation: the run stays finished, whatever becomes of that.
         self._was_finished = self._read_status() == self._status("finished")
-        self._begun_from = found.path if found and found.step == 0 else None
+        self._begun_from = found.path if found and found.state.step == 0 else None
         if found is None and config.init_from is not None:
             self._begun_from = Path(config.init_from)
         for warning in found.warnings if found else []:
@@ -92,6 +92,12 @@ class Monitor:
                 f"the learning rate never reaches optim.lr={config.optim.lr:g}"
             )
         if self.state.step == self.total_steps:
+            batch = config.optim.batch_size * config.data.sequence_length
+            if self.state.tokens >= config.optim.total_tokens + batch:
+                self.note(
+                    f"note: optim.total_tokens={config.optim.total_tokens} is less than the "
+                    f"{self.state.tokens} that this run was trained on"
+                )
             self.note(
                 "this run is finished: it is evaluated again, and nothing is trained. A larger "
                 "optim.total_tokens goes on from here; name=NAME starts another run"

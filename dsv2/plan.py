@@ -68,11 +68,16 @@ def read(arguments: list[str]) -> tuple[Machines, list[str]]:
     return Machines(gpus, find_gpu(own.get("gpu", "h100")), per_node, mfu), overrides
 
 
-def load(overrides: list[str], machines: Machines) -> Config:
-    """The configuration as train.py would take it; the data's whereabouts may be missing."""
+def load(overrides: list[str], machines: Machines, any_layout: bool = False) -> Config:
+    """The configuration as train.py would take it; the data's whereabouts may be missing.
+
+    With `any_layout` its layout does not count: ranks hold all experts, and run one sequence at once.
+    """
     composed = compose_overrides(overrides)
     composed.data.source, composed.data.path = "local", "not read"
     config = to_config(composed)
+    if any_layout:
+        config.parallel.expert_parallel_size = config.parallel.micro_batch_size = 1
     validate(config, machines.gpus)
     validate_gpu(config, machines.gpu.name, machines.gpu.capability)
     return config
@@ -95,7 +100,7 @@ All other words are overrides of the configuration, as train.py takes them.""",
     parser.add_argument("--search", action="store_true", help="list the layouts that fit, the fastest first")
     options = parser.parse_intermixed_args(arguments)
     machines, overrides = read(options.words)
-    config = load(overrides, machines)
+    config = load(overrides, machines, any_layout=options.search)
     if options.search:
         lines = search_lines(config, machines, search(config, machines))
     else:

@@ -108,5 +108,17 @@ def table(summaries: list[dict[str, Any]]) -> str:
             f"{found['tok_s_gpu'] / ours:.3f}" if ours else "-",
         )
         lines.append(f"{label:<28}" + "".join(map(str.rjust, cells, widths)))
-    lines += ["", *(f"{found['name']}: {found['about']}" for found in summaries)]
+    lines += ["", *(f"{found['name']}: {found['about']}" for found in summaries), *_unsure(summaries)]
     return "\n".join(lines)
+
+
+def _unsure(summaries: list[dict[str, Any]]) -> list[str]:
+    """A line on each peer whose distance from us is less than that of one's rounds from one another."""
+    ours, *peers = summaries
+    notes = []
+    for peer in peers:
+        if "step_ms" in ours and "step_ms" in peer:
+            spread = max(ours["spread"], peer["spread"])
+            if spread > abs(1 - peer["step_ms"] / ours["step_ms"]):
+                notes.append(f"note: {peer['name']}'s distance is within the rounds' spread, {spread:.1%}")
+    return notes

@@ -155,6 +155,13 @@ def run(job: Job, gpu: str | None) -> int:
         ).returncode
 
 
+def refused(job: Job) -> int:
+    """What train.py would refuse before it trains: its exit code, and its message is printed."""
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
+    command = [sys.executable, "-m", "dsv2.check", "1", *job.overrides]
+    return subprocess.run(command, env=environment, check=False).returncode
+
+
 def gpus(config: Config) -> list[str]:
     """The GPUs that runs may take, as CUDA_VISIBLE_DEVICES names them; none where runs are on the CPU."""
     import torch
@@ -291,6 +298,8 @@ def run_study(study: str, seeds: int, at_once: int, out: Path, overrides: list[s
     for job in before:
         print(f"{job.config.name}: finished before", flush=True)
     missing = [job for job in jobs if job not in before]
+    if missing and (code := refused(missing[0])):
+        return code
     places = gpus(jobs[0].config) or [None]
     with ThreadPoolExecutor(at_once) as pool:
         started = {

@@ -4,7 +4,7 @@ from dsv2.config import Config, Precision
 from dsv2.model.flops import count_parameters, flops_per_token
 from dsv2.planner.memory import Memory
 from dsv2.planner.parameters import rank_parameters
-from dsv2.planner.search import MORE_GPUS, USABLE, Machines, Planned, changes, smallest_change
+from dsv2.planner.search import MORE_GPUS, USABLE, Machines, Planned, changes, plan, smallest_change
 from dsv2.planner.speed import ARITHMETIC, LINKS, traffic
 
 GIB, MIB = 2**30, 2**20
@@ -72,16 +72,16 @@ def _memory_lines(needed: Memory, machines: Machines) -> list[str]:
 
 
 def _verdict(planned: Planned) -> list[str]:
-    if planned.fits:
-        return ["it fits"]
+    return ["it fits"] if planned.fits else [f"it does NOT fit{_what_would(planned)}"]
+
+
+def _what_would(planned: Planned) -> str:
+    """The smallest change that makes a layout fit, after "it does not fit"."""
     other = smallest_change(planned)
     if other is None:
-        most = planned.machines.gpus * MORE_GPUS[-1]
-        return [f"it does NOT fit, and no layout of up to gpus={most} does"]
-    return [
-        "it does NOT fit; it would with "
-        f"{_words(changes(planned, other))} ({other.memory.peak / GIB:.1f} GiB, {other.speed.days:.1f} days)"
-    ]
+        return f", and no layout of up to gpus={planned.machines.gpus * MORE_GPUS[-1]} does"
+    words = _words(changes(planned, other))
+    return f"; it would with {words} ({other.memory.peak / GIB:.1f} GiB, {other.speed.days:.1f} days)"
 
 
 def _work_lines(planned: Planned) -> list[str]:
@@ -144,7 +144,7 @@ def search_lines(config: Config, machines: Machines, fitting: list[Planned], mos
     """The fitting layouts as a table, best first."""
     title = f"{config.name} on {machines.gpus} x {machines.gpu.name}: {len(fitting)} layouts fit"
     if not fitting:
-        return [f"{title} {machines.usable / GIB:.1f} GiB"]
+        return [f"{title} {machines.usable / GIB:.1f} GiB{_what_would(plan(config, machines))}"]
     lines = [f"{title}, the fastest first" + (f"; {most} are shown" if len(fitting) > most else "")]
     lines.append("  peak GiB  step s    MFU    days  words")
     for one in fitting[:most]:

@@ -86,7 +86,7 @@ def test_damaged_is_refused_by_path_and_passed_over_by_auto(tmp_path, damage):
         assert str(newest) in str(refusal.value)
     found = store(tmp_path).find("auto")
     assert found is not None
-    assert (found.path.name, found.step) == ("step-00000003", 3)
+    assert (found.path.name, found.state.step) == ("step-00000003", 3)
     assert len(found.warnings) == 1
     assert DAMAGE[damage] in found.warnings[0]
 
@@ -158,7 +158,7 @@ def test_a_new_stage_starts_at_step_0_and_may_scale_rope(tmp_path):
     given = make(tmp_path / "short", 30, MODEL | {"rope_scaling": None, "max_position_embeddings": 64})
     found = longer(tmp_path / "long", new_stage=True).find(str(given))
     assert found is not None
-    assert (found.path, found.step) == (given, 0)
+    assert (found.path, found.state.step) == (given, 0)
     with pytest.raises(UserError, match=r"model.rope_scaling=.*was saved with None.*new_stage=true"):
         longer(tmp_path / "long", new_stage=False).find(str(given))
 
@@ -168,7 +168,7 @@ def test_a_stage_goes_on_from_its_own_checkpoints(tmp_path):
     own = make(tmp_path / "long", 7, MODEL | {"rope_scaling": YARN})
     found = longer(tmp_path / "long", new_stage=True).find(str(given))
     assert found is not None
-    assert (found.path, found.step) == (own, 7)
+    assert (found.path, found.state.step) == (own, 7)
 
 
 def test_a_stage_does_not_begin_within_the_run_it_continues(tmp_path):

@@ -47,10 +47,8 @@ MISTAKES = {
     "+model=small": ["+model=small: must name a file of conf/model, without .yaml"],
     "optim.lr=1e-3,2e-3": ["optim.lr=1e-3,2e-3: a job trains one model; start one for each value"],
     "experiment": ["experiment: must be written as name=value, such as experiment=quickstart"],
-    "--experiment=quickstart": [
-        "--experiment=quickstart: must be written without dashes, as experiment=VALUE"
-    ],
-    "--optim.lr": ["--optim.lr: must be written without dashes, as optim.lr=VALUE"],
+    "--experiment=quickstart": ["must be written without dashes, such as experiment=quickstart"],
+    "--optim.lr": ["--optim.lr: must be written without dashes, such as optim.lr=VALUE"],
     "experiment=study/balanc": [
         "experiment=study/balanc: there is no such option; did you mean study/balance?"
     ],

@@ -4,6 +4,7 @@ import json
 import re
 import zlib
 from collections.abc import Callable
+from functools import partial
 from itertools import accumulate, pairwise
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from data.stream import (
     MapStream,
     Stream,
     build_stream,
+    check_resumed,
     tokenizer_of,
     validation_sequences,
 )
@@ -236,13 +238,16 @@ OTHER = {"seed": 6, "sequence_length": 11, "lanes": 2, "shuffle_window": 5, "spl
     [(local, "seed"), (local, "sequence_length"), *((streamed, field) for field in OTHER)],
 )
 def test_state_of_other_data(folder: Path, make: Callable[..., DataConfig], field: str) -> None:
+    """Found by the stream, and before there is one."""
     config = make(folder)
     stream = build(config)
     state = stream.state_dict()
+    check_resumed(config, state)
     state["fingerprint"] = {**state["fingerprint"], field: OTHER[field]}
     was, now = re.escape(repr(OTHER[field])), re.escape(repr(getattr(config, field)))
-    with pytest.raises(UserError, match=rf"other data: data\.{field} was {was}, is {now};"):
-        stream.load_state_dict(state)
+    for find in (stream.load_state_dict, partial(check_resumed, config)):
+        with pytest.raises(UserError, match=rf"other data: data\.{field} was {was}, is {now};"):
+            find(state)
 
 
 def test_state_of_another_dataset(folder: Path, tmp_path: Path) -> None:
@@ -250,8 +255,10 @@ def test_state_of_another_dataset(folder: Path, tmp_path: Path) -> None:
     source = JsonlSource((str(folder / "4.jsonl"),))
     settings = Settings(tokenizer=str(folder / "tokenizer.model"), val_fraction=0)
     prepare(source, tmp_path / "other", settings, quiet=True)
-    with pytest.raises(UserError, match=r"other data: data\.dataset was"):
-        build(local(folder, path=str(tmp_path / "other"))).load_state_dict(state)
+    other = local(folder, path=str(tmp_path / "other"))
+    for find in (build(other).load_state_dict, partial(check_resumed, other)):
+        with pytest.raises(UserError, match=r"other data: data\.dataset was"):
+            find(state)
 
 
 @pytest.mark.parametrize(("total", "start", "count"), [(4, 3, 2), (4, -1, 2), (4, 0, -1)])

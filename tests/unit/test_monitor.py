@@ -181,8 +181,9 @@ def test_a_run_with_all_its_steps_is_not_finished_for_that(tmp_path, before):
 
 
 def test_options_that_are_others_than_the_checkpoints_are_told(tmp_path, capsys):
-    found = Found(Path("step-00000002"), 2, [], [], ["optim.lr 0.001 -> 0.0005", "logging.every 1 -> 3"])
-    with Monitor(CONFIG, ONE, tmp_path, RunState(step=2, tokens=80), found):
+    state = RunState(step=2, tokens=80)
+    found = Found(Path("step-2"), state, [], [], ["optim.lr 0.001 -> 0.0005", "logging.every 1 -> 3"])
+    with Monitor(CONFIG, ONE, tmp_path, state, found):
         pass
     line = "note: changed since that checkpoint: optim.lr 0.001 -> 0.0005, logging.every 1 -> 3\n"
     assert line in capsys.readouterr().out

@@ -1,6 +1,7 @@
 """The planner's command line: what it prints, what it refuses, and that it needs no torch."""
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -166,7 +167,17 @@ def test_search_lists_words_that_can_be_given_back(capsys):
 
 def test_search_finds_nothing(capsys):
     main(["experiment=v2", "gpus=8", "--search"])
-    assert capsys.readouterr().out == "v2 on 8 x H100: 0 layouts fit 71.1 GiB\n"
+    found, advice = capsys.readouterr().out.split("; ")
+    assert found == "v2 on 8 x H100: 0 layouts fit 71.1 GiB"
+    assert advice.startswith("it would with gpus=64 ep=16 zero=3 parallel.activation_checkpointing=true (")
+
+
+def test_search_does_not_ask_for_the_layout_it_looks_for(capsys):
+    """The recipe's own, 8 ranks sharing the experts, cannot be on 6 GPUs."""
+    main(["experiment=lite", "gpus=6", "--search"])
+    first, _, *rows = capsys.readouterr().out.splitlines()
+    assert first.startswith("lite on 6 x H100: ")
+    assert {re.search(r"ep=(\d)", row)[1] for row in rows} <= {"1", "2"}
 
 
 @pytest.mark.parametrize(

@@ -105,6 +105,7 @@ def test_tables_have_mean_and_spread_over_seeds(tmp_path, monkeypatch, capsys):
         return made_up(job, losses[job.arm][job.seed])
 
     monkeypatch.setattr(study, "run", train)
+    monkeypatch.setattr(study, "refused", lambda job: 0)
     out = tmp_path / "out"
     assert (
         study.main(
@@ -138,6 +139,7 @@ def test_tables_have_mean_and_spread_over_seeds(tmp_path, monkeypatch, capsys):
     # Again: what failed is run once more, nothing else.
     ran.clear()
     monkeypatch.setattr(study, "run", lambda job, gpu: ran.append(job.config.name) or made_up(job, 2.0))
+    monkeypatch.setattr(study, "refused", lambda job: 0)
     shutil.move(out, tmp_path / "moved")
     again = ["balance", "--out", str(tmp_path / "moved"), "parallel.device=cpu", "optim.lr=1e-3"]
     assert study.main(again) == 0
@@ -153,6 +155,7 @@ def test_runs_at_once(tmp_path, monkeypatch):
         return made_up(job, 1.0 + job.seed)
 
     monkeypatch.setattr(study, "run", train)
+    monkeypatch.setattr(study, "refused", lambda job: 0)
     arguments = ["attention", "--at-once", "3", "--out", str(tmp_path), "parallel.device=cpu"]
     assert study.main(arguments) == 0
     result = json.loads((tmp_path / "table.json").read_text())
@@ -168,6 +171,7 @@ def test_each_run_has_a_gpu_in_turns(tmp_path, monkeypatch):
         return made_up(job, 1.0)
 
     monkeypatch.setattr(study, "run", train)
+    monkeypatch.setattr(study, "refused", lambda job: 0)
     monkeypatch.setattr(study, "gpus", lambda config: ["0", "1"])
     assert study.main(["attention", "--seeds", "1", "--out", str(tmp_path), "parallel.device=cpu"]) == 0
     assert list(taken.values()) == ["0", "1", "0", "1"]
@@ -186,6 +190,7 @@ def test_a_run_sees_its_gpu_alone(tmp_path, monkeypatch):
 
 def test_runs_of_another_configuration_are_not_mixed_in(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(study, "run", lambda job, gpu: made_up(job, 1.0))
+    monkeypatch.setattr(study, "refused", lambda job: 0)
     arguments = ["attention", "--seeds", "1", "--out", str(tmp_path), "parallel.device=cpu"]
     assert study.main(arguments) == 0
     assert "| mla | 52.7M | 24.6M | 800 | 1.0000 | " in (tmp_path / "table.md").read_text()
@@ -196,6 +201,14 @@ def test_runs_of_another_configuration_are_not_mixed_in(tmp_path, monkeypatch, c
         f"error: {tmp_path}/mla-s0: finished with another configuration than this command's"
     )
     assert error.count("\n") == 1
+
+
+def test_what_every_run_would_refuse_is_said_once(tmp_path, capfd, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(study, "run", lambda job, gpu: pytest.fail("something ran"))
+    assert study.main(["balance", "--out", str(tmp_path / "out")]) == 2
+    refusal = "error: parallel.device=cuda: there is no GPU on this machine; leave out parallel=gpu\n"
+    assert capfd.readouterr() == ("", refusal)
 
 
 @pytest.mark.parametrize(
