@@ -135,6 +135,14 @@ def test_turns_alternate_and_medians_are_over_rounds(capsys):
     assert lines[2].split()[2:] == ["bf16/fp32", "4", "200.0", "10.0%", "5000", "1", "-", "3.0", "0.500"]
 
 
+@pytest.mark.parametrize(("theirs", "sure"), [([200, 210, 190], True), ([100, 104, 101], False)])
+def test_a_distance_within_the_spread_is_named(theirs, sure):
+    rows = turns([100, 106, 98], theirs)
+    text = compare.table([compare.summary(name, of) for name, of in rows.items()])
+    assert ("note: transformers's distance is within the rounds' spread, 8.0%" in text) is not sure
+    assert text.count("note:") == (0 if sure else 1)
+
+
 def test_a_peer_that_fails_is_shown_and_the_others_go_on():
     rows = turns([100, 100], ["OutOfMemoryError: too large", "OutOfMemoryError: too large"])
     ours, theirs = (compare.summary(name, of) for name, of in rows.items())

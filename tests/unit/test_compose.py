@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from dsv2.compose import differences, to_plain
+from dsv2.compose import compose_overrides, differences, to_plain
 from dsv2.config import Config
+from dsv2.errors import UserError
 from tests.unit.helpers import REPO
 
 
@@ -134,3 +135,10 @@ def test_what_differs_between_two_configurations():
         "parallel.activation_checkpointing false -> true",
     ]
     assert differences(now, now) == []
+
+
+def test_an_option_that_is_no_override_is_refused_in_words():
+    with pytest.raises(
+        UserError, match=r"^-x: must be written as name=value, such as experiment=quickstart$"
+    ):
+        compose_overrides(["experiment=quickstart", "-x"])

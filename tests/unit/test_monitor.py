@@ -196,3 +196,12 @@ def test_a_run_that_never_leaves_its_warm_up_says_so(tmp_path, capsys, warmup, t
         pass
     line = "note: optim.warmup_steps=8 is more than the run has: the learning rate never reaches optim.lr="
     assert (line in capsys.readouterr().out) is told
+
+
+@pytest.mark.parametrize(("tokens", "told"), [(319, False), (320, True)])
+def test_a_target_that_was_passed_is_told(tmp_path, capsys, tokens, told):
+    """By a whole batch of 40: the last step alone may pass it by less."""
+    with Monitor(CONFIG, ONE, tmp_path, RunState(step=8, tokens=tokens), None):
+        pass
+    line = f"note: optim.total_tokens=280 is less than the {tokens} that this run was trained on"
+    assert (line in capsys.readouterr().out) is told

@@ -36,6 +36,7 @@ def refusal(*words: str) -> str:
             "NPROC=N launch/local.sh and torchrun --nproc_per_node=N start more",
         ),
         (["gpus=8", "gpux=h100"], "gpux=h100: there is no such field; did you mean gpu?"),
+        (["gpus=8", "x"], "x: must be written as NAME=VALUE"),
         (["gpus=8", "zer=1"], "zer=1: there is no such field; did you mean zero?"),
         (
             ["gpus=8", "parallel.zero_stag=1"],
