@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -71,7 +71,7 @@ class Found(NamedTuple):
     state: RunState  # of this run, so at step 0 where a stage begins
     warnings: list[str]  # about damaged ones that were passed over
     older: list[Path]  # the run's own, newest first, to fall back on
-    changed: list[str]  # options that are not those it was saved with
+    changed: list[str]  # once it is loaded: options that are not those it was saved with
 
 
 class _Range:
@@ -252,6 +252,10 @@ class CheckpointStore:
     def _begins_stage(self, path: Path) -> bool:
         return bool(self.settings.get("new_stage")) and not self._is_own(path)
 
+    def _state(self, path: Path, content: dict[str, Any]) -> RunState:
+        state = RunState() if self._begins_stage(path) else RunState(**content["run"])
+        return state if self._is_own(path) else replace(state, wandb_id=None)
+
     def _found(self, path: Path, content: dict[str, Any], warnings: list[str], older: list[Path]) -> Found:
         """Refuse a checkpoint of another model. The balance recipe and the longest length may change; RoPE's
         scaling at the start of a new stage."""
@@ -265,8 +269,7 @@ class CheckpointStore:
                     "use that, or start another run with name=NAME"
                     + (", from its weights with new_stage=true" if key == "rope_scaling" else "")
                 )
-        state = RunState() if stage else RunState(**content["run"])
-        return Found(path, state, warnings, older, differences(content["config"], self.settings))
+        return Found(path, self._state(path, content), warnings, older, [])
 
     def load(self, engine: "Engine", found: Found) -> RunState:
         """Load weights, optimizer and random state into a new engine of any layout. Collective.
@@ -286,8 +289,7 @@ class CheckpointStore:
                 path.rename(path.with_suffix(".damaged"))
             found.warnings.append(f"{problem}; set aside as {path.name}.damaged")
             path = older.pop(0)
-            found.changed[:] = differences(check(path)["config"], self.settings)
-        return self._load(engine, path)
+        return self._load(engine, path, found.changed)
 
     def _damage(self, path: Path, mesh: Mesh) -> str | None:
         """What is wrong with a checkpoint's bytes; ranks share the reading. Collective."""
@@ -301,7 +303,7 @@ class CheckpointStore:
             problem = str(error)
         return next(filter(None, _gather_objects(problem, mesh)), None)
 
-    def _load(self, engine: "Engine", path: Path) -> RunState:
+    def _load(self, engine: "Engine", path: Path, changed: list[str]) -> RunState:
         content = check(path)
         if len(set(_gather_objects(json.dumps(content), engine.mesh))) > 1:
             raise UserError(f"checkpoint {path}: not the same on every machine; runs_dir must be shared")
@@ -321,10 +323,8 @@ class CheckpointStore:
         rng = torch.load(path / "rng.pt", weights_only=True)  # the host's: nothing draws on a GPU after init
         if len(rng) == engine.mesh.world_size:
             torch.set_rng_state(rng[engine.mesh.rank])
-        state = RunState() if self._begins_stage(path) else RunState(**content["run"])
-        if not self._is_own(path):
-            state.wandb_id = None
-        return state
+        changed += differences(content["config"], self.settings)
+        return self._state(path, content)
 
 
 def _write_ranges(engine: "Engine", partial: Path) -> None:

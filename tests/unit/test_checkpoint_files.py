@@ -3,6 +3,8 @@
 import json
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -89,6 +91,20 @@ def test_damaged_is_refused_by_path_and_passed_over_by_auto(tmp_path, damage):
     assert (found.path.name, found.state.step) == ("step-00000003", 3)
     assert len(found.warnings) == 1
     assert DAMAGE[damage] in found.warnings[0]
+
+
+def test_load_falls_back_past_an_older_one_that_is_torn(tmp_path, monkeypatch):
+    """The newest turns out damaged when its bytes are read, the next lies there torn: the third is loaded."""
+    oldest, torn, newest = (make(tmp_path, step) for step in (3, 5, 7))
+    tear_state(torn)
+    problems = {newest: "its checksum differs", torn: "state.json cannot be read"}
+    monkeypatch.setattr(CheckpointStore, "_damage", lambda self, path, mesh: problems.get(path))
+    monkeypatch.setattr(CheckpointStore, "_load", lambda self, engine, path, changed: path)
+    checkpoints: Any = store(tmp_path)
+    found = checkpoints.find("auto")
+    engine = SimpleNamespace(mesh=SimpleNamespace(is_main=True))
+    assert checkpoints.load(engine, found) == oldest
+    assert [text.split(";")[0] for text in found.warnings] == list(problems.values())
 
 
 def test_all_damaged_is_no_fresh_start(tmp_path):
