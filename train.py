@@ -137,7 +137,7 @@ if __name__ == "__main__":
     register_schema()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hand errors of composition to us in place of printing them
     try:
-        check_command_line(sys.argv[1:])
+        check_command_line(sys.argv[1:], hydras_own=True)
         check_shown(sys.argv[1:])
         command_line()
     except COMPOSITION_ERRORS as mistake:

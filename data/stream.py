@@ -66,15 +66,11 @@ class Stream(Protocol):
 class MapStream:
     """A prepared folder: epoch after epoch, each in an order of its own. Its state is one number."""
 
-    def __init__(self, sequences: PackedTokens, seed: int, dataset: str) -> None:
+    def __init__(self, sequences: PackedTokens, seed: int, fingerprint: dict[str, Any]) -> None:
         self.consumed = 0
         self._sequences = sequences
         self._seed = seed
-        self._fingerprint = {
-            "dataset": dataset,
-            "sequence_length": sequences.sequence_length,
-            "seed": seed,
-        }
+        self._fingerprint = fingerprint
 
     def take(self, total: int, start: int, count: int) -> Batch:
         _check_share(total, start, count)
@@ -203,7 +199,7 @@ def build_stream(
     """
     if config.source is not DataSource.hf_stream:
         sequences = PackedTokens(config.path, "train", config.sequence_length, model_vocab_size)
-        return MapStream(sequences, config.seed, load_manifest(config.path).fingerprint)
+        return MapStream(sequences, config.seed, _map_fingerprint(config))
     tokenizer, dataset = tokenizer_of(config), _open_training(config)
 
     def tokens_of(row: dict[str, Any]) -> list[int]:
@@ -318,11 +314,8 @@ def _check_share(total: int, start: int, count: int) -> None:
 
 def check_resumed(config: DataConfig, state: dict[str, Any]) -> None:
     """Refuse a stream's saved `state` of other data with a UserError; `check_data` first."""
-    if config.source is DataSource.hf_stream:
-        here = _stream_fingerprint(config, tokenizer_of(config))
-    else:
-        dataset = load_manifest(config.path).fingerprint
-        here = {"dataset": dataset, "sequence_length": config.sequence_length, "seed": config.seed}
+    is_stream = config.source is DataSource.hf_stream
+    here = _stream_fingerprint(config, tokenizer_of(config)) if is_stream else _map_fingerprint(config)
     _check_fingerprint(state["fingerprint"], here)
 
 
@@ -386,6 +379,12 @@ def _validation_texts(config: DataConfig) -> Iterator[str]:
         text = _text(config, row)
         if config.val_split != config.split or _validates(config, text):
             yield text
+
+
+def _map_fingerprint(config: DataConfig) -> dict[str, Any]:
+    """What the order of a prepared folder depends on; named as in the configuration."""
+    dataset = load_manifest(config.path).fingerprint
+    return {"dataset": dataset, "sequence_length": config.sequence_length, "seed": config.seed}
 
 
 def _stream_fingerprint(config: DataConfig, tokenizer: Tokenizer) -> dict[str, Any]:

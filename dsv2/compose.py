@@ -46,8 +46,6 @@ def compose_overrides(overrides: list[str]) -> DictConfig:
     """
     register_schema()
     check_command_line(overrides)
-    if options := [override for override in overrides if override.startswith("-")]:
-        raise UserError(f"{options[0]}: must be written as name=value, such as experiment=quickstart")
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
             return compose("config", overrides)
@@ -201,9 +199,12 @@ def unknown_key(key: str, given: str | None = None, words: Collection[str] = ())
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException)
 
 
-def check_command_line(overrides: list[str]) -> None:
-    """Refuse `model=null`, `+optim=1` and the like, which Hydra answers with a traceback, and sweeps."""
-    asks_hydra = any(override.startswith("-") for override in overrides)  # such as --cfg job
+def check_command_line(overrides: list[str], hydras_own: bool = False) -> None:
+    """Refuse `model=null`, `+optim=1` and the like, which Hydra answers with a traceback, and sweeps.
+
+    Options such as --cfg job, and their words, are let through where the command line is `hydras_own`.
+    """
+    asks_hydra = hydras_own and any(override.startswith("-") for override in overrides)
     for override in overrides:
         if override in ("-m", "--multirun"):
             raise UserError(f"{override}: {ONE_RUN}")
@@ -211,7 +212,8 @@ def check_command_line(overrides: list[str]) -> None:
         if override.startswith("--") and (name == "experiment" or name in field_types()):
             right = f"{name}={override.partition('=')[2] or 'VALUE'}"
             raise UserError(f"{override}: must be written without dashes, such as {right}")
-        if not asks_hydra and "=" not in override and not override.startswith("~"):
+        as_option = override.startswith("-") or ("=" not in override and not override.startswith("~"))
+        if as_option and not asks_hydra:
             raise UserError(f"{override}: must be written as name=value, such as experiment=quickstart")
         found = re.fullmatch(r"[+~]*(model|rope_scaling|data|optim|parallel|logging)=(.*)", override)
         if found and (override[0] in "+~" or not re.fullmatch(r"(?!null$)[A-Za-z]\w*", found[2])):

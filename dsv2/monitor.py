@@ -25,6 +25,7 @@ from dsv2.moe.stats import RoutingStats
 from dsv2.moe.traffic import bytes_per_row
 from dsv2.optim import StepPlan, count_steps
 from dsv2.parallel.mesh import Mesh
+from dsv2.rundir import STATUS, read_status
 from dsv2.tracker import open_tracker
 
 
@@ -48,7 +49,7 @@ class Monitor:
         self._changed = found.changed if found else []
         self._first_step = state.step
         # Then nothing is left but another evaluation: the run stays finished, whatever becomes of that.
-        self._was_finished = self._read_status() == self._status("finished")
+        self._was_finished = read_status(run_dir) == self._status("finished")
         self._begun_from = found.path if found and found.state.step == 0 else None
         if found is None and config.init_from is not None:
             self._begun_from = Path(config.init_from)
@@ -142,21 +143,15 @@ class Monitor:
         """RUN_DIR/status.json, for scripts that requeue: `running`, `stopped`, `finished` or `failed`, and
         the last step saved."""
         if self.mesh.is_main:
-            partial = self.run_dir / "status.json.partial"
+            partial = self.run_dir / f"{STATUS}.partial"
             try:
                 partial.write_text(json.dumps(self._status(state)) + "\n")
-                partial.replace(self.run_dir / "status.json")
+                partial.replace(self.run_dir / STATUS)
             except OSError as error:  # a full disk must not end a run
                 self.note(f"warning: status.json could not be written: {error}")
 
     def _status(self, state: str) -> dict[str, Any]:
         return {"state": state, "step": self.state.step, "total_steps": self.total_steps}
-
-    def _read_status(self) -> Any:
-        try:
-            return json.loads((self.run_dir / "status.json").read_text())
-        except (OSError, ValueError):
-            return None
 
     def resume_clock(self) -> None:
         """The next step begins: what lies before it (evaluation, saving) is not its time."""

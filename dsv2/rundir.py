@@ -1,13 +1,16 @@
 """A run's folder: made, seen to be writable, and held by one job at a time."""
 
+import json
 import os
 import socket
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
 from dsv2.errors import UserError
 
+STATUS = "status.json"  # {"state": ..., "step": ..., "total_steps": ...}: see Monitor.status
 LOCK = ".lock"
 OWNER = ".lock-owner"
 
@@ -62,3 +65,11 @@ def _owner(run_dir: Path) -> str:
         return (run_dir / OWNER).read_text().strip()
     except OSError:
         return "another job"
+
+
+def read_status(run_dir: Path) -> dict[str, Any]:
+    """What the run's status.json says; nothing where there is none that can be read."""
+    try:
+        return json.loads((run_dir / STATUS).read_text())
+    except (OSError, ValueError):
+        return {}

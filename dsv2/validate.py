@@ -248,16 +248,18 @@ def _head_widths(model: ModelConfig) -> dict[str, int]:
 
 def _validate_fused_heads(model: ModelConfig, kernels: Kernels) -> None:
     """MLA's widths that cuDNN's attention takes on Hopper, backward too; or FlashAttention-4."""
-    instead = f"with parallel.kernels={kernels.value}; or use reference"
-    for field, width in _head_widths(model).items():
-        if width % 8:
-            _refuse(f"model.{field}", width, f"must be a multiple of 8 {instead}")
-        if kernels is Kernels.fused_cute and width > 256:
-            _refuse(f"model.{field}", width, f"must be at most 256 {instead}")
-        published = (*_head_widths(model).values(),) == (192, 128)
-        if kernels is Kernels.fused and width > 128 and not published:
-            right = f"must be at most 128, or 192 beside model.v_head_dim=128, {instead}"
-            _refuse(f"model.{field}", width, right)
+    widths = _head_widths(model)
+    too_wide = 256 if kernels is Kernels.fused_cute else 128
+    at_most = f"at most {too_wide}"
+    if kernels is Kernels.fused:
+        at_most += ", or 192 beside model.v_head_dim=128,"
+        if tuple(widths.values()) == (192, 128):
+            return
+    for field, width in widths.items():
+        for fits, right in ((width % 8 == 0, "a multiple of 8"), (width <= too_wide, at_most)):
+            if not fits:
+                right = f"must be {right} with parallel.kernels={kernels.value}; or use reference"
+                _refuse(f"model.{field}", width, right)
 
 
 def validate_gpu(config: Config, gpu: str, capability: int) -> None:
@@ -271,17 +273,15 @@ def validate_gpu(config: Config, gpu: str, capability: int) -> None:
         UserError: says which kernels it has.
     """
     model, kernels = config.model, config.parallel.kernels
-    too_wide = model.attention is AttentionKind.mla and max(_head_widths(model).values()) > 128
-    cudnn = capability in (9, 10) or not too_wide
+    widest = max(_head_widths(model).values())
+    cudnn = capability in (9, 10) or widest <= 128 or model.attention is not AttentionKind.mla
     others = "fused or reference" if cudnn else "reference"
     if kernels is Kernels.fused_cute and capability != 9:
         right = f"needs a Hopper GPU (H100, H800, H200), not {gpu}; or use {others}"
         _refuse("parallel.kernels", kernels.value, right)
     if kernels is Kernels.fused and not cudnn:
-        right = (
-            f"cuDNN's attention takes heads of at most 128 on {gpu}, not {max(_head_widths(model).values())}"
-        )
-        _refuse("parallel.kernels", kernels.value, f"{right}; use {others}")
+        right = f"cuDNN's attention takes heads of at most 128 on {gpu}, not {widest}; use {others}"
+        _refuse("parallel.kernels", kernels.value, right)
 
 
 def _validate_parallel(config: Config, world_size: int) -> None:

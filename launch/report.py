@@ -66,6 +66,7 @@ def read_run(folder: Path) -> Run:
     from omegaconf import OmegaConf
 
     from dsv2.compose import from_plain
+    from dsv2.rundir import read_status
     from dsv2.tracker import METRICS_FILE, read_maps, read_metrics
 
     rows = read_metrics(folder)
@@ -77,13 +78,12 @@ def read_run(folder: Path) -> Run:
     older = sorted(folder.glob("config.*.yaml"), key=lambda path: path.stat().st_mtime, reverse=True)
     texts = {path.name: path.read_text() for path in [newest, *older]}
     plain = OmegaConf.to_container(OmegaConf.create(texts[newest.name]))
-    status = folder / "status.json"
     return Run(
         folder=folder,
         rows=rows,
         # A killed run may have left a map of a step that it did not finish again.
         maps=[row for row in read_maps(folder) if row["step"] <= rows[-1]["step"]],
-        status=json.loads(status.read_text()) if status.is_file() else {},
+        status=read_status(folder),
         config=from_plain(plain),  # type: ignore[arg-type]
         config_texts=texts,
     )

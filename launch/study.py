@@ -33,6 +33,7 @@ from dsv2.console import fmt_count
 from dsv2.errors import UserError
 from dsv2.model.cache import elements_per_token
 from dsv2.model.flops import count_parameters
+from dsv2.rundir import read_status
 from dsv2.validate import validate
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -133,10 +134,9 @@ def is_finished(job: Job) -> bool:
     Raises:
         UserError: it was made with another configuration; where it lies does not matter.
     """
-    status, saved = job.run_dir / "status.json", job.run_dir / "config.yaml"
-    if not status.is_file() or json.loads(status.read_text())["state"] != "finished":
+    if read_status(job.run_dir).get("state") != "finished":
         return False
-    made_with = OmegaConf.to_container(OmegaConf.load(saved))
+    made_with = OmegaConf.to_container(OmegaConf.load(job.run_dir / "config.yaml"))
     if {**made_with, "runs_dir": job.config.runs_dir} != to_plain(job.config):  # type: ignore[dict-item]
         raise UserError(
             f"{job.run_dir}: finished with another configuration than this command's; choose another --out, "

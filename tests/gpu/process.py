@@ -26,12 +26,14 @@ SIZES = {
 }  # multiples of what the fused kernels want, for `tiny_config`
 
 
-# A test of both versions of an operation. The libraries around CuTe warn of what they do themselves.
-_CUTE = pytest.mark.filterwarnings("ignore")
-BOTH = pytest.mark.parametrize(
-    "cute", [pytest.param(False, id="fused"), pytest.param(True, id="cute", marks=_CUTE)]
+# A test of both. The libraries around CuTe warn of what they do themselves.
+FUSED_KERNELS = pytest.mark.parametrize(
+    "kernels",
+    [
+        pytest.param(Kernels.fused, id="fused"),
+        pytest.param(Kernels.fused_cute, id="cute", marks=pytest.mark.filterwarnings("ignore")),
+    ],
 )
-KINDS = pytest.mark.parametrize("kernels", [Kernels.fused, pytest.param(Kernels.fused_cute, marks=_CUTE)])
 
 
 def need(kernels: Kernels) -> None:
@@ -43,9 +45,9 @@ def need(kernels: Kernels) -> None:
             pytest.skip(wrong)
 
 
-def kernel_set(cute: bool) -> KernelSet:
-    need(Kernels.fused_cute if cute else Kernels.fused)
-    return fused_kernels(cute)
+def kernel_set(kernels: Kernels) -> KernelSet:
+    need(kernels)
+    return fused_kernels(cute=kernels is Kernels.fused_cute)
 
 
 def alone(function: Callable[..., Any], *arguments: Any) -> Any:

@@ -3,12 +3,12 @@
 import pytest
 
 from launch.compare import run_turn
-from tests.gpu.process import KINDS, need
+from tests.gpu.process import FUSED_KERNELS, need
 
 pytestmark = pytest.mark.gpu
 
 
-@KINDS
+@FUSED_KERNELS
 @pytest.mark.parametrize("recompute", ["false", "true"])
 def test_kernels_are_attributed_to_parts(recompute, kernels):
     need(kernels)

@@ -11,7 +11,7 @@ from dsv2.config import Kernels, OptimConfig, ParallelConfig, Precision
 from dsv2.model.init import init_weights
 from dsv2.model.transformer import DeepseekV2
 from dsv2.moe.execution import Execution
-from tests.gpu.process import BOTH, KINDS, SIZES, alone, kernel_set, need
+from tests.gpu.process import FUSED_KERNELS, SIZES, alone, kernel_set, need
 from tests.unit.helpers import tiny_config
 
 pytestmark = pytest.mark.gpu
@@ -46,7 +46,7 @@ def reference_curves() -> tuple[Tensor, Tensor]:
     return torch.tensor(fp32), torch.tensor(bf16)
 
 
-@KINDS
+@FUSED_KERNELS
 def test_loss_curve_is_the_references_within_the_noise_of_bf16(reference_curves, kernels):
     """No further from fp32 than plain torch in bf16 is, twice over, and both learn."""
     need(kernels)
@@ -59,14 +59,14 @@ def test_loss_curve_is_the_references_within_the_noise_of_bf16(reference_curves,
     torch.testing.assert_close(fused[:3], exact[:3], rtol=2e-3, atol=0)
 
 
-@BOTH
+@FUSED_KERNELS
 @pytest.mark.parametrize("dropping", [False, True])
 @pytest.mark.parametrize("recompute", [False, True])
-def test_the_host_never_waits_within_the_model(dropping, recompute, cute):
+def test_the_host_never_waits_within_the_model(dropping, recompute, kernels):
     """One rank: forward and backward of all layers are queued without a look at the device."""
     config = tiny_config(**SIZES)
     config.balance.token_dropping = dropping
-    model = DeepseekV2(config, Execution(recompute=recompute, kernels=kernel_set(cute)))
+    model = DeepseekV2(config, Execution(recompute=recompute, kernels=kernel_set(kernels)))
     init_weights(model, 0.05, seed=0)
     model = model.bfloat16().cuda().train()
     ids = torch.randint(512, (2, SEQUENCES, LENGTH), device="cuda")

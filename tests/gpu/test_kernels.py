@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from dsv2.config import Kernels
 from dsv2.kernels.adamw import AdamWStep
 from dsv2.kernels.library import REFERENCE, KernelSet
-from tests.gpu.process import BOTH, kernel_set
+from tests.gpu.process import FUSED_KERNELS, kernel_set
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
@@ -16,7 +17,7 @@ DEVICE = "cuda"
 
 @pytest.fixture(scope="module")
 def fused() -> KernelSet:
-    return kernel_set(cute=False)
+    return kernel_set(Kernels.fused)
 
 
 def normal(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
@@ -76,15 +77,15 @@ def poison() -> Iterator[None]:
     torch.utils.deterministic.fill_uninitialized_memory = before
 
 
-@BOTH
+@FUSED_KERNELS
 @pytest.mark.filterwarnings("ignore:.*deterministic")
 @pytest.mark.parametrize("kind", ["even", "skewed", "empty", "absent", "none"])
 @pytest.mark.parametrize(
     ("rows", "top_k", "experts", "hidden", "width"),
     [(1, 2, 4, 64, 32), (37, 3, 8, 72, 40), (37, 3, 8, 256, 96), (1000, 6, 64, 2048, 1408)],
 )
-def test_routed_experts(poison, cute, rows, top_k, experts, hidden, width, kind):
-    fused = kernel_set(cute)
+def test_routed_experts(poison, kernels, rows, top_k, experts, hidden, width, kind):
+    fused = kernel_set(kernels)
     ids = choices(rows, top_k, experts, kind)
     counts = torch.stack([(ids == e).sum() for e in range(experts)])
     w13, w2 = (
@@ -100,13 +101,13 @@ def test_routed_experts(poison, cute, rows, top_k, experts, hidden, width, kind)
         check(apply(REFERENCE, n_pairs), apply(fused, n_pairs), [normal(rows, hidden), weights, w13, w2])
 
 
-@BOTH
-def test_experts_without_a_row(cute):
+@FUSED_KERNELS
+def test_experts_without_a_row(kernels):
     """Zeros, and gradients that are zeros and not missing."""
     shapes = ((0, 64), (0, 3), (4, 64, 64), (4, 64, 32))
     x, weights, w13, w2 = (torch.ones(shape, device=DEVICE, requires_grad=True) for shape in shapes)
     ids, counts = torch.empty(0, 3, dtype=torch.int64, device=DEVICE), torch.zeros(4, device=DEVICE).long()
-    out = kernel_set(cute).routed_experts(x, ids, weights, counts, 0, w13, w2)
+    out = kernel_set(kernels).routed_experts(x, ids, weights, counts, 0, w13, w2)
     out.sum().backward()
     assert out.shape == x.shape
     assert all(t.grad is not None and not t.grad.any() for t in (x, weights, w13, w2))
@@ -275,11 +276,11 @@ def test_head_loss(fused, monkeypatch, tokens, hidden, vocab, chunk):
     ("batch", "length", "heads", "nope", "rope", "v_dim"),
     [(2, 64, 4, 32, 16, 32), (1, 257, 3, 128, 64, 128), (2, 1000, 16, 128, 64, 128)],
 )
-@BOTH
-def test_latent_attention(cute, batch, length, heads, nope, rope, v_dim):
+@FUSED_KERNELS
+def test_latent_attention(kernels, batch, length, heads, nope, rope, v_dim):
     from dsv2.model.rope import rope_tables
 
-    fused = kernel_set(cute)
+    fused = kernel_set(kernels)
     cos, sin = rope_tables(torch.arange(length, device=DEVICE), rope, 10000.0)
     scale = (nope + rope) ** -0.5
     q = normal(batch, length, heads, nope + rope)
@@ -292,14 +293,14 @@ def test_latent_attention(cute, batch, length, heads, nope, rope, v_dim):
     check(apply(REFERENCE), apply(fused), [q, kv, latent_and_rope], bound=1e-2)
 
 
-@BOTH
-def test_attention_of_one_token_is_its_value(cute):
+@FUSED_KERNELS
+def test_attention_of_one_token_is_its_value(kernels):
     """A sample begins with one."""
     from dsv2.model.rope import rope_tables
 
     cos, sin = rope_tables(torch.arange(1, device=DEVICE), 16, 10000.0)
     q, kv, k_rope = normal(2, 1, 4, 48), normal(2, 1, 4, 64, seed=1), normal(2, 1, 16, seed=2)
-    assert torch.equal(kernel_set(cute).latent_attention(q, kv, k_rope, cos, sin, 0.1), kv[..., 32:])
+    assert torch.equal(kernel_set(kernels).latent_attention(q, kv, k_rope, cos, sin, 0.1), kv[..., 32:])
 
 
 @pytest.mark.parametrize("states", [torch.float32, torch.bfloat16])

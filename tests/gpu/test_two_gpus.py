@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dsv2.config import Kernels, OptimConfig, ParallelConfig, Precision
-from tests.gpu.process import KINDS, SIZES, alone, need, together
+from tests.gpu.process import FUSED_KERNELS, SIZES, alone, need, together
 from tests.unit.helpers import tiny_config
 
 pytestmark = [
@@ -63,7 +63,7 @@ def test_fp32(ep, stage, dropping):
     torch.testing.assert_close(torch.tensor(two[0]), torch.tensor(one), rtol=2e-5, atol=1e-6)
 
 
-@KINDS
+@FUSED_KERNELS
 @pytest.mark.parametrize(("ep", "dropping"), [(1, False), (2, False), (2, True)])
 def test_fused_bf16(ep, dropping, kernels):
     need(kernels)

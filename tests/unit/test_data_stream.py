@@ -343,7 +343,7 @@ def test_stream_without_text_ends(folder: Path, tmp_path: Path) -> None:
 def test_bad_token_is_an_error_of_one_rank(folder: Path) -> None:
     packed = PackedTokens(folder / "prepared", "train", LENGTH, 10)
     with pytest.raises(UserError, match=r"model\.vocab_size=10") as caught:
-        MapStream(packed, SEED, "x").take(1, 0, 1)
+        MapStream(packed, SEED, {}).take(1, 0, 1)
     assert getattr(caught.value, "of_one_rank", False)
 
 

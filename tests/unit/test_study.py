@@ -9,6 +9,7 @@ import statistics
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 
 import pytest
 
@@ -94,6 +95,12 @@ def made_up(job: study.Job, loss: float) -> int:
     return 0
 
 
+def trains_as(monkeypatch: pytest.MonkeyPatch, run: Callable[..., int]) -> None:
+    """Jobs run so, and nothing about them is refused before."""
+    monkeypatch.setattr(study, "run", run)
+    monkeypatch.setattr(study, "refused", lambda job: 0)
+
+
 def test_tables_have_mean_and_spread_over_seeds(tmp_path, monkeypatch, capsys):
     losses = {"off": [3.0, 3.5, 4.0], "expert": [2.0] * 3, "all": [1.0, 1.1, 1.2], "all-dropping": [1.0] * 3}
     ran = []
@@ -104,8 +111,7 @@ def test_tables_have_mean_and_spread_over_seeds(tmp_path, monkeypatch, capsys):
             return 3
         return made_up(job, losses[job.arm][job.seed])
 
-    monkeypatch.setattr(study, "run", train)
-    monkeypatch.setattr(study, "refused", lambda job: 0)
+    trains_as(monkeypatch, train)
     out = tmp_path / "out"
     assert (
         study.main(
@@ -138,8 +144,7 @@ def test_tables_have_mean_and_spread_over_seeds(tmp_path, monkeypatch, capsys):
     ]
     # Again: what failed is run once more, nothing else.
     ran.clear()
-    monkeypatch.setattr(study, "run", lambda job, gpu: ran.append(job.config.name) or made_up(job, 2.0))
-    monkeypatch.setattr(study, "refused", lambda job: 0)
+    trains_as(monkeypatch, lambda job, gpu: ran.append(job.config.name) or made_up(job, 2.0))
     shutil.move(out, tmp_path / "moved")
     again = ["balance", "--out", str(tmp_path / "moved"), "parallel.device=cpu", "optim.lr=1e-3"]
     assert study.main(again) == 0
@@ -154,8 +159,7 @@ def test_runs_at_once(tmp_path, monkeypatch):
         together.wait()
         return made_up(job, 1.0 + job.seed)
 
-    monkeypatch.setattr(study, "run", train)
-    monkeypatch.setattr(study, "refused", lambda job: 0)
+    trains_as(monkeypatch, train)
     arguments = ["attention", "--at-once", "3", "--out", str(tmp_path), "parallel.device=cpu"]
     assert study.main(arguments) == 0
     result = json.loads((tmp_path / "table.json").read_text())
@@ -170,8 +174,7 @@ def test_each_run_has_a_gpu_in_turns(tmp_path, monkeypatch):
         taken[job.config.name] = gpu
         return made_up(job, 1.0)
 
-    monkeypatch.setattr(study, "run", train)
-    monkeypatch.setattr(study, "refused", lambda job: 0)
+    trains_as(monkeypatch, train)
     monkeypatch.setattr(study, "gpus", lambda config: ["0", "1"])
     assert study.main(["attention", "--seeds", "1", "--out", str(tmp_path), "parallel.device=cpu"]) == 0
     assert list(taken.values()) == ["0", "1", "0", "1"]
@@ -189,8 +192,7 @@ def test_a_run_sees_its_gpu_alone(tmp_path, monkeypatch):
 
 
 def test_runs_of_another_configuration_are_not_mixed_in(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(study, "run", lambda job, gpu: made_up(job, 1.0))
-    monkeypatch.setattr(study, "refused", lambda job: 0)
+    trains_as(monkeypatch, lambda job, gpu: made_up(job, 1.0))
     arguments = ["attention", "--seeds", "1", "--out", str(tmp_path), "parallel.device=cpu"]
     assert study.main(arguments) == 0
     assert "| mla | 52.7M | 24.6M | 800 | 1.0000 | " in (tmp_path / "table.md").read_text()
