@@ -70,7 +70,11 @@ def test_fused_bf16(ep, dropping, kernels):
     one = alone(steps, 0, 1, free_port(), 1, 1, kernels, dropping)
     two = together(steps, 2, free_port(), ep, 1, kernels, dropping)
     assert two[0] == two[1]
-    # Roundings differ, and with them a few tokens' experts; gradient norms show it most.
     got, want = torch.tensor(two[0]), torch.tensor(one)
-    torch.testing.assert_close(got, want, rtol=1e-2, atol=1e-3)
-    torch.testing.assert_close(got[:, :2], want[:, :2], rtol=5e-3, atol=0)
+    # Roundings differ, and with them a few tokens' experts. The gradient's norm shows it most, and more after
+    # every update: that of one GPU in fp32 is up to 2 % from that of the same GPU in bf16.
+    losses, norms, balance = slice(0, 2), slice(2, 3), slice(3, None)
+    torch.testing.assert_close(got[:, losses], want[:, losses], rtol=2e-3, atol=0)
+    torch.testing.assert_close(got[:, balance], want[:, balance], rtol=1e-2, atol=1e-3)
+    torch.testing.assert_close(got[:1, norms], want[:1, norms], rtol=1e-2, atol=0)
+    torch.testing.assert_close(got[1:, norms], want[1:, norms], rtol=2.5e-2, atol=0)
