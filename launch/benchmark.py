@@ -70,7 +70,7 @@ def configuration(overrides: list[str], world_size: int) -> Config:
 
 def measure(config: Config, device: Any, arguments: argparse.Namespace) -> dict[str, Any]:
     """Train and return what a step took, on this rank."""
-    from torch import Tensor, arange
+    from torch import Tensor, arange, tensor
 
     with without_warnings_logged():
         from data.stream import Batch
@@ -95,6 +95,9 @@ def measure(config: Config, device: Any, arguments: argparse.Namespace) -> dict[
         return engine.train_step(batches, config.optim.lr).lm_loss
 
     timing = time_steps(step, tokens, device, arguments.steps, arguments.warmup)
+    if timing.peak_gib is not None:
+        peaks = engine.of_every_rank(tensor([timing.peak_gib], device=device))
+        timing = timing._replace(peak_gib=float(peaks.max()))
     precision = f"{config.parallel.precision.value}/{config.parallel.optimizer_states.value}"
     figures = row(config, device, timing, world_size, precision)
     figures |= {
@@ -104,7 +107,7 @@ def measure(config: Config, device: Any, arguments: argparse.Namespace) -> dict[
     }
     if arguments.contender is None:
         keep = Path(arguments.profile) if arguments.profile and mesh.is_main else None
-        batch = next(tokens)  # once, as making them is no part of a step
+        batch = next(tokens)  # before: the parts are the model's
         figures |= _parts(engine, lambda: step(batch), keep)
     end_process_group()
     return figures
