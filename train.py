@@ -28,7 +28,7 @@ from dsv2.compose import (
 )
 from dsv2.config import Config
 from dsv2.console import without_warnings_logged
-from dsv2.errors import CheckpointError, Diverged, UserError
+from dsv2.errors import CheckpointError, Diverged, UserError, memory_explained
 from dsv2.rundir import claim
 from dsv2.validate import validate
 
@@ -100,7 +100,9 @@ def due(every: int, step: int) -> bool:
 def command_line(composed: DictConfig) -> None:
     """Hydra's entry: mistakes become one message and an exit code, errors keep their traceback."""
     try:
-        train(to_config(composed))
+        config = to_config(composed)
+        with memory_explained(config):
+            train(config)
     except COMPOSITION_ERRORS as error:
         fail(explain(error, sys.argv[1:]), 2)
     except UserError as error:

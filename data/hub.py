@@ -1,6 +1,6 @@
 """Opening a Hugging Face dataset as a stream: quietly, and with errors that say what to change."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,27 @@ def open_stream(dataset: str, subset: str | None, data_files: list[str] | None, 
         raise UserError(f"{name} cannot be reached: {_first_line(error)}; is there a network?") from error
 
 
+def rows_of(dataset: Any) -> Iterator[dict[str, Any]]:
+    """Yield a dataset's rows; a UserError says why one cannot be read, such as a broken line of JSON."""
+    import pyarrow as pa
+    from datasets.exceptions import DatasetsError
+
+    try:
+        yield from dataset
+    except (pa.ArrowException, DatasetsError, ValueError) as error:  # a network's errors are no ValueError
+        raise UserError(f"the dataset holds what cannot be read: {_first_line(error)}") from error
+
+
 def text_of(row: Mapping[str, Any], column: str, field: str, where: str | Path) -> str:
-    """Return the text of a row, "" for a null; a UserError names `field` if the column holds none."""
+    """Return the text of a row, "" for a null; a UserError names `field` if the column holds none.
+
+    `field` is spelled up to its value: `data.text_column=` or `--text-key `.
+    """
     if column not in row:
-        raise UserError(f"{field} {column!r} is not in {where}; it has {_listed(row)}")
+        raise UserError(f"{field}{column}: no such column in {where}; it has {_listed(row)}")
     value = row[column]
     if value is not None and not isinstance(value, str):
-        raise UserError(f"{field} {column!r} of {where} holds {type(value).__name__}, not text")
+        raise UserError(f"{field}{column}: that column of {where} holds {type(value).__name__}, not text")
     return value or ""
 
 

@@ -7,12 +7,13 @@ over from the window before. (The library's own `.shuffle(buffer)` loses its buf
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from data.hub import rows_of
 from dsv2.errors import UserError
 
 
@@ -74,7 +75,7 @@ class Lane:
         """Return int32 [S + 1]: the next sequence.
 
         Raises:
-            UserError: a whole pass over the lane's documents gives not one token.
+            UserError: a whole pass over the lane's documents gives not one token; a row cannot be read.
         """
         if self._sequences is None:
             self._sequences, self._after = self._read_window()
@@ -90,7 +91,7 @@ class Lane:
         self._dataset = self._open_dataset()
         if dataset_state is not None:
             self._dataset.load_state_dict(dataset_state)
-        self._rows: Iterator[dict[str, Any]] = iter(self._dataset)
+        self._rows = rows_of(self._dataset)
         # The dataset forgets a loaded state until its first row (its state_dict() is then all zero).
         self._opened_at = dataset_state
         self._read_any = False  # a row since it was opened

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,3 +114,21 @@ def _parse(content: dict[str, Any]) -> Manifest:
         content[name] = Split(**split)
     content["skipped_examples"] = tuple(content["skipped_examples"])
     return Manifest(**content)
+
+
+def summary(out: str | Path, manifest: Manifest) -> str:
+    """Return what was prepared, a line a split."""
+    lines = [f"{out}: {manifest.source}, {manifest.vocab_size} pieces"]
+    if manifest.skipped:
+        names = ", ".join(manifest.skipped_examples[:5]) + (", ..." if manifest.skipped > 5 else "")
+        lines.append(f"skipped: {manifest.skipped} documents that are not text ({names})")
+    for name in ("train", "validation"):
+        split = manifest.split(name)
+        if split.unigram_nats is not None:
+            per_token = split.text_bytes / split.tokens
+            lines.append(
+                f"{name}: {split.documents} documents, {split.tokens} tokens, {per_token:.2f} bytes a token; "
+                f"by frequencies alone {split.unigram_nats:.3f} nats a token, "
+                f"{split.unigram_nats / math.log(2) / per_token:.3f} bits a byte"
+            )
+    return "\n".join(lines)

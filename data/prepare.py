@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from data.manifest import MANIFEST, TOKEN_BYTES, Manifest, Split, load_manifest, to_json
+from data.manifest import MANIFEST, TOKEN_BYTES, Manifest, Split, load_manifest, summary, to_json
 from data.progress import (
     LOCK,
     Part,
@@ -59,8 +59,8 @@ class Settings:
     def check(self) -> None:
         if (self.vocab_size is None) == (self.tokenizer is None):
             raise UserError("give either --vocab-size (train a tokenizer) or --tokenizer (use that one)")
-        if self.vocab_size is not None and self.vocab_size < 1:
-            raise UserError(f"--vocab-size {self.vocab_size} must be positive")
+        if self.vocab_size is not None and self.vocab_size < 260:  # 256 bytes, unk, bos, eos, newline
+            raise UserError(f"--vocab-size {self.vocab_size} must be at least 260, and characters need more")
         if not 0 <= self.val_fraction < 1:
             raise UserError(f"--val-fraction {self.val_fraction} must be at least 0 and below 1")
         if self.shard_mb <= 0:
@@ -134,7 +134,8 @@ def _make_tokenizer(
     else:
         assert settings.vocab_size is not None
         if not quiet:
-            print(f"training a tokenizer of {settings.vocab_size} pieces", file=sys.stderr)
+            what = f"{settings.vocab_size} pieces on {source.description()}"
+            print(f"{out}: training a tokenizer of {what}", file=sys.stderr)
         tokenizer = train_tokenizer(_sample(source, settings), settings.vocab_size, path)
     progress.tokenizer_sha256 = tokenizer.sha256
     progress.save(out)
@@ -375,24 +376,6 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{arguments.out} was there already; to read the text anew, remove that folder")
         print(summary(arguments.out, manifest))
     return 0
-
-
-def summary(out: str | Path, manifest: Manifest) -> str:
-    """Return what was prepared, a line a split."""
-    lines = [f"{out}: {manifest.source}, {manifest.vocab_size} pieces"]
-    if manifest.skipped:
-        names = ", ".join(manifest.skipped_examples[:5]) + (", ..." if manifest.skipped > 5 else "")
-        lines.append(f"skipped: {manifest.skipped} documents that are not text ({names})")
-    for name in ("train", "validation"):
-        split = manifest.split(name)
-        if split.unigram_nats is not None:
-            per_token = split.text_bytes / split.tokens
-            lines.append(
-                f"{name}: {split.documents} documents, {split.tokens} tokens, {per_token:.2f} bytes a token; "
-                f"by frequencies alone {split.unigram_nats:.3f} nats a token, "
-                f"{split.unigram_nats / math.log(2) / per_token:.3f} bits a byte"
-            )
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

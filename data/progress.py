@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data.manifest import PROGRESS, Shard
+from data.manifest import MANIFEST, PROGRESS, Shard, load_manifest
 from dsv2.errors import UserError
 
 LOCK = ".lock"
@@ -90,6 +90,23 @@ def refuse_other(out: Path, there: dict[str, Any], asked: dict[str, Any]) -> Non
             f"{_option(key)} {_words(there.get(key))}, now asked for {_words(asked.get(key))}" for key in keys
         )
         raise UserError(f"{out} was prepared with {differences}: choose another folder, or remove that one")
+
+
+def refuse_instead_of_stdlib(folder: str | Path, vocab_size: int) -> None:
+    """Raise a UserError, in the configuration's words, where data=stdlib would have another preparation."""
+    if not (Path(folder) / MANIFEST).is_file():
+        return
+    there = load_manifest(folder)
+    if (kind := there.request.get("kind")) != "stdlib":
+        raise UserError(
+            f"data.path={folder}: holds {kind} of your own, and data=stdlib, the default, would have the "
+            "standard library there; add data=local to train on what it holds"
+        )
+    if (pieces := there.request.get("vocab_size")) != vocab_size:
+        raise UserError(
+            f"data.vocab_size={vocab_size}: {folder} was prepared with {pieces}; take that, or another "
+            "folder as data.path"
+        )
 
 
 def _option(key: str) -> str:

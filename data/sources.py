@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from data.hub import open_stream, text_of
+from data.hub import open_stream, rows_of, text_of
 from dsv2.errors import UserError
 
 Document = tuple[str, str]  # id, text
@@ -84,6 +84,10 @@ class FilesSource(Source):
     on_bad_file: OnBadFile = "stop"
     document_lines: int | None = None
 
+    def __post_init__(self) -> None:
+        if self.document_lines is not None and self.document_lines < 1:
+            raise UserError(f"--document-lines {self.document_lines} must be at least 1")
+
     def documents(self, skipped: list[str]) -> Iterator[Document]:
         for root, files in _matches(self.paths, "*"):
             for name, text in _read_files(files, root, self.on_bad_file, skipped):
@@ -125,7 +129,7 @@ class JsonlSource(Source):
                     row = json.loads(line.decode("utf-8"))
                     if not isinstance(row, dict):
                         raise ValueError("not a JSON object")
-                    text = text_of(row, self.text_key, "--text-key", f"line {number} of {path}")
+                    text = text_of(row, self.text_key, "--text-key ", f"line {number} of {path}")
                     text.encode("utf-8")  # JSON can spell half a surrogate pair, which is no character
                 except UserError:
                     raise
@@ -165,11 +169,11 @@ class ParquetSource(Source):
             return
         with table:
             names = table.schema_arrow.names
-            text_of(dict.fromkeys(names), self.text_column, "--text-column", path)
+            text_of(dict.fromkeys(names), self.text_column, "--text-column ", path)
             row = 0
             for batch in table.iter_batches(columns=[self.text_column]):
                 for value in batch.column(0).to_pylist():
-                    text = text_of({self.text_column: value}, self.text_column, "--text-column", path)
+                    text = text_of({self.text_column: value}, self.text_column, "--text-column ", path)
                     if text:
                         yield f"{_name(path, root)}:{row}", text
                     row += 1
@@ -186,8 +190,8 @@ class HubSource(Source):
     text_column: str = "text"
 
     def documents(self, skipped: list[str]) -> Iterator[Document]:
-        for number, row in enumerate(open_stream(self.dataset, self.subset, None, self.split)):
-            if text := text_of(row, self.text_column, "--text-column", self.dataset):
+        for number, row in enumerate(rows_of(open_stream(self.dataset, self.subset, None, self.split))):
+            if text := text_of(row, self.text_column, "--text-column ", self.dataset):
                 yield str(number), text
 
 

@@ -16,23 +16,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data.hub import open_stream, text_of
+from data.hub import open_stream, rows_of, text_of
 from data.lanes import Lane, LaneState
 from data.manifest import TOKEN_BYTES, load_manifest
 from data.order import permuted_index
 from data.packing import PackedTokens
 from data.prepare import prepare_stdlib
+from data.progress import refuse_instead_of_stdlib
 from data.tokenizer import Tokenizer, load_tokenizer
 from dsv2.config import DataConfig, DataSource
-from dsv2.errors import UserError
+from dsv2.errors import OneRankError, UserError
 
 HELD_OUT = 100  # one document in so many validates when hf_stream has no split of its own for that
-
-
-class OneRankError(UserError):
-    """A UserError in the data that one rank found alone: every rank that raises it prints it."""
-
-    of_one_rank = True
 
 
 @dataclass(frozen=True)
@@ -225,19 +220,20 @@ def build_stream(
 def check_data(config: DataConfig, model_vocab_size: int, validation: int = 0) -> None:
     """Find mistakes in the data before any process group is made; prepare the stdlib folder on first use.
 
-    `validation` sequences will be wanted of the validation split; of a streamed dataset, whose splits are
-    opened and not read, they are not counted.
+    `validation` sequences will be wanted of the validation split; of a streamed dataset, of which no more
+    than the first row is read, they are not counted.
 
     Raises:
         UserError: names the field, its value and what would be right.
     """
     if config.source is DataSource.hf_stream:
         _check_vocabulary(tokenizer_of(config).vocab_size, model_vocab_size, "data.tokenizer")
-        _open_training(config)
+        _text(config, next(rows_of(_open_training(config)), {config.text_column: ""}))
         if config.val_split != config.split:
             _open_validation(config)
         return
     if config.source is DataSource.stdlib:
+        refuse_instead_of_stdlib(config.path, config.vocab_size)
         _check_vocabulary(config.vocab_size, model_vocab_size, "data.vocab_size")
         prepare_stdlib(config.path, config.vocab_size)
     vocabulary = load_manifest(config.path).vocab_size
@@ -363,7 +359,7 @@ def _open_validation(config: DataConfig) -> Any:
 
 
 def _text(config: DataConfig, row: dict[str, Any]) -> str:
-    return text_of(row, config.text_column, "data.text_column", config.dataset or "")
+    return text_of(row, config.text_column, "data.text_column=", config.dataset or "")
 
 
 def _document(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -375,7 +371,7 @@ def _validates(config: DataConfig, text: str) -> bool:
 
 
 def _validation_texts(config: DataConfig) -> Iterator[str]:
-    for row in _open_validation(config):
+    for row in rows_of(_open_validation(config)):
         text = _text(config, row)
         if config.val_split != config.split or _validates(config, text):
             yield text

@@ -39,6 +39,7 @@ from dsv2.checkpoint_files import (
     checksum,
     complete_checkpoints,
     damaged_file,
+    find_checkpoint,
     newest_first,
     sync_folder,
 )
@@ -191,14 +192,13 @@ class CheckpointStore:
         """The checkpoint that `resume` means, or None for a fresh start.
 
         Args:
-            resume: `auto`, the newest whole one of this run; `never`; or the path of one, from which
-                the run starts, unless it already has checkpoints of its own to go on from.
+            resume: `auto`, the newest whole one of this run; `never`; or the path of one, or of a run's
+                folder for its newest, from which the run starts, unless it already has its own to go on from.
             stop_step: the run is to stop after this step.
 
         Raises:
-            UserError: the path is no whole checkpoint, or an older one of this very run; `never` with
-                checkpoints there to lose; checkpoints are there and none is whole; another model's; one
-                that is past `stop_step` already.
+            UserError: the path has no whole checkpoint or is an older one of this very run; `never` with any
+                there to lose; some are there, none is whole; another model's; past `stop_step` already.
         """
         found = self._find(resume)
         if found and stop_step is not None and found.state.step >= stop_step:
@@ -218,11 +218,11 @@ class CheckpointStore:
                 )
             return None
         if resume != "auto":
-            given = Path(resume)
             try:
-                content = check(given)
+                content = check(given := find_checkpoint(Path(resume)))
             except UserError as error:
-                raise UserError(f"resume={resume}: {error}") from None
+                text = str(error).removeprefix(f"checkpoint {resume}: ")
+                raise UserError(f"resume={resume}: {text}") from None
             is_own = self._is_own(given)
             if is_own and given.name != present[0].name:
                 raise UserError(

@@ -25,7 +25,7 @@ def check(path: Path) -> dict[str, Any]:
         UserError: `path` is missing, foreign, torn or truncated; the text says which file and how.
     """
     if not path.is_dir():
-        raise UserError(f"checkpoint {path}: there is no such folder")
+        raise UserError(f"checkpoint {path}: there is no such folder of a checkpoint, or of a run")
     try:
         content = json.loads((path / STATE_FILE).read_text())
     except FileNotFoundError:
@@ -45,6 +45,20 @@ def check(path: Path) -> dict[str, Any]:
             how = "is missing" if found is None else f"has {found} bytes of {size}"
             raise UserError(f"checkpoint {path}: {name} {how}; use an older checkpoint")
     return content
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint that `path` means: itself, or the newest whole one of a run's folder.
+
+    Raises:
+        UserError: it is neither.
+    """
+    if not (path / "checkpoints").is_dir():
+        check(path)
+        return path
+    if found := complete_checkpoints(path / "checkpoints"):
+        return found[0]
+    raise UserError(f"run {path}: no checkpoint in {path / 'checkpoints'} is whole")
 
 
 def newest_first(folder: Path) -> list[Path]:

@@ -135,7 +135,8 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     old, new = _flat(to_plain(Config())) | _flat(before), _flat(now)
     names = [name for name in dict.fromkeys([*new, *old]) if name not in _OF_THE_CALL]
     values = [(name, old.get(name), new.get(name)) for name in names]
-    return [f"{name} {_written(a)} -> {_written(b)}" for name, a, b in values if a != b]
+    unused = {"seed": " (which only the first weights depend on)"}
+    return [f"{n} {_written(a)} -> {_written(b)}{unused.get(n, '')}" for n, a, b in values if a != b]
 
 
 def _written(value: Any) -> str:

@@ -191,7 +191,7 @@ class Config:
     runs_dir: str = "runs"
     seed: int = 0  # initial weights
     init_from: str | None = None  # a Hugging Face folder to start from; a checkpoint that is found goes first
-    resume: str = "auto"  # auto: newest complete checkpoint of this run; never; or a checkpoint's path
+    resume: str = "auto"  # auto: newest whole checkpoint of this run; never; or the path of one, or of a run
     # With resume=PATH of another run: only its weights and Adam's moments are taken. Steps, tokens, schedule
     # and data start at the beginning, so all of them may be others, and so may model.rope_scaling.
     new_stage: bool = False

@@ -47,10 +47,11 @@ def export(
     """
     from safetensors import SafetensorError
 
+    from dsv2.checkpoint_files import find_checkpoint
     from dsv2.hf.config import check_exportable, published_config
     from dsv2.hf.names import model_outline
     from dsv2.hf.tokenizer import write_tokenizer
-    from dsv2.weights import CheckpointReader, find_checkpoint, run_tokenizer
+    from dsv2.weights import CheckpointReader, run_tokenizer
 
     if shard_gb <= 0:
         raise UserError(f"--shard-gb {shard_gb}: must be above 0")

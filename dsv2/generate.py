@@ -108,8 +108,9 @@ def run(arguments: argparse.Namespace) -> None:
     check_arguments(arguments)
     import torch
 
+    from dsv2.checkpoint_files import find_checkpoint
     from dsv2.model.sampling import Sampling, generate
-    from dsv2.weights import CheckpointReader, find_checkpoint, load_model, run_tokenizer
+    from dsv2.weights import CheckpointReader, load_model, run_tokenizer
 
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: there is no GPU here; use --device cpu")

@@ -8,25 +8,11 @@ from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
 
 from data.stream import tokenizer_of
 from data.tokenizer import Tokenizer, load_tokenizer
-from dsv2.checkpoint_files import check, complete_checkpoints
+from dsv2.checkpoint_files import check
 from dsv2.compose import from_plain
 from dsv2.config import Config
 from dsv2.errors import UserError
 from dsv2.model.transformer import DeepseekV2
-
-
-def find_checkpoint(path: Path) -> Path:
-    """The checkpoint that `path` means: itself, or the newest whole one of a run's folder.
-
-    Raises:
-        UserError: it is neither.
-    """
-    if not (path / "checkpoints").is_dir():
-        check(path)
-        return path
-    if found := complete_checkpoints(path / "checkpoints"):
-        return found[0]
-    raise UserError(f"run {path}: no checkpoint in {path / 'checkpoints'} is whole")
 
 
 def run_tokenizer(config: Config, given: str | None) -> Tokenizer:

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from dsv2.compose import compose_config, launched_ranks, local_processes
 from dsv2.config import Config, Precision
 from dsv2.console import without_warnings_logged
-from dsv2.errors import UserError
+from dsv2.errors import UserError, memory_explained
 from dsv2.validate import validate
 from launch.compare import OURS, alternate, run_turn, summary, table
 from launch.peers import NO_DATA, Work, adapter, check_peers
@@ -217,7 +217,8 @@ def main(argv: list[str] | None = None) -> int:
             result, text = compare(sizes, arguments)
         else:
             peer = arguments.contender not in (None, OURS)
-            result = (measure_peer if peer else measure)(config, device, arguments)
+            with memory_explained(config):
+                result = (measure_peer if peer else measure)(config, device, arguments)
             parts = result.pop("text", "")
             text = f"{one_line(result)}\n\n{parts}"
     except UserError as error:

@@ -124,6 +124,8 @@ def plan(study: str, seeds: int, out: Path, overrides: list[str]) -> list[Job]:
             given = [f"experiment=study/{study}", *changes, *overrides, *own]
             config = compose_config(given)
             validate(config, world_size=1)
+            if config.stop_step is not None:
+                raise UserError(f"stop_step={config.stop_step}: a study's runs end with optim.total_tokens")
             jobs.append(Job(arm, seed, given, config))
     return jobs
 
@@ -294,12 +296,12 @@ def run_study(study: str, seeds: int, at_once: int, out: Path, overrides: list[s
     """Run what is missing and write the tables; the exit code."""
     jobs, failed = plan(study, seeds, out, overrides), []
     before = [job for job in jobs if is_finished(job)]
-    out.mkdir(parents=True, exist_ok=True)
     for job in before:
         print(f"{job.config.name}: finished before", flush=True)
     missing = [job for job in jobs if job not in before]
     if missing and (code := refused(missing[0])):
         return code
+    out.mkdir(parents=True, exist_ok=True)
     places = gpus(jobs[0].config) or [None]
     with ThreadPoolExecutor(at_once) as pool:
         started = {

@@ -62,7 +62,7 @@ def pick_device(config: Config, processes: int) -> torch.device:
     if on_cpu:
         return torch.device("cpu")
     if gpus == 0:
-        raise UserError("parallel.device=cuda: there is no GPU on this machine; leave out parallel=gpu")
+        raise UserError("parallel.device=cuda: there is no GPU on this machine; use parallel=default")
     if processes > gpus:
         raise UserError(
             f"parallel.device={parallel.device.value}: {processes} processes on this machine, which has "

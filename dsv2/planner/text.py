@@ -79,7 +79,9 @@ def _what_would(planned: Planned) -> str:
     """The smallest change that makes a layout fit, after "it does not fit"."""
     other = smallest_change(planned)
     if other is None:
-        return f", and no layout of up to gpus={planned.machines.gpus * MORE_GPUS[-1]} does"
+        gpus, batch = planned.machines.gpus * MORE_GPUS[-1], planned.config.optim.batch_size
+        limit = f", the most that optim.batch_size={batch} shares out to" if batch < gpus else ""
+        return f", and no layout of up to gpus={min(gpus, batch)} does{limit}"
     words = _words(changes(planned, other))
     return f"; it would with {words} ({other.memory.peak / GIB:.1f} GiB, {other.speed.days:.1f} days)"
 

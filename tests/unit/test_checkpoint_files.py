@@ -113,8 +113,17 @@ def test_all_damaged_is_no_fresh_start(tmp_path):
         store(tmp_path).find("auto")
 
 
+def test_a_runs_folder_is_its_newest_whole_checkpoint(tmp_path):
+    other = tmp_path / "other" / "checkpoints"
+    older = make(other, 2)
+    cut_data(make(other, 4))
+    found = store(tmp_path / "new").find(str(tmp_path / "other"))
+    assert found is not None
+    assert found.path == older
+
+
 def test_missing(tmp_path):
-    with pytest.raises(UserError, match="there is no such folder"):
+    with pytest.raises(UserError, match=r"^resume=\S+-00000009: there is no such folder of a checkpoint"):
         store(tmp_path).find(str(tmp_path / "step-00000009"))
 
 

@@ -9,7 +9,7 @@ import pytest
 from data.stream import check_data, token_bytes_of, tokenizer_of, unigram_nats_of
 from data.tokenizer import load_tokenizer, train_tokenizer
 from dsv2.config import DataSource
-from dsv2.errors import UserError
+from dsv2.errors import OneRankError, UserError
 from tests.unit.test_data_stream import FILES, WORDS, build, local, streamed, write_folder
 
 
@@ -48,11 +48,11 @@ def test_check_data_accepts(folder: Path) -> None:
         ({"sequence_length": 9999}, 300, r"data\.sequence_length=9999: the train split .* tokens"),
         ({}, 299, r"model\.vocab_size=299 must be at least 300, the pieces of the tokenizer of"),
         (
-            {"source": DataSource.stdlib, "vocab_size": 301},
+            {"source": DataSource.stdlib, "vocab_size": 301, "path": "/nowhere"},
             300,
             r"at least 301, the pieces of data\.vocab_size",
         ),
-        ({"source": DataSource.stdlib, "vocab_size": 300}, 300, "source jsonl, now asked for stdlib: "),
+        ({"source": DataSource.stdlib, "vocab_size": 301}, 300, "holds jsonl of your own.* add data=local"),
         (
             {"source": DataSource.hf_stream, "dataset": "x", "tokenizer": "missing.model"},
             300,
@@ -77,6 +77,8 @@ def test_check_data_compares_the_streams_tokenizer(folder: Path) -> None:
         ({"split": "dev", "val_split": "dev"}, r"split 'dev'.* cannot be opened: Bad split"),
         ({"data_files": ["/nowhere/none.jsonl"]}, "cannot be opened: Unable to find"),
         ({"data_files": None}, "dataset 'json' reads files: data_files must name them"),
+        ({"text_column": "body"}, r"data\.text_column=body: no such column in json"),
+        ({"text_column": "other"}, r"data\.text_column=other: that column of json holds int, not text"),
         (
             {"val_split": "validation"},
             r"data\.val_split=validation: .* cannot be opened: Bad split.*data\.val_split=train holds out",
@@ -97,12 +99,24 @@ def test_a_validation_split_that_is_there(folder: Path, tmp_path: Path) -> None:
         check_data(streamed(folder, **here, val_split="test"), 300)
 
 
+def test_a_line_that_cannot_be_read(folder: Path, tmp_path: Path) -> None:
+    """Whether the first look meets it or training does."""
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"text": "good"}\n{"text": broken\n')
+    with pytest.raises(UserError, match=r"the dataset holds what cannot be read: .*JSON"):
+        check_data(streamed(folder, data_files=[str(broken)], lanes=1), 300)
+    files = [str(folder / "0.jsonl"), str(broken)]
+    check_data(streamed(folder, data_files=files, lanes=1), 300)
+    with pytest.raises(OneRankError, match="the dataset holds what cannot be read"):
+        build(streamed(folder, data_files=files, lanes=1)).take(100, 0, 1)
+
+
 def test_streams_that_cannot_be(folder: Path) -> None:
     with pytest.raises(UserError, match=rf"data\.lanes=6 must be at most {FILES}"):
         build(streamed(folder, lanes=6))
     with pytest.raises(UserError, match=r"split 'dev'.* cannot be opened: Bad split"):
         build(streamed(folder, split="dev"))
-    with pytest.raises(UserError, match=r"data\.text_column 'body' is not in json; it has 'text', 'other'"):
+    with pytest.raises(UserError, match=r"data\.text_column=body: no such column in json; it has 'text', 'o"):
         build(streamed(folder, text_column="body")).take(1, 0, 1)
-    with pytest.raises(UserError, match=r"data\.text_column 'other' of json holds int, not text"):
+    with pytest.raises(UserError, match=r"data\.text_column=other: that column of json holds int, not text"):
         build(streamed(folder, text_column="other")).take(1, 0, 1)

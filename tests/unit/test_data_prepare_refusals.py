@@ -36,7 +36,7 @@ def test_bad_file_then_skip(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     ("more", "message"),
     [
         ([], "give either --vocab-size .* or --tokenizer"),
-        (["--vocab-size", "0"], "--vocab-size 0 must be positive"),
+        (["--vocab-size", "2"], "--vocab-size 2 must be at least 260"),
         (["--vocab-size", "9999"], "--vocab-size 9999 is more than this text can fill"),
         (["--vocab-size", "320", "--val-fraction", "1"], r"--val-fraction 1\.0 must be at least 0"),
         (["--vocab-size", "320", "--shard-mb", "0"], r"--shard-mb 0\.0 must be positive"),
@@ -51,6 +51,11 @@ def test_bad_settings(
     assert main(["jsonl", str(jsonl), "--out", str(tmp_path / "out"), "--quiet", *more]) == 2
     error = capsys.readouterr().err
     assert re.fullmatch(rf"error: .*{message}.*\n", error)
+
+
+def test_documents_of_no_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["files", "x", "--out", "out", "--vocab-size", "320", "--document-lines", "0"]) == 2
+    assert capsys.readouterr().err == "error: --document-lines 0 must be at least 1\n"
 
 
 def test_empty_corpus(tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def test_cuda_without_a_gpu(machine):
     with pytest.raises(UserError) as refusal:
         pick_device(job(device=Device.cuda), 1)
     assert str(refusal.value) == (
-        "parallel.device=cuda: there is no GPU on this machine; leave out parallel=gpu"
+        "parallel.device=cuda: there is no GPU on this machine; use parallel=default"
     )
 
 

@@ -6,6 +6,7 @@ from dsv2.config import Config, Kernels, Precision
 from dsv2.planner.hardware import GPUS
 from dsv2.planner.memory import memory
 from dsv2.planner.search import Machines, changes, plan, search, smallest_change
+from dsv2.planner.text import search_lines
 from dsv2.validate import validate
 from tests.unit.helpers import compose_config
 
@@ -81,7 +82,12 @@ def test_more_gpus_only_where_nothing_else_helps():
 
 
 def test_nothing_helps():
-    assert smallest_change(plan(LITE, with_memory(LITE, EIGHT, 0.001))) is None
+    too_small = with_memory(LITE, EIGHT, 0.001)
+    assert smallest_change(plan(LITE, too_small)) is None
+    assert search_lines(LITE, too_small, [])[0].endswith(", and no layout of up to gpus=256 does")
+    few = replace(LITE, optim=replace(LITE.optim, batch_size=16))
+    said = "no layout of up to gpus=16 does, the most that optim.batch_size=16 shares out to"
+    assert search_lines(few, too_small, [])[0].endswith(said)
 
 
 def test_more_zero_and_more_experts_elsewhere_need_less():

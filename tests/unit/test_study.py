@@ -209,8 +209,9 @@ def test_what_every_run_would_refuse_is_said_once(tmp_path, capfd, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setattr(study, "run", lambda job, gpu: pytest.fail("something ran"))
     assert study.main(["balance", "--out", str(tmp_path / "out")]) == 2
-    refusal = "error: parallel.device=cuda: there is no GPU on this machine; leave out parallel=gpu\n"
+    refusal = "error: parallel.device=cuda: there is no GPU on this machine; use parallel=default\n"
     assert capfd.readouterr() == ("", refusal)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -221,6 +222,10 @@ def test_what_every_run_would_refuse_is_said_once(tmp_path, capfd, monkeypatch):
         (["balance", "--at-once", "0"], "--at-once 0: must be at least 1"),
         (["balance", "optim.lrr=1"], "optim.lrr=1: there is no such field; did you mean optim.lr?"),
         (["balance", "optim.batch_size=80"], "optim.batch_size=80: must be a multiple of 32"),
+        (
+            ["balance", "stop_step=1"],
+            "stop_step=1: a study's runs end with optim.total_tokens",
+        ),
     ],
 )
 def test_mistakes_are_found_before_anything_runs(tmp_path, capsys, arguments, message):

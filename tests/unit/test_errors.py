@@ -1,0 +1,56 @@
+"""Errors that end a run with one message."""
+
+import pytest
+import torch
+
+from dsv2.compose import differences, to_plain
+from dsv2.config import Config
+from dsv2.errors import OneRankError, memory_explained
+from tests.unit.helpers import compose_config
+
+CONFIG = compose_config("data=local", "data.path=nowhere", "parallel.micro_batch_size=3")
+
+
+def test_the_cpus_own_error(monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    with (
+        pytest.raises(
+            OneRankError, match=r"on rank 1, which wanted \d+\.00 GiB more on the CPU, with parallel"
+        ) as e,
+        memory_explained(CONFIG),
+    ):
+        torch.empty(2**60)
+    assert "parallel.micro_batch_size=3 of data.sequence_length=" in str(e.value)
+    assert e.value.of_one_rank
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            torch.OutOfMemoryError(
+                "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.11 GiB of "
+                "which 1.20 GiB is free. Including non-PyTorch memory, this process has 77.90 GiB in use."
+            ),
+            "which wanted 2.50 GiB more on a GPU of 79.11 GiB, with",
+        ),
+        (torch.OutOfMemoryError("other words"), r"on rank 0 \(GPU\), with"),
+        (MemoryError(), r"on rank 0 \(CPU\), with"),
+    ],
+)
+def test_others_words(error, message, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(OneRankError, match=message), memory_explained(CONFIG):
+        raise error
+
+
+def test_other_errors_stay_as_they_are():
+    with pytest.raises(RuntimeError, match=r"^shapes differ$"), memory_explained(CONFIG):
+        raise RuntimeError("shapes differ")
+
+
+def test_a_changed_seed_is_said_to_do_nothing():
+    before = to_plain(Config())
+    assert differences(before, {**before, "seed": 7}) == [
+        "seed 0 -> 7 (which only the first weights depend on)"
+    ]
