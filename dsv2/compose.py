@@ -179,6 +179,13 @@ def _keys(node: DictConfig, prefix: str = "") -> list[str]:
     return keys
 
 
+SHORT = {  # what the planner calls these fields
+    "ep": "parallel.expert_parallel_size",
+    "zero": "parallel.zero_stage",
+    "micro_batch": "parallel.micro_batch_size",
+}
+
+
 def unknown_key(key: str, given: str | None = None, words: Collection[str] = ()) -> str:
     """The message for a key that no field has, with the nearest field that exists.
 
@@ -188,11 +195,14 @@ def unknown_key(key: str, given: str | None = None, words: Collection[str] = ())
         words: further keys that the command line takes.
     """
     names = [*words, *field_types()]
-    near = difflib.get_close_matches(key, names, n=1, cutoff=0.7)
+    last = key.split(".")[-1]
+    near = [SHORT[key]] if key in SHORT else difflib.get_close_matches(key, names, n=1, cutoff=0.7)
     if not near:  # the right name in the wrong section, such as lr for optim.lr
-        leaf = difflib.get_close_matches(key.split(".")[-1], [n.split(".")[-1] for n in names], n=1)
+        leaf = difflib.get_close_matches(last, [n.split(".")[-1] for n in names], n=1, cutoff=0.7)
         near = [n for n in names if leaf and n.split(".")[-1] == leaf[0]]
     hint = f"did you mean {near[0]}?" if near else "see train.py --cfg job for the fields there are"
+    if last in ("steps", "max_steps", "num_steps", "train_steps", "epochs", "max_epochs"):  # as others say
+        hint = "optim.total_tokens is how long, stop_step stops earlier"
     return f"{given or key}: there is no such field; {hint}"
 
 

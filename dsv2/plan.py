@@ -9,7 +9,7 @@ docs/planning.md says what is counted, what is assumed, and how to check it agai
 import argparse
 import sys
 
-from dsv2.compose import compose_overrides, field_types, to_config, unknown_key
+from dsv2.compose import SHORT, compose_overrides, field_types, to_config, unknown_key
 from dsv2.config import Config
 from dsv2.errors import UserError
 from dsv2.planner.hardware import GPUS, find_gpu
@@ -17,11 +17,6 @@ from dsv2.planner.search import Machines, plan, search
 from dsv2.planner.text import plan_lines, search_lines
 from dsv2.validate import validate, validate_gpu
 
-SHORT = {  # the planner's short names of fields
-    "ep": "parallel.expert_parallel_size",
-    "zero": "parallel.zero_stage",
-    "micro_batch": "parallel.micro_batch_size",
-}
 OWN = ("gpus", "gpu", "gpus_per_node", "mfu")
 
 

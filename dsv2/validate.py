@@ -293,7 +293,7 @@ def _validate_parallel(config: Config, world_size: int) -> None:
             "parallel.expert_parallel_size",
             ep,
             f"must divide the number of processes, {world_size}: one of {_divisors(world_size)}; "
-            "NPROC=N launch/local.sh and torchrun --nproc_per_node=N start more",
+            "or start others (NPROC=N launch/local.sh, torchrun --nproc_per_node=N; a plan: gpus=N)",
         )
     if model.n_routed_experts % ep:
         _refuse(

@@ -26,6 +26,8 @@ MISTAKES = {
     # an unknown field, with and without `+`, in the wrong section, and nothing like any field
     "optim.lrr=1": ["optim.lrr=1: there is no such field; did you mean optim.lr?"],
     "+optim.lrr=1": ["optim.lrr=1: there is no such field; did you mean optim.lr?"],
+    "steps=8": ["steps=8: there is no such field; optim.total_tokens is how long, stop_step stops earlier"],
+    "ep=2": ["ep=2: there is no such field; did you mean parallel.expert_parallel_size?"],
     "batch_size=8": ["batch_size=8: there is no such field; did you mean optim.batch_size?"],
     "model.balance.alpha_exprt=0": ["alpha_exprt=0: there is no such field", "model.balance.alpha_expert?"],
     "++zzz=1": ["zzz=1: there is no such field"],

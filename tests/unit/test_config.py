@@ -284,7 +284,7 @@ def test_impossible_combinations(changes, message):
             6,
             [("parallel.expert_parallel_size", 4)],
             "parallel.expert_parallel_size=4: must divide the number of processes, 6: one of 1, 2, 3, 6; "
-            "NPROC=N launch/local.sh and torchrun --nproc_per_node=N start more",
+            "or start others (NPROC=N launch/local.sh, torchrun --nproc_per_node=N; a plan: gpus=N)",
         ),
         (
             3,
