@@ -28,7 +28,8 @@ from dsv2.compose import (
 )
 from dsv2.config import Config
 from dsv2.console import without_warnings_logged
-from dsv2.errors import CheckpointError, Diverged, UserError, memory_explained
+from dsv2.errors import CheckpointError, Diverged, UserError
+from dsv2.out_of_memory import memory_explained
 from dsv2.rundir import claim
 from dsv2.validate import validate
 

@@ -39,15 +39,13 @@ def rows_of(dataset: Any) -> Iterator[dict[str, Any]]:
 
 
 def text_of(row: Mapping[str, Any], column: str, field: str, where: str | Path) -> str:
-    """Return the text of a row, "" for a null; a UserError names `field` if the column holds none.
-
-    `field` is spelled up to its value: `data.text_column=` or `--text-key `.
-    """
+    """Return the text of a row, "" for a null; a UserError names `field` if the column holds none."""
+    given = f"{field}{' ' if field.startswith('--') else '='}{column}"
     if column not in row:
-        raise UserError(f"{field}{column}: no such column in {where}; it has {_listed(row)}")
+        raise UserError(f"{given}: no such column in {where}; it has {_listed(row)}")
     value = row[column]
     if value is not None and not isinstance(value, str):
-        raise UserError(f"{field}{column}: that column of {where} holds {type(value).__name__}, not text")
+        raise UserError(f"{given}: that column of {where} holds {type(value).__name__}, not text")
     return value or ""
 
 

@@ -129,7 +129,7 @@ class JsonlSource(Source):
                     row = json.loads(line.decode("utf-8"))
                     if not isinstance(row, dict):
                         raise ValueError("not a JSON object")
-                    text = text_of(row, self.text_key, "--text-key ", f"line {number} of {path}")
+                    text = text_of(row, self.text_key, "--text-key", f"line {number} of {path}")
                     text.encode("utf-8")  # JSON can spell half a surrogate pair, which is no character
                 except UserError:
                     raise
@@ -169,11 +169,11 @@ class ParquetSource(Source):
             return
         with table:
             names = table.schema_arrow.names
-            text_of(dict.fromkeys(names), self.text_column, "--text-column ", path)
+            text_of(dict.fromkeys(names), self.text_column, "--text-column", path)
             row = 0
             for batch in table.iter_batches(columns=[self.text_column]):
                 for value in batch.column(0).to_pylist():
-                    text = text_of({self.text_column: value}, self.text_column, "--text-column ", path)
+                    text = text_of({self.text_column: value}, self.text_column, "--text-column", path)
                     if text:
                         yield f"{_name(path, root)}:{row}", text
                     row += 1
@@ -191,7 +191,7 @@ class HubSource(Source):
 
     def documents(self, skipped: list[str]) -> Iterator[Document]:
         for number, row in enumerate(rows_of(open_stream(self.dataset, self.subset, None, self.split))):
-            if text := text_of(row, self.text_column, "--text-column ", self.dataset):
+            if text := text_of(row, self.text_column, "--text-column", self.dataset):
                 yield str(number), text
 
 

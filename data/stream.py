@@ -359,7 +359,7 @@ def _open_validation(config: DataConfig) -> Any:
 
 
 def _text(config: DataConfig, row: dict[str, Any]) -> str:
-    return text_of(row, config.text_column, "data.text_column=", config.dataset or "")
+    return text_of(row, config.text_column, "data.text_column", config.dataset or "")
 
 
 def _document(tokenizer: Tokenizer, text: str) -> list[int]:

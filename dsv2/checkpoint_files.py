@@ -29,7 +29,7 @@ def check(path: Path) -> dict[str, Any]:
     try:
         content = json.loads((path / STATE_FILE).read_text())
     except FileNotFoundError:
-        if inside := complete_checkpoints(path) or complete_checkpoints(path / "checkpoints"):
+        if inside := complete_checkpoints(path):
             raise UserError(f"checkpoint {path}: holds checkpoints; give one of them, {inside[0]}") from None
         raise UserError(
             f"checkpoint {path}: no {STATE_FILE}; it is no dsv2 checkpoint, or its writing was cut short"

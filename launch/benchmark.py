@@ -28,7 +28,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from dsv2.compose import compose_config, launched_ranks, local_processes
 from dsv2.config import Config, Precision
 from dsv2.console import without_warnings_logged
-from dsv2.errors import UserError, memory_explained
+from dsv2.errors import UserError
+from dsv2.out_of_memory import memory_explained
 from dsv2.validate import validate
 from launch.compare import OURS, alternate, run_turn, summary, table
 from launch.peers import NO_DATA, Work, adapter, check_peers

@@ -5,7 +5,8 @@ import torch
 
 from dsv2.compose import differences, to_plain
 from dsv2.config import Config
-from dsv2.errors import OneRankError, memory_explained
+from dsv2.errors import OneRankError
+from dsv2.out_of_memory import memory_explained
 from tests.unit.helpers import compose_config
 
 CONFIG = compose_config("data=local", "data.path=nowhere", "parallel.micro_batch_size=3")
