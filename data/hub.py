@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from dsv2.errors import UserError
+from data.errors import UserError
 
 FILE_READERS = ("arrow", "csv", "json", "parquet", "text")  # the library's own readers of local files
 

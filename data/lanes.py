@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from data.hub import rows_of
-from dsv2.errors import UserError
+from data.errors import UserError
 
 
 @dataclass(frozen=True)

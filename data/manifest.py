@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsv2.errors import UserError
+from data.errors import UserError
 
 FORMAT = "dsv2-prepared"
 VERSION = 1

@@ -6,7 +6,7 @@ import numpy as np
 
 from data.manifest import load_manifest
 from data.shards import read_tokens
-from dsv2.errors import UserError
+from data.errors import UserError
 
 
 class PackedTokens:

@@ -40,7 +40,7 @@ from data.progress import (
 from data.shards import ShardWriter, count_tokens, unigram_nats
 from data.sources import FilesSource, HubSource, JsonlSource, ParquetSource, Source, StdlibSource
 from data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
-from dsv2.errors import UserError
+from data.errors import UserError
 
 SAMPLE_BYTES = 32 << 20  # the tokenizer is trained on the first training documents up to this many bytes
 CHUNK_BYTES = 1 << 20  # text tokenised at once: one record batch a split

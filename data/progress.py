@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data.manifest import MANIFEST, PROGRESS, Shard, load_manifest
-from dsv2.errors import UserError
+from data.errors import UserError
 
 LOCK = ".lock"
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from data.manifest import Shard
-from dsv2.errors import UserError
+from data.errors import UserError
 
 COLUMN = "input_ids"
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from data.hub import open_stream, rows_of, text_of
-from dsv2.errors import UserError
+from data.errors import UserError
 
 Document = tuple[str, str]  # id, text
 OnBadFile = Literal["stop", "skip"]

@@ -24,8 +24,8 @@ from data.packing import PackedTokens
 from data.prepare import prepare_stdlib
 from data.progress import refuse_instead_of_stdlib
 from data.tokenizer import Tokenizer, load_tokenizer
-from dsv2.config import DataConfig, DataSource
-from dsv2.errors import OneRankError, UserError
+from data.config import DataConfig, DataSource
+from data.errors import OneRankError, UserError
 
 HELD_OUT = 100  # one document in so many validates when hf_stream has no split of its own for that
 

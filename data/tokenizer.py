@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dsv2.errors import UserError
+from data.errors import UserError
 
 SPACE_MARK = "▁"  # U+2581: how sentencepiece spells a space inside its pieces
 TRAINING_THREADS = 4  # a constant, as sentencepiece writes it into the model: equal text, equal bytes

@@ -9,16 +9,12 @@ import enum
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from data.config import DataConfig
+
 
 class Precision(enum.Enum):
     fp32 = "fp32"
     bf16 = "bf16"  # bf16 parameters and activations, fp32 master weights and gradient accumulation
-
-
-class DataSource(enum.Enum):
-    stdlib = "stdlib"  # the running Python's standard library sources, prepared on first use
-    local = "local"  # a folder written by `python -m data.prepare`
-    hf_stream = "hf_stream"  # a Hugging Face hub dataset, streamed and tokenised on the fly
 
 
 class AttentionKind(enum.Enum):
@@ -102,26 +98,6 @@ class ModelConfig:
     max_position_embeddings: int = 4096  # longest sequence, tokens
     initializer_range: float = 0.006  # standard deviation of every weight matrix at the start
     balance: BalanceConfig = field(default_factory=BalanceConfig)
-
-
-@dataclass
-class DataConfig:
-    source: DataSource = DataSource.stdlib
-    sequence_length: int = 256  # tokens a sequence
-    seed: int = 0  # order of the training sequences
-    path: str = "???"  # the prepared folder (stdlib, local); ??? is Hydra's word for "must be given"
-    # stdlib only
-    vocab_size: int = 4096  # pieces of the tokenizer trained on it
-    # hf_stream only
-    dataset: str | None = None  # name on the hub, or a builder such as "json" with data_files
-    subset: str | None = None
-    data_files: list[str] | None = None
-    split: str = "train"
-    val_split: str = "validation"  # equal to split: one document in 100, by a hash of its text, is held out
-    text_column: str = "text"
-    tokenizer: str | None = None  # a sentencepiece .model or a tokenizer.json
-    lanes: int = 8  # independent sub-streams; at most the number of the dataset's files
-    shuffle_window: int = 64  # sequences shuffled together within a lane
 
 
 @dataclass

@@ -1,20 +1,11 @@
-"""The exceptions that end a run with one message in place of a traceback."""
+"""The exceptions that end a run with one message instead of a traceback.
 
+`UserError` comes from `data`, which knows no dsv2, and is handed on from here, so that one `except` catches all.
+"""
 
-class UserError(ValueError):
-    """A mistake in a configuration, a file or a command line.
+from data.errors import OneRankError, UserError
 
-    The text names the field (or file), its value and what would be right. Entry points print it
-    once, from rank 0, without a traceback, and exit with code 2.
-    """
-
-    of_one_rank = False  # True where only the rank that raises it knows; then that rank prints it
-
-
-class OneRankError(UserError):
-    """A UserError that one rank found alone: every rank that raises it prints it."""
-
-    of_one_rank = True
+__all__ = ["CheckpointError", "Diverged", "OneRankError", "UserError"]
 
 
 class Diverged(Exception):

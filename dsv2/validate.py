@@ -2,10 +2,10 @@
 
 import math
 
+from data.config import DataSource
 from dsv2.config import (
     AttentionKind,
     Config,
-    DataSource,
     Kernels,
     LoggingConfig,
     ModelConfig,

@@ -12,10 +12,10 @@ from torch import nn
 
 from data.stream import Batch
 from dsv2.compose import to_plain
+from data.config import DataConfig
 from dsv2.config import (
     BalanceConfig,
     Config,
-    DataConfig,
     ModelConfig,
     OptimConfig,
     ParallelConfig,

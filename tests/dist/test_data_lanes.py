@@ -9,7 +9,7 @@ import pytest
 
 from data.stream import Batch, build_stream
 from data.tokenizer import train_tokenizer
-from dsv2.config import DataConfig, DataSource
+from data.config import DataConfig, DataSource
 from tests.dist.pool import Pool
 
 FILES, LANES = 6, 3  # three lanes on up to four ranks: one rank may have none

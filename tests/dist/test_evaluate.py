@@ -15,7 +15,8 @@ from data.packing import PackedTokens
 from data.prepare import Settings, prepare
 from data.sources import JsonlSource
 from data.tokenizer import Tokenizer, load_tokenizer
-from dsv2.config import Config, DataConfig, DataSource, EvalConfig, ParallelConfig
+from data.config import DataConfig, DataSource
+from dsv2.config import Config, EvalConfig, ParallelConfig
 from dsv2.model.init import init_weights
 from dsv2.model.transformer import DeepseekV2
 from tests.dist import jobs

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
 
 from data.tokenizer import train_tokenizer
-from dsv2.config import Config, DataConfig, DataSource, ModelConfig
+from data.config import DataConfig, DataSource
+from dsv2.config import Config, ModelConfig
 from dsv2.export import export
 from dsv2.hf.config import published_config
 from dsv2.hf.names import published_parts

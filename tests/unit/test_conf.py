@@ -5,7 +5,8 @@ from functools import reduce
 
 import pytest
 
-from dsv2.config import DataSource, Precision, RopeScalingConfig
+from data.config import DataSource
+from dsv2.config import Precision, RopeScalingConfig
 from dsv2.validate import validate
 from tests.unit.helpers import REPO, compose_config
 

@@ -8,7 +8,7 @@ import pytest
 
 from data.stream import check_data, token_bytes_of, tokenizer_of, unigram_nats_of
 from data.tokenizer import load_tokenizer, train_tokenizer
-from dsv2.config import DataSource
+from data.config import DataSource
 from dsv2.errors import OneRankError, UserError
 from tests.unit.test_data_stream import FILES, WORDS, build, local, streamed, write_folder
 

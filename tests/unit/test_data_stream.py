@@ -26,7 +26,7 @@ from data.stream import (
     validation_sequences,
 )
 from data.tokenizer import load_tokenizer, train_tokenizer
-from dsv2.config import DataConfig, DataSource
+from data.config import DataConfig, DataSource
 from dsv2.errors import UserError
 
 LENGTH, LANES, WINDOW, SEED = 20, 3, 4, 5

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
-from dsv2.config import BalanceConfig, Config, DataConfig, DataSource
+from data.config import DataConfig, DataSource
+from dsv2.config import BalanceConfig, Config
 from dsv2.generate import main, print_answers, settled
 from dsv2.model.init import init_weights
 from dsv2.model.transformer import DeepseekV2

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from dsv2.checkpoint import Found, RunState
-from dsv2.config import Config, DataConfig, LoggingConfig, OptimConfig, WandbMode
+from data.config import DataConfig
+from dsv2.config import Config, LoggingConfig, OptimConfig, WandbMode
 from dsv2.engine import StepResult
 from dsv2.errors import Diverged
 from dsv2.metrics import routing_metrics

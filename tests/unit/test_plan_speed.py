@@ -5,7 +5,8 @@ from itertools import combinations
 
 import pytest
 
-from dsv2.config import Config, DataConfig, OptimConfig, ParallelConfig, Precision
+from data.config import DataConfig
+from dsv2.config import Config, OptimConfig, ParallelConfig, Precision
 from dsv2.model.flops import flops_per_token
 from dsv2.planner.hardware import GPUS, Gpu
 from dsv2.planner.parameters import rank_parameters

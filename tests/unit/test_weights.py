@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from dsv2.checkpoint_files import find_checkpoint
-from dsv2.config import Config, DataConfig
+from data.config import DataConfig
+from dsv2.config import Config
 from dsv2.errors import UserError
 from dsv2.model.init import init_weights
 from dsv2.model.transformer import DeepseekV2

@@ -1,0 +1,17 @@
+"""The error for a mistake of the user: in a text, a folder, an option or the configuration."""
+
+
+class UserError(ValueError):
+    """A mistake in a configuration, a file or a command line.
+
+    The text names the field (or file), its value and what would be right. Entry points print it
+    once, from rank 0, without a traceback, and exit with code 2.
+    """
+
+    of_one_rank = False  # True where only the rank that raises it knows; then that rank prints it
+
+
+class OneRankError(UserError):
+    """A UserError that one rank found alone: every rank that raises it prints it."""
+
+    of_one_rank = True
