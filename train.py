@@ -40,7 +40,7 @@ def train(config: Config) -> None:
     validate(config, world_size)
     # Torch and DeepSpeed take seconds to import: they wait until the configuration makes sense.
     with without_warnings_logged():
-        from data.stream import build_stream
+        from data.streams.stream import build_stream
         from dsv2.checkpoint import RunState
         from dsv2.engine import Engine, build_model, share_of_step
         from dsv2.evaluate import Evaluator

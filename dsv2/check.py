@@ -27,7 +27,7 @@ def find_start(config: Config) -> tuple["CheckpointStore", "Found | None", "HFWe
     Raises:
         UserError: the data, the checkpoint or the weights are not what the configuration needs.
     """
-    from data.stream import check_data, check_resumed
+    from data.streams.stream import check_data, check_resumed
     from dsv2.checkpoint import CheckpointStore
     from dsv2.hf.weights import HFWeights
 

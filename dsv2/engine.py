@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from data.stream import Batch, Stream
+from data.streams.stream import Batch, Stream
 from dsv2.config import Kernels, ModelConfig, OptimConfig, ParallelConfig, Precision
 from dsv2.hf.weights import HFWeights
 from dsv2.kernels.library import REFERENCE, fused_kernels

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from data.stream import Batch, token_bytes_of, tokenizer_of, validation_sequences
+from data.streams.stream import Batch, token_bytes_of, tokenizer_of, validation_sequences
 from dsv2.config import Config
 from dsv2.engine import Engine
 from dsv2.metrics import bits_per_byte

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from dsv2.errors import UserError
 
 if TYPE_CHECKING:  # what takes seconds to import waits: --help and mistakes are answered without it
-    from data.tokenizer import Tokenizer
+    from data.tokenizers.base import Tokenizer
     from dsv2.config import Config
 
 

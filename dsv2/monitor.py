@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from data.stream import unigram_nats_of
+from data.streams.stream import unigram_nats_of
 from dsv2 import console
 from dsv2.alerts import Alerts
 from dsv2.checkpoint import Found, RunState

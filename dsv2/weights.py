@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
 
-from data.stream import tokenizer_of
-from data.tokenizer import Tokenizer, load_tokenizer
+from data.streams.stream import tokenizer_of
+from data.tokenizers.base import Tokenizer, load_tokenizer
 from dsv2.checkpoint_files import check
 from dsv2.compose import from_plain
 from dsv2.config import Config

@@ -74,7 +74,7 @@ def measure(config: Config, device: Any, arguments: argparse.Namespace) -> dict[
     from torch import Tensor, arange, tensor
 
     with without_warnings_logged():
-        from data.stream import Batch
+        from data.streams.stream import Batch
         from dsv2.engine import Engine, build_model
         from dsv2.parallel.deepspeed_moe import start_mesh
         from dsv2.parallel.mesh import end_process_group

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from data.stream import build_stream
+from data.streams.stream import build_stream
 from dsv2.config import Config
 from dsv2.kernels.router import Routing
 from dsv2.model.flops import flops_per_token, peak_flops

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from data.stream import Batch
+from data.streams.stream import Batch
 from dsv2.compose import to_plain
 from data.config import DataConfig
 from dsv2.config import (

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data.stream import Batch, build_stream
-from data.tokenizer import train_tokenizer
+from data.streams.stream import Batch, build_stream
+from data.tokenizers.base import train_tokenizer
 from data.config import DataConfig, DataSource
 from tests.dist.pool import Pool
 

@@ -15,9 +15,9 @@ import psutil
 import pytest
 import torch
 
-from data.manifest import load_manifest
-from data.order import permuted_index
-from data.shards import ShardWriter, read_tokens
+from data.prepared.manifest import load_manifest
+from data.streams.order import permuted_index
+from data.prepared.shards import ShardWriter, read_tokens
 from tests.dist.end_to_end import (
     MANY,
     PYTHON,
@@ -311,10 +311,10 @@ def test_streamed_dataset_stops_resumes_and_is_exact(command, corpus, tmp_path):
         "data=hf_stream",
         "data.dataset=json",
         f"data.data_files=['{tmp_path}/*.jsonl']",
-        "data.lanes=3",
+        "data.streams.lanes=3",
     ]
     stream += [
-        f"data.tokenizer={corpus / 'tokenizer.model'}",
+        f"data.tokenizers.base={corpus / 'tokenizer.model'}",
         "data.val_split=train",
         "data.shuffle_window=8",
     ]

@@ -11,10 +11,10 @@ import sentencepiece
 import torch
 from torch.nn.functional import cross_entropy
 
-from data.packing import PackedTokens
-from data.prepare import Settings, prepare
-from data.sources import JsonlSource
-from data.tokenizer import Tokenizer, load_tokenizer
+from data.prepared.packing import PackedTokens
+from data.prepare.command import Settings, prepare
+from data.corpora.base import JsonlSource
+from data.tokenizers.base import Tokenizer, load_tokenizer
 from data.config import DataConfig, DataSource
 from dsv2.config import Config, EvalConfig, ParallelConfig
 from dsv2.model.init import init_weights

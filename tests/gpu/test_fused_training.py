@@ -20,7 +20,7 @@ STEPS, SEQUENCES, LENGTH = 50, 8, 96
 
 def loss_curve(kernels: Kernels, precision: Precision) -> list[float]:
     """Losses of the engine on text that repeats itself, so that there is something to learn."""
-    from data.stream import Batch
+    from data.streams.stream import Batch
     from dsv2.engine import Engine, build_model
     from dsv2.parallel.deepspeed_moe import start_mesh
     from dsv2.parallel.mesh import end_process_group

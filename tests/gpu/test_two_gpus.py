@@ -30,7 +30,7 @@ def steps(
 
     Also this rank's parts of Adam's first moments after one step, which are 0.1 x the clipped gradient.
     """
-    from data.stream import Batch
+    from data.streams.stream import Batch
     from dsv2.engine import Engine, build_model
     from dsv2.parallel.deepspeed_moe import start_mesh
     from dsv2.parallel.mesh import end_process_group

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
 
-from data.tokenizer import train_tokenizer
+from data.tokenizers.base import train_tokenizer
 from data.config import DataConfig, DataSource
 from dsv2.config import Config, ModelConfig
 from dsv2.export import export

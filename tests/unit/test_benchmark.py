@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from data.stream import build_stream
+from data.streams.stream import build_stream
 from dsv2 import packages
 from dsv2.config import Config
 from dsv2.errors import UserError

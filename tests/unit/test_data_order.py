@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.order import permuted_index
+from data.streams.order import permuted_index
 
 seeds = st.integers(0, 2**40)
 

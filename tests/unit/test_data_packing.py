@@ -9,9 +9,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data.manifest import TOKEN_BYTES, Manifest, Split, to_json
-from data.packing import PackedTokens
-from data.shards import ShardWriter, read_tokens
+from data.prepared.manifest import TOKEN_BYTES, Manifest, Split, to_json
+from data.prepared.packing import PackedTokens
+from data.prepared.shards import ShardWriter, read_tokens
 from dsv2.errors import UserError
 
 

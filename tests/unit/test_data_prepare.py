@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import data.prepare
-from data.manifest import load_manifest
-from data.prepare import Settings, main, prepare, prepare_stdlib
-from data.shards import ShardWriter, read_tokens, unigram_nats
-from data.sources import JsonlSource, StdlibSource
-from data.tokenizer import load_tokenizer
+import data.prepare.command
+from data.prepared.manifest import load_manifest
+from data.prepare.command import Settings, main, prepare, prepare_stdlib
+from data.prepared.shards import ShardWriter, read_tokens, unigram_nats
+from data.corpora.base import JsonlSource, StdlibSource
+from data.tokenizers.base import load_tokenizer
 from dsv2.errors import UserError
 from tests.unit.corpus import VOCAB, arguments, contents, documents
 
@@ -129,7 +129,7 @@ def test_interrupted_and_continued(
     }
     assert (at == 0) == (not before)
     monkeypatch.setattr(ShardWriter, "finish", finish)
-    monkeypatch.setattr(data.prepare, "train_tokenizer", None)  # it is there already
+    monkeypatch.setattr(data.prepare.command, "train_tokenizer", None)  # it is there already
     assert main(arguments(jsonl, out)) == 0
     assert contents(out) == contents(tmp_path / "whole")
     assert {name: (out / name).stat().st_ino for name in kept} == {name: before[name] for name in kept}
@@ -159,16 +159,16 @@ def test_killed_and_continued(jsonl: Path, tmp_path: Path) -> None:
 
 
 def test_input_changed_between_runs(jsonl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    saved = data.prepare.Progress.save
+    saved = data.prepare.command.Progress.save
 
     def interrupted(self, folder: Path) -> None:
         saved(self, folder)
         if len(self.parts) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(data.prepare.Progress, "save", interrupted)
+    monkeypatch.setattr(data.prepare.command.Progress, "save", interrupted)
     assert main(arguments(jsonl, tmp_path / "out")) == 130
-    monkeypatch.setattr(data.prepare.Progress, "save", saved)
+    monkeypatch.setattr(data.prepare.command.Progress, "save", saved)
     jsonl.write_text(jsonl.read_text().replace("lorem", "Lorem", 1))
     with pytest.raises(UserError, match="the text has changed since"):
         prepare(JsonlSource((str(jsonl),)), tmp_path / "out", Settings(VOCAB, shard_mb=0.01), quiet=True)

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from data.manifest import load_manifest
-from data.prepare import Settings, main, prepare
-from data.shards import ShardWriter
-from data.sources import FilesSource, JsonlSource
+from data.prepared.manifest import load_manifest
+from data.prepare.command import Settings, main, prepare
+from data.prepared.shards import ShardWriter
+from data.corpora.base import FilesSource, JsonlSource
 from dsv2.errors import UserError
 from tests.unit.corpus import VOCAB, arguments, contents, documents
 

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data.sources import FilesSource, HubSource, JsonlSource, ParquetSource, Source, StdlibSource
+from data.corpora.base import FilesSource, HubSource, JsonlSource, ParquetSource, Source, StdlibSource
 from dsv2.errors import UserError
 
 

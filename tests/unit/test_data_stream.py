@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from data.packing import PackedTokens
-from data.prepare import Settings, prepare
-from data.sources import JsonlSource
-from data.stream import (
+from data.prepared.packing import PackedTokens
+from data.prepare.command import Settings, prepare
+from data.corpora.base import JsonlSource
+from data.streams.stream import (
     Batch,
     LaneStream,
     MapStream,
@@ -25,7 +25,7 @@ from data.stream import (
     tokenizer_of,
     validation_sequences,
 )
-from data.tokenizer import load_tokenizer, train_tokenizer
+from data.tokenizers.base import load_tokenizer, train_tokenizer
 from data.config import DataConfig, DataSource
 from dsv2.errors import UserError
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from data.tokenizers.base import Tokenizer, load_tokenizer, train_tokenizer
 from dsv2.errors import UserError
 
 SENTENCES = [

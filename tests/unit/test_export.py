@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV2ForCausalLM
 
-from data.tokenizer import load_tokenizer, train_tokenizer
+from data.tokenizers.base import load_tokenizer, train_tokenizer
 from dsv2 import export as export_module
 from dsv2.config import AttentionKind, ModelConfig, RopeScalingConfig
 from dsv2.errors import UserError

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from data.tokenizers.base import Tokenizer, load_tokenizer, train_tokenizer
 from data.config import DataConfig, DataSource
 from dsv2.config import BalanceConfig, Config
 from dsv2.generate import main, print_answers, settled

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from data.sources import StdlibSource
-from data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from data.corpora.base import StdlibSource
+from data.tokenizers.base import Tokenizer, load_tokenizer, train_tokenizer
 from dsv2.errors import UserError
 from dsv2.hf.config import published_config
 from dsv2.hf.tokenizer import write_tokenizer

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data.manifest import MANIFEST, PROGRESS, Shard, load_manifest
+from data.prepared.manifest import MANIFEST, PROGRESS, Shard, load_manifest
 from data.errors import UserError
 
 LOCK = ".lock"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.manifest import Shard
+from data.prepared.manifest import Shard
 from data.errors import UserError
 
 COLUMN = "input_ids"

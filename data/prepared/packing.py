@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data.manifest import load_manifest
-from data.shards import read_tokens
+from data.prepared.manifest import load_manifest
+from data.prepared.shards import read_tokens
 from data.errors import UserError
 
 

@@ -25,8 +25,8 @@ from typing import Any
 
 import numpy as np
 
-from data.manifest import MANIFEST, TOKEN_BYTES, Manifest, Split, load_manifest, summary, to_json
-from data.progress import (
+from data.prepared.manifest import MANIFEST, TOKEN_BYTES, Manifest, Split, load_manifest, summary, to_json
+from data.prepare.progress import (
     LOCK,
     Part,
     Progress,
@@ -37,9 +37,9 @@ from data.progress import (
     refuse_other,
     write_text,
 )
-from data.shards import ShardWriter, count_tokens, unigram_nats
-from data.sources import FilesSource, HubSource, JsonlSource, ParquetSource, Source, StdlibSource
-from data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from data.prepared.shards import ShardWriter, count_tokens, unigram_nats
+from data.corpora.base import FilesSource, HubSource, JsonlSource, ParquetSource, Source, StdlibSource
+from data.tokenizers.base import Tokenizer, load_tokenizer, train_tokenizer
 from data.errors import UserError
 
 SAMPLE_BYTES = 32 << 20  # the tokenizer is trained on the first training documents up to this many bytes
@@ -376,7 +376,3 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{arguments.out} was there already; to read the text anew, remove that folder")
         print(summary(arguments.out, manifest))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
