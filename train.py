@@ -2,7 +2,7 @@
 
     torchrun --standalone --nproc_per_node=2 train.py experiment=quickstart optim.lr=1e-3
 
-Every field of the configuration is explained in dsv2/config.py. Exit codes: 0 finished, or stopped by
+Every field of the configuration is explained in dsv2/config/schema.py. Exit codes: 0 finished, or stopped by
 SIGTERM, SIGINT or stop_step after saving; 1 an error; 2 a mistake in the configuration or the data;
 3 the loss is no longer a number; 130 interrupted before training began.
 """
@@ -15,8 +15,8 @@ from typing import NoReturn
 import hydra
 from omegaconf import DictConfig
 
-from dsv2.check import find_start
-from dsv2.compose import (
+from dsv2.cli.check import find_start
+from dsv2.config.compose import (
     COMPOSITION_ERRORS,
     check_command_line,
     check_shown,
@@ -26,12 +26,12 @@ from dsv2.compose import (
     register_schema,
     to_config,
 )
-from dsv2.config import Config
-from dsv2.console import without_warnings_logged
+from dsv2.config.schema import Config
+from dsv2.monitoring.console import without_warnings_logged
 from dsv2.errors import CheckpointError, Diverged, UserError
-from dsv2.out_of_memory import memory_explained
-from dsv2.rundir import claim
-from dsv2.validate import validate
+from dsv2.training.out_of_memory import memory_explained
+from dsv2.training.rundir import claim
+from dsv2.training.validate import validate
 
 
 def train(config: Config) -> None:
@@ -41,14 +41,14 @@ def train(config: Config) -> None:
     # Torch and DeepSpeed take seconds to import: they wait until the configuration makes sense.
     with without_warnings_logged():
         from data.streams.stream import build_stream
-        from dsv2.checkpoint import RunState
-        from dsv2.engine import Engine, build_model, share_of_step
-        from dsv2.evaluate import Evaluator
-        from dsv2.monitor import Monitor
-        from dsv2.optim import plan_steps
-        from dsv2.parallel.deepspeed_moe import start_mesh
+        from dsv2.checkpoint.store import RunState
+        from dsv2.training.engine import Engine, build_model, share_of_step
+        from dsv2.training.evaluate import Evaluator
+        from dsv2.monitoring.monitor import Monitor
+        from dsv2.training.schedule import plan_steps
+        from dsv2.parallel.zero.base import start_mesh
         from dsv2.parallel.mesh import end_process_group, pick_device
-        from dsv2.signals import StopSignals
+        from dsv2.training.signals import StopSignals
 
     # What may be wrong with the files is found before any process group is made.
     run_dir, parallel = config.run_dir, config.parallel

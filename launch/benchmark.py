@@ -25,12 +25,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from dsv2.compose import compose_config, launched_ranks, local_processes
-from dsv2.config import Config, Precision
-from dsv2.console import without_warnings_logged
+from dsv2.config.compose import compose_config, launched_ranks, local_processes
+from dsv2.config.schema import Config, Precision
+from dsv2.monitoring.console import without_warnings_logged
 from dsv2.errors import UserError
-from dsv2.out_of_memory import memory_explained
-from dsv2.validate import validate
+from dsv2.training.out_of_memory import memory_explained
+from dsv2.training.validate import validate
 from launch.compare import OURS, alternate, run_turn, summary, table
 from launch.peers import NO_DATA, Work, adapter, check_peers
 
@@ -75,8 +75,8 @@ def measure(config: Config, device: Any, arguments: argparse.Namespace) -> dict[
 
     with without_warnings_logged():
         from data.streams.stream import Batch
-        from dsv2.engine import Engine, build_model
-        from dsv2.parallel.deepspeed_moe import start_mesh
+        from dsv2.training.engine import Engine, build_model
+        from dsv2.parallel.zero.base import start_mesh
         from dsv2.parallel.mesh import end_process_group
         from launch.timing import balance_routing, random_tokens, row, stream_tokens, time_steps
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, from anywhere
 
-from dsv2.config import LoggingConfig
+from dsv2.config.schema import LoggingConfig
 from dsv2.errors import UserError
 from launch.panels import LAYER_SUFFIX, SECTIONS, Panel, Section
 

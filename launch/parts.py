@@ -42,7 +42,7 @@ def parts_of_modules(model: Any) -> dict[Any, str]:
     """The modules that a part begins with, by their classes and where they stand."""
     from torch import nn
 
-    from dsv2.model.attention import Attention
+    from dsv2.model.attention.kinds import Attention
     from dsv2.model.transformer import DecoderLayer, OutputHead
     from dsv2.moe.experts import RoutedExperts, SwiGLU
     from dsv2.moe.layer import MoELayer
@@ -78,7 +78,7 @@ def parts_of_modules(model: Any) -> dict[Any, str]:
 
 def methods_of_modules(model: Any) -> list[tuple[Any, str, str]]:
     """The methods that a part begins with, where no module of its own is called: (module, name, part)."""
-    from dsv2.model.mla import MultiHeadLatentAttention
+    from dsv2.model.attention.mla_module import MultiHeadLatentAttention
 
     found = [m for m in model.modules() if isinstance(m, MultiHeadLatentAttention)]
     return [(module, "down", "attention projections") for module in found]

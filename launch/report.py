@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, from anywhere
 
-from dsv2.console import fmt_count
+from dsv2.monitoring.console import fmt_count
 from dsv2.errors import UserError
 from launch.panels import LAYER_SUFFIX, SECTIONS, Panel, Section
 
@@ -37,10 +37,10 @@ class Run(NamedTuple):
     """What is known of a run."""
 
     folder: Path
-    rows: list[dict[str, float]]  # as dsv2.tracker.read_metrics gives them
-    maps: list[dict[str, Any]]  # as dsv2.tracker.read_maps gives them
+    rows: list[dict[str, float]]  # as dsv2.monitoring.tracker.read_metrics gives them
+    maps: list[dict[str, Any]]  # as dsv2.monitoring.tracker.read_maps gives them
     status: dict[str, Any]  # {} where there is none
-    config: Any  # dsv2.config.Config
+    config: Any  # dsv2.config.schema.Config
     config_texts: dict[str, str]  # file name -> text, the newest first
 
     @property
@@ -65,9 +65,9 @@ def read_run(folder: Path) -> Run:
     """
     from omegaconf import OmegaConf
 
-    from dsv2.compose import from_plain
-    from dsv2.rundir import read_status
-    from dsv2.tracker import METRICS_FILE, read_maps, read_metrics
+    from dsv2.config.compose import from_plain
+    from dsv2.training.rundir import read_status
+    from dsv2.monitoring.tracker import METRICS_FILE, read_maps, read_metrics
 
     rows = read_metrics(folder)
     if not rows:
@@ -113,7 +113,7 @@ def spread(items: list[Any], most: int) -> list[Any]:
 
 def page_data(run: Run) -> dict[str, Any]:
     """What the page's script draws from; see launch/page/report.js."""
-    from dsv2.tracker import HEAT_COLOURS, HEAT_STOPS
+    from dsv2.monitoring.tracker import HEAT_COLOURS, HEAT_STOPS
 
     model = run.config.model
     series = {}
@@ -287,7 +287,7 @@ def configuration(run: Run) -> str:
 
 def build_page(run: Run) -> str:
     """The page's whole text."""
-    from dsv2.model.flops import count_parameters
+    from dsv2.model.sizes import count_parameters
 
     counts, step = count_parameters(run.config.model), int(run.rows[-1]["step"])
     name, state = html.escape(run.config.name), run.status.get("state", "unknown")

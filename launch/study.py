@@ -27,14 +27,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, f
 
 from omegaconf import OmegaConf
 
-from dsv2.compose import compose_config, to_plain
-from dsv2.config import Config, Device
-from dsv2.console import fmt_count
+from dsv2.config.compose import compose_config, to_plain
+from dsv2.config.schema import Config, Device
+from dsv2.monitoring.console import fmt_count
 from dsv2.errors import UserError
-from dsv2.model.cache import elements_per_token
-from dsv2.model.flops import count_parameters
-from dsv2.rundir import read_status
-from dsv2.validate import validate
+from dsv2.planner.cache import elements_per_token
+from dsv2.model.sizes import count_parameters
+from dsv2.training.rundir import read_status
+from dsv2.training.validate import validate
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -160,7 +160,7 @@ def run(job: Job, gpu: str | None) -> int:
 def refused(job: Job) -> int:
     """What train.py would refuse before it trains: its exit code, and its message is printed."""
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
-    command = [sys.executable, "-m", "dsv2.check", "1", *job.overrides]
+    command = [sys.executable, "-m", "dsv2.cli.check", "1", *job.overrides]
     return subprocess.run(command, env=environment, check=False).returncode
 
 
@@ -176,7 +176,7 @@ def gpus(config: Config) -> list[str]:
 
 def figures(run_dir: Path) -> dict[str, float]:
     """A run's figures: evaluation at the end, median speed, routing over the last fifth of the windows."""
-    from dsv2.tracker import read_metrics
+    from dsv2.monitoring.tracker import read_metrics
 
     rows, found = read_metrics(run_dir), {}
     for column in COLUMNS:

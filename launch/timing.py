@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from data.streams.stream import build_stream
-from dsv2.config import Config
-from dsv2.kernels.router import Routing
-from dsv2.model.flops import flops_per_token, peak_flops
+from dsv2.config.schema import Config
+from dsv2.kernels.reference.router import Routing
+from dsv2.model.sizes import flops_per_token, peak_flops
 from dsv2.moe.layer import MoELayer
 from dsv2.parallel.mesh import Mesh
 from launch.peers import Work
@@ -41,7 +41,7 @@ def random_tokens(config: Config, rank: int, world_size: int) -> Iterator[list[T
 
 def stream_tokens(config: Config, mesh: Mesh) -> Iterator[list[Tensor]]:
     """The same through the stream that training reads."""
-    from dsv2.engine import share_of_step  # not above: peers have no use for DeepSpeed
+    from dsv2.training.engine import share_of_step  # not above: peers have no use for DeepSpeed
 
     stream = build_stream(config.data, config.model.vocab_size, mesh.rank, mesh.world_size, mesh.cpu_group)
     while True:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from dsv2.config import ModelConfig
+from dsv2.config.schema import ModelConfig
 from dsv2.model.transformer import DeepseekV2
 from dsv2.moe.experts import RoutedExperts
 

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from dsv2.kernels.library import REFERENCE, KernelSet
+from dsv2.kernels.sets import REFERENCE, KernelSet
 
 
 class RMSNorm(nn.RMSNorm):

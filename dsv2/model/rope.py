@@ -1,7 +1,7 @@
 """Angles of the rotary position embedding (arXiv 2405.04434, eqs. 39 and 43), plain or by YaRN (3.1.4).
 
 Shapes: S sequence, P pairs of a head's rotary dimensions. The pairs are interleaved, (x0, x1), (x2, x3),
-..., as in the published weights; dsv2/kernels/rope.py turns them.
+..., as in the published weights; dsv2/kernels/reference/rope.py turns them.
 """
 
 import math
@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from dsv2.config import RopeScalingConfig
+from dsv2.config.schema import RopeScalingConfig
 
 
 def _own_share(dim: int, theta: float, scaling: RopeScalingConfig, device: torch.device) -> Tensor:

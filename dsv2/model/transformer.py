@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dsv2.config import ModelConfig
-from dsv2.kernels.library import KernelSet
-from dsv2.model.attention import build_attention, rotary_width
+from dsv2.config.schema import ModelConfig
+from dsv2.kernels.sets import KernelSet
+from dsv2.model.attention.kinds import build_attention, rotary_width
 from dsv2.model.norm import ResidualNorm, RMSNorm
 from dsv2.model.rope import rope_tables
 from dsv2.moe.balance import BalanceLosses

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dsv2.kernels.rows import RowMap, map_rows
+from dsv2.kernels.reference.rows import RowMap, map_rows
 from dsv2.moe.execution import Execution, WaitClock
 
 

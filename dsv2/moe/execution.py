@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 
-from dsv2.kernels.library import REFERENCE, KernelSet
+from dsv2.kernels.sets import REFERENCE, KernelSet
 
 
 class WaitClock:

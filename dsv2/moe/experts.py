@@ -6,7 +6,7 @@ Shapes: D hidden_size, F width, E experts held by this rank, R rows, K experts a
 import torch
 from torch import Tensor, nn
 
-from dsv2.kernels.library import REFERENCE, KernelSet
+from dsv2.kernels.sets import REFERENCE, KernelSet
 
 
 class SwiGLU(nn.Module):
@@ -48,7 +48,7 @@ class RoutedExperts(nn.Module):
     def forward(
         self, x_RD: Tensor, expert_ids_RK: Tensor, weights_RK: Tensor, rows_of_expert: Tensor, n_pairs: int
     ) -> Tensor:
-        """Each row's sum over its experts here, [R, D]; see dsv2/kernels/experts.py. Experts are counted
+        """Each row's sum over its experts here, [R, D]; see dsv2/kernels/reference/experts.py. Experts are counted
         from this rank's first."""
         return self.kernels.routed_experts(
             x_RD, expert_ids_RK, weights_RK, rows_of_expert, n_pairs, self.w13, self.w2

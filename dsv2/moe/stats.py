@@ -1,7 +1,7 @@
 """Routing statistics: sums over tokens, so that they add up over micro-batches, layers and ranks.
 
 Shapes: T tokens, E routed experts, K experts a token, G groups, L MoE layers. Every ratio is taken
-once, in dsv2/metrics.py, after all sums are complete.
+once, in dsv2/monitoring/metrics.py, after all sums are complete.
 """
 
 from typing import NamedTuple
@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dsv2.kernels.router import SequenceSums
+from dsv2.kernels.reference.router import SequenceSums
 from dsv2.moe.dispatch import Exchange
 
 

@@ -13,11 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dsv2.config import Config, Device, Kernels
+from dsv2.config.schema import Config, Device, Kernels
 from dsv2.errors import UserError
 from dsv2.moe.execution import WaitClock
 from dsv2.packages import CUTE, misfit
-from dsv2.validate import validate_gpu
+from dsv2.training.validate import validate_gpu
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ come to a rank as leave it.
 
 from typing import NamedTuple
 
-from dsv2.config import AttentionKind, Config, Kernels, ModelConfig, Precision
+from dsv2.config.schema import AttentionKind, Config, Kernels, ModelConfig, Precision
 from dsv2.kernels import HEAD_CHUNK
-from dsv2.planner.routing import mean_ranks
+from dsv2.moe.reach import mean_ranks
 
 Table = dict[str, float]  # tensor: bytes
 FP32, INT32, INT64 = 4, 4, 8  # bytes
@@ -87,7 +87,7 @@ def _norm(p: Pass, width: int) -> float:
 
 
 def attention(p: Pass) -> Table:
-    """dsv2/model/mla.py and dsv2/model/mha.py, with the norm before them."""
+    """dsv2/model/attention/mla_module.py and dsv2/model/attention/grouped_module.py, with the norm before them."""
     m, t, a = p.model, p.tokens, p.itemsize
     heads = m.num_attention_heads
     table: Table = {"norm": _norm(p, m.hidden_size), "log-sum-exp": t * heads * FP32}
@@ -140,7 +140,7 @@ def moe(p: Pass) -> Table:
 
 
 def _reference_experts(p: Pass) -> Table:
-    """dsv2/kernels/experts.py; `combine` of dsv2/moe/dispatch.py keeps next to nothing."""
+    """dsv2/kernels/reference/experts.py; `combine` of dsv2/moe/dispatch.py keeps next to nothing."""
     m = p.model
     width = p.pairs * m.moe_intermediate_size * p.itemsize
     return {
@@ -168,7 +168,7 @@ def _fused_experts(p: Pass) -> Table:
 
 
 def head(p: Pass) -> Table:
-    """The last norm, the output head and its cross-entropy: dsv2/kernels/head.py or fused/head.py."""
+    """The last norm, the output head and its cross-entropy: dsv2/kernels/reference/head.py or fused/head.py."""
     m, t = p.model, p.tokens
     norm = _norm(p, m.hidden_size)
     if p.fused:  # what it needs of the norm's output is in the gradients

@@ -1,4 +1,4 @@
-"""Bytes of one rank under DeepSpeed 0.19.8 as dsv2/engine.py sets it up.
+"""Bytes of one rank under DeepSpeed 0.19.8 as dsv2/training/engine.py sets it up.
 
 `states` is what stays between steps, to the element: tests/dist/test_plan_memory.py holds it to the
 storages of real engines. `memory` adds the moments at which a rank needs most.
@@ -15,7 +15,7 @@ What DeepSpeed does with the settings of `deepspeed_config`:
 
 from typing import NamedTuple
 
-from dsv2.config import Config, Kernels, Precision
+from dsv2.config.schema import Config, Kernels, Precision
 from dsv2.planner.activations import FP32, Activations, activations, make_pass
 from dsv2.planner.parameters import Group, RankParameters, rank_parameters
 
@@ -41,7 +41,7 @@ class Layout(NamedTuple):
 
     @property
     def ours(self) -> bool:
-        """ZeRO-1 in bf16, of which dsv2/parallel/deepspeed_bf16.py has its part."""
+        """ZeRO-1 in bf16, of which dsv2/parallel/zero/stage1_bf16.py has its part."""
         return self.stage == 1 and self.bf16
 
 
@@ -215,7 +215,7 @@ def _stepping(parameters: RankParameters, layout: Layout) -> float:
     """AdamW's temporaries, where it makes any, and a flat gradient where one is made."""
     stage = layout.stage
     if layout.ours:
-        # dsv2/kernels/adamw.py on a tensor: its gradient in fp32; of bf16 states three more, and random bits.
+        # dsv2/kernels/reference/adamw.py on a tensor: its gradient in fp32; of bf16 states three more, and random bits.
         copies = (1 if layout.sums else 2) if layout.states == FP32 else 1 + 3 + 3 * 2
         return 0 if layout.fused else copies * FP32 * max(_largest_owned(group) for group in parameters)
     # torch's is fused and takes nothing.

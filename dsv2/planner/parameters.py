@@ -1,13 +1,13 @@
 """The tensors of the model that one rank holds, by optimizer group, from the sizes alone.
 
-The groups and their order are those of `parameter_groups` in dsv2/parallel/deepspeed_moe.py; a test
+The groups and their order are those of `parameter_groups` in dsv2/parallel/zero/base.py; a test
 holds both to the built model.
 """
 
 from typing import NamedTuple
 
-from dsv2.config import AttentionKind, ModelConfig
-from dsv2.model.flops import key_value_heads
+from dsv2.config.schema import AttentionKind, ModelConfig
+from dsv2.model.sizes import key_value_heads
 
 
 class Group(NamedTuple):

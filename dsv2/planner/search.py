@@ -4,12 +4,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
-from dsv2.config import Config, Precision
+from dsv2.config.schema import Config, Precision
 from dsv2.errors import UserError
-from dsv2.planner.hardware import Gpu
+from dsv2.parallel.gpus import Gpu
 from dsv2.planner.memory import Memory, memory
 from dsv2.planner.speed import Speed, speed
-from dsv2.validate import validate
+from dsv2.training.validate import validate
 
 USABLE = 0.9  # of a GPU's memory; the rest is for CUDA, NCCL, fragments, and experts of uneven load
 MORE_GPUS = (2, 4, 8, 16, 32)  # times as many, tried where nothing fits

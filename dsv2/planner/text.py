@@ -1,7 +1,7 @@
 """A plan as lines to read."""
 
-from dsv2.config import Config, Precision
-from dsv2.model.flops import count_parameters, flops_per_token
+from dsv2.config.schema import Config, Precision
+from dsv2.model.sizes import count_parameters, flops_per_token
 from dsv2.planner.memory import Memory
 from dsv2.planner.parameters import rank_parameters
 from dsv2.planner.search import MORE_GPUS, USABLE, Machines, Planned, changes, plan, smallest_change

@@ -12,9 +12,9 @@ import re
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from dsv2.config import Config, ModelConfig, OptimConfig
+from dsv2.config.schema import Config, ModelConfig, OptimConfig
 from dsv2.errors import UserError
-from dsv2.hf.config import check_exportable
+from dsv2.hf.fields import check_exportable
 from dsv2.packages import installed, misfit
 
 NO_DATA = "none"  # the path that stands for random tokens

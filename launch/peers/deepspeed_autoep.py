@@ -33,7 +33,7 @@ def build(work: Work) -> Step:
     from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
     from torch import Tensor
 
-    from dsv2.parallel.deepspeed_moe import start_mesh
+    from dsv2.parallel.zero.base import start_mesh
 
     start_mesh(work.device, 0, 1, 1)
     optim = work.optim

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from dsv2.config import ModelConfig
-from dsv2.hf.config import published_config
+from dsv2.config.schema import ModelConfig
+from dsv2.hf.fields import published_config
 from launch.peers import Work
 from launch.timing import Step, torch_step
 

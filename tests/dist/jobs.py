@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from data.streams.stream import Batch
-from dsv2.compose import to_plain
+from dsv2.config.compose import to_plain
 from data.config import DataConfig
-from dsv2.config import (
+from dsv2.config.schema import (
     BalanceConfig,
     Config,
     ModelConfig,
@@ -91,7 +91,7 @@ def reference(
     **changes: Any,
 ) -> Trace:
     """The same run in this process with plain torch: no DeepSpeed, no process group."""
-    from dsv2.hf.weights import HFWeights
+    from dsv2.hf.init_from import HFWeights
     from dsv2.model.init import init_weights
     from dsv2.model.transformer import DeepseekV2
 
@@ -145,9 +145,9 @@ def make_engine(
     tied: bool = False,
     **changes: Any,
 ) -> Any:
-    from dsv2.engine import Engine, build_model
-    from dsv2.hf.weights import HFWeights
-    from dsv2.parallel.deepspeed_moe import start_mesh
+    from dsv2.training.engine import Engine, build_model
+    from dsv2.hf.init_from import HFWeights
+    from dsv2.parallel.zero.base import start_mesh
 
     mesh = start_mesh(torch.device("cpu"), rank, world_size, ep)
     parallel = ParallelConfig(
@@ -168,7 +168,7 @@ def make_engine(
 
 def owned(engine: Any, key: str) -> list[tuple[str, int, int, np.ndarray]]:
     """(name, offset, total, values) of this rank's fragments of fp32 weights or a moment."""
-    from dsv2.parallel.deepspeed_moe import base_optimizer, fragments
+    from dsv2.parallel.zero.base import base_optimizer, fragments
 
     state = base_optimizer(engine.deepspeed).state
     return [
@@ -202,7 +202,7 @@ def steps_of(
     length: int = SEQUENCE,
 ) -> Trace:
     """Train and record; gathers nothing but the statistics' sums. `sizes`: sequences of each step."""
-    from dsv2.engine import share_of_step
+    from dsv2.training.engine import share_of_step
 
     trace = Trace()
     for step in range(first, first + steps):
@@ -251,7 +251,7 @@ def types_reduced(rank: int, world_size: int, **layout: Any) -> set[torch.dtype]
 
 def train_and_save(rank: int, world_size: int, folder: str, save_at: int, steps: int, **layout: Any) -> tuple:
     """Train `steps` steps and save after `save_at` of them: (trace, final weights' parts, random state)."""
-    from dsv2 import checkpoint
+    from dsv2.checkpoint.store import store as checkpoint
 
     engine = make_engine(rank, world_size, **layout)
     trace = steps_of(engine, 0, save_at, layout["micro_batch"])
@@ -270,7 +270,7 @@ def load_and_train(rank: int, world_size: int, path: str, steps: int, **layout: 
 
     Returns the state, the trace, the final weights' parts, the random state after the load.
     """
-    from dsv2 import checkpoint
+    from dsv2.checkpoint.store import store as checkpoint
 
     engine = make_engine(rank, world_size, **layout)
     steps_of(engine, 100, 1, layout["micro_batch"])  # so that a tensor the load forgets shows

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from dsv2.config import ModelConfig
+from dsv2.config.schema import ModelConfig
 from dsv2.parallel.mesh import Mesh
 from tests.dist.traces import COUNTS, SUMS, kept_pairs
 
@@ -86,7 +86,7 @@ def share(case: Case, layer: Any, rank: int, world_size: int, micro_batch: int) 
 
 @functools.cache  # in the pool's processes, so that groups are made once
 def _mesh(rank: int, world_size: int, ep: int) -> Mesh:
-    from dsv2.parallel.deepspeed_moe import start_mesh
+    from dsv2.parallel.zero.base import start_mesh
 
     return start_mesh(torch.device("cpu"), rank, world_size, ep)
 

@@ -7,9 +7,9 @@ from unittest.mock import patch
 
 import torch
 
-from dsv2.config import Kernels, ParallelConfig
-from dsv2.engine import build_model
-from dsv2.parallel.deepspeed_moe import start_mesh
+from dsv2.config.schema import Kernels, ParallelConfig
+from dsv2.training.engine import build_model
+from dsv2.parallel.zero.base import start_mesh
 from tests.dist import jobs
 from tests.idle_triton import idle_triton
 from tests.live import LiveMemory
@@ -41,7 +41,7 @@ def one_pass(
         if parallel.kernels is not Kernels.reference:
             cute = parallel.kernels is Kernels.fused_cute
             kernels = stack.enter_context(idle_triton(chunk=8192, cute=cute))
-            stack.enter_context(patch("dsv2.engine.fused_kernels", lambda **options: kernels))
+            stack.enter_context(patch("dsv2.training.engine.fused_kernels", lambda **options: kernels))
         mesh = start_mesh(torch.device("cpu"), rank, world_size, parallel.expert_parallel_size)
         model = build_model(jobs.model_config(**sizes), parallel, 0, mesh)
         for parameter in model.parameters():

@@ -50,7 +50,7 @@ class Pool:
         self.world_size = world_size
         self._folder = tempfile.TemporaryDirectory()
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["dsv2.engine", "dsv2.checkpoint", "tests.dist.jobs"])
+        context.set_forkserver_preload(["dsv2.training.engine", "dsv2.checkpoint.store", "tests.dist.jobs"])
         pairs = [context.Pipe() for _ in range(world_size)]
         self._pipes = [here for here, _ in pairs]
         rendezvous = str(Path(self._folder.name) / "rendezvous")

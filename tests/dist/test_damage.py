@@ -15,14 +15,14 @@ OLDER, NEWER = "step-00000001", "step-00000002"
 
 
 def _store(folder: str) -> Any:
-    from dsv2.checkpoint import CheckpointStore
+    from dsv2.checkpoint.store import CheckpointStore
 
     return CheckpointStore(Path(folder), 2, jobs.SETTINGS)
 
 
 def save_twice(rank: int, world_size: int, folder: str, **layout: Any) -> None:
     """Run on every rank: a checkpoint after step 1 and another after step 2."""
-    from dsv2.checkpoint import RunState
+    from dsv2.checkpoint.store import RunState
 
     engine = jobs.make_engine(rank, world_size, **layout)
     for step in (1, 2):
@@ -35,7 +35,7 @@ def go_on(rank: int, world_size: int, folder: str, resume: str, **layout: Any) -
 
     A refusal is returned as its text.
     """
-    from dsv2.checkpoint import RunState
+    from dsv2.checkpoint.store import RunState
     from dsv2.errors import UserError
 
     engine = jobs.make_engine(rank, world_size, **layout)
@@ -150,7 +150,7 @@ def full_for_one(rank: int, world_size: int, folder: str, **layout: Any) -> list
     """
     import torch.distributed as dist
 
-    from dsv2.checkpoint import RunState
+    from dsv2.checkpoint.store import RunState
     from dsv2.errors import CheckpointError
 
     engine = jobs.make_engine(rank, world_size, **layout)

@@ -16,7 +16,7 @@ from data.prepare.command import Settings, prepare
 from data.corpora.base import JsonlSource
 from data.tokenizers.base import Tokenizer, load_tokenizer
 from data.config import DataConfig, DataSource
-from dsv2.config import Config, EvalConfig, ParallelConfig
+from dsv2.config.schema import Config, EvalConfig, ParallelConfig
 from dsv2.model.init import init_weights
 from dsv2.model.transformer import DeepseekV2
 from tests.dist import jobs
@@ -51,7 +51,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
 
 def evaluate(rank: int, world_size: int, config: Config, **layout: Any) -> tuple[float, float, str]:
     """Run on every rank: (loss, bits a byte, sample)."""
-    from dsv2.evaluate import Evaluator
+    from dsv2.training.evaluate import Evaluator
 
     engine = jobs.make_engine(rank, world_size, **layout, **MODEL)
     parallel = ParallelConfig(micro_batch_size=layout["micro_batch"])

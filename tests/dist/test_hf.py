@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models
 
-from dsv2.export import export
-from dsv2.hf.weights import HFWeights
+from dsv2.hf.export import export
+from dsv2.hf.init_from import HFWeights
 from dsv2.model.transformer import DeepseekV2
 from tests.dist import jobs, traces
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dsv2.config import Kernels, ParallelConfig, Precision
+from dsv2.config.schema import Kernels, ParallelConfig, Precision
 from tests.dist import jobs
 from tests.idle_triton import idle_triton
 
@@ -38,8 +38,8 @@ class Looks(TorchDispatchMode):
 
 def looks(rank: int, world_size: int, dropping: bool, recompute: bool, kernels: Kernels) -> tuple[list, list]:
     """Of a forward, and of its backward."""
-    from dsv2.engine import build_model
-    from dsv2.parallel.deepspeed_moe import start_mesh
+    from dsv2.training.engine import build_model
+    from dsv2.parallel.zero.base import start_mesh
 
     real = torch.Tensor.tolist
     mesh = start_mesh(torch.device("cpu"), rank, world_size, world_size)
@@ -49,7 +49,7 @@ def looks(rank: int, world_size: int, dropping: bool, recompute: bool, kernels: 
     config = jobs.model_config(**SIZES, token_dropping=dropping, capacity_factor=0.8)
     batch = jobs.cut(jobs.global_batch(0), rank * 2, 2)
     with idle_triton(8192, cute=kernels is Kernels.fused_cute) as idle, Looks() as found:
-        with patch("dsv2.engine.fused_kernels", lambda **options: idle):
+        with patch("dsv2.training.engine.fused_kernels", lambda **options: idle):
             model = build_model(config, parallel, 0, mesh)
         del found.seen[:]
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from dsv2.config import AttentionKind, Precision
+from dsv2.config.schema import AttentionKind, Precision
 from tests.dist import jobs, traces
 
 STEPS = 4

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from data.config import DataConfig
-from dsv2.config import Config, Kernels, OptimConfig, ParallelConfig, Precision
+from dsv2.config.schema import Config, Kernels, OptimConfig, ParallelConfig, Precision
 from dsv2.planner.activations import activations, head, make_pass
 from dsv2.planner.memory import BUCKET, Memory, memory
 from tests.dist import jobs

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from dsv2.config import Kernels
-from dsv2.kernels.library import KernelSet, fused_kernels
+from dsv2.config.schema import Kernels
+from dsv2.kernels.sets import KernelSet, fused_kernels
 from dsv2.packages import CUTE, misfit
 
 SIZES = {

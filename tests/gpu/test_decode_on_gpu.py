@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dsv2.model.decode import decode, prefill
+from dsv2.inference.decode import decode, prefill
 from dsv2.model.init import init_weights
 from dsv2.model.transformer import DeepseekV2
 from tests.unit.helpers import KINDS, YARN, tiny_config

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsv2.config import Kernels, OptimConfig, ParallelConfig, Precision
+from dsv2.config.schema import Kernels, OptimConfig, ParallelConfig, Precision
 from dsv2.model.init import init_weights
 from dsv2.model.transformer import DeepseekV2
 from dsv2.moe.execution import Execution
@@ -21,8 +21,8 @@ STEPS, SEQUENCES, LENGTH = 50, 8, 96
 def loss_curve(kernels: Kernels, precision: Precision) -> list[float]:
     """Losses of the engine on text that repeats itself, so that there is something to learn."""
     from data.streams.stream import Batch
-    from dsv2.engine import Engine, build_model
-    from dsv2.parallel.deepspeed_moe import start_mesh
+    from dsv2.training.engine import Engine, build_model
+    from dsv2.parallel.zero.base import start_mesh
     from dsv2.parallel.mesh import end_process_group
 
     mesh = start_mesh(torch.device("cuda", 0), 0, 1, 1)

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsv2.config import Kernels
-from dsv2.kernels.adamw import AdamWStep
-from dsv2.kernels.library import REFERENCE, KernelSet
+from dsv2.config.schema import Kernels
+from dsv2.kernels.reference.adamw import AdamWStep
+from dsv2.kernels.sets import REFERENCE, KernelSet
 from tests.gpu.process import FUSED_KERNELS, kernel_set
 
 pytestmark = pytest.mark.gpu
@@ -120,7 +120,7 @@ def test_experts_without_a_row(kernels):
 def test_sort_of_slots(fused, tokens, slots, keys, absent):
     """Stable; an empty key, a key that all have, absent slots within or beyond the rows asked for."""
     from dsv2.kernels.fused.rows import sort_slots
-    from dsv2.kernels.rows import map_rows
+    from dsv2.kernels.reference.rows import map_rows
 
     generator = torch.Generator(DEVICE).manual_seed(0)
     some = torch.randint(0, keys + absent, (tokens, slots), device=DEVICE, generator=generator)
@@ -137,7 +137,7 @@ def test_sort_of_slots(fused, tokens, slots, keys, absent):
 
 @pytest.mark.parametrize(("tokens", "slots", "width"), [(1, 1, 8), (50, 4, 100), (333, 8, 5120)])
 def test_rows(fused, tokens, slots, width):
-    from dsv2.kernels.rows import map_rows
+    from dsv2.kernels.reference.rows import map_rows
 
     generator = torch.Generator(DEVICE).manual_seed(0)
     keys = torch.randint(0, 5, (tokens, slots), device=DEVICE, generator=generator)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsv2.config import Kernels, OptimConfig, ParallelConfig, Precision
+from dsv2.config.schema import Kernels, OptimConfig, ParallelConfig, Precision
 from tests.dist import traces
 from tests.dist.jobs import owned
 from tests.gpu.process import FUSED_KERNELS, SIZES, alone, need, together
@@ -31,8 +31,8 @@ def steps(
     Also this rank's parts of Adam's first moments after one step, which are 0.1 x the clipped gradient.
     """
     from data.streams.stream import Batch
-    from dsv2.engine import Engine, build_model
-    from dsv2.parallel.deepspeed_moe import start_mesh
+    from dsv2.training.engine import Engine, build_model
+    from dsv2.parallel.zero.base import start_mesh
     from dsv2.parallel.mesh import end_process_group
 
     os.environ |= {"LOCAL_RANK": str(rank), "RANK": str(rank), "WORLD_SIZE": str(world_size)}

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dsv2.kernels.adamw import AdamWStep, adamw, random_bits, round_stochastically
+from dsv2.kernels.reference.adamw import AdamWStep, adamw, random_bits, round_stochastically
 
 HYPER = AdamWStep(lr=3e-3, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, step=1, seed=7)
 CPU = torch.device("cpu")

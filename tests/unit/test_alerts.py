@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from dsv2.alerts import HORIZON, Alerts, RunningStatistics
-from dsv2.config import LoggingConfig
+from dsv2.monitoring.alerts import HORIZON, Alerts, RunningStatistics
+from dsv2.config.schema import LoggingConfig
 
 EXPERTS = 40
 

@@ -12,7 +12,7 @@ import torch
 
 from data.streams.stream import build_stream
 from dsv2 import packages
-from dsv2.config import Config
+from dsv2.config.schema import Config
 from dsv2.errors import UserError
 from dsv2.model.init import init_weights
 from dsv2.model.transformer import DeepseekV2

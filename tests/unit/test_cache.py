@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from dsv2.cache_table import main, rows
+from dsv2.planner.cache_table import main, rows
 from tests.unit.helpers import REPO, compose_config
 
 
@@ -54,7 +54,7 @@ def test_command_line():
         "-X",
         "importtime",
         "-m",
-        "dsv2.model.cache",
+        "dsv2.planner.cache",
         "model=v2",
         "model.v_head_dim=128",
     ]

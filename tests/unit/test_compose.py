@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from dsv2.compose import compose_overrides, differences, to_plain
-from dsv2.config import Config
+from dsv2.config.compose import compose_overrides, differences, to_plain
+from dsv2.config.schema import Config
 from dsv2.errors import UserError
 from tests.unit.helpers import REPO
 

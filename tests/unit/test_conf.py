@@ -6,8 +6,8 @@ from functools import reduce
 import pytest
 
 from data.config import DataSource
-from dsv2.config import Precision, RopeScalingConfig
-from dsv2.validate import validate
+from dsv2.config.schema import Precision, RopeScalingConfig
+from dsv2.training.validate import validate
 from tests.unit.helpers import REPO, compose_config
 
 SHIPPED = sorted(

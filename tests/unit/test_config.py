@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from dsv2.compose import field_types, to_plain, to_yaml
-from dsv2.config import AttentionKind, Config, Precision, RopeScalingConfig
+from dsv2.config.compose import field_types, to_plain, to_yaml
+from dsv2.config.schema import AttentionKind, Config, Precision, RopeScalingConfig
 from dsv2.errors import UserError
-from dsv2.validate import validate
+from dsv2.training.validate import validate
 from tests.unit.helpers import compose_config
 
 AT_LEAST_ONE = [

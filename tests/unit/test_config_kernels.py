@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from dsv2.config import AttentionKind, Config, Kernels, ParallelConfig, Precision
+from dsv2.config.schema import AttentionKind, Config, Kernels, ParallelConfig, Precision
 from dsv2.errors import UserError
-from dsv2.validate import validate
+from dsv2.training.validate import validate
 
 FUSED, CUTE = Kernels.fused, Kernels.fused_cute
 KEYS, EIGHT = "qk_nope_head_dim + qk_rope_head_dim", "a multiple of 8"

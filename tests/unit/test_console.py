@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from dsv2.console import end_lines, eval_line, fmt_count, fmt_time, start_lines, step_line
+from dsv2.monitoring.console import end_lines, eval_line, fmt_count, fmt_time, start_lines, step_line
 
 STEP = {
     "step": 120,

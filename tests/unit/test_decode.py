@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dsv2.config import BalanceConfig
-from dsv2.model.cache import elements_per_token
-from dsv2.model.decode import Cache, decode, prefill
+from dsv2.config.schema import BalanceConfig
+from dsv2.planner.cache import elements_per_token
+from dsv2.inference.decode import Cache, decode, prefill
 from dsv2.model.init import init_weights
 from dsv2.model.transformer import DeepseekV2
 from tests.unit.helpers import KINDS, YARN, tiny_config

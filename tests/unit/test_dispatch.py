@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsv2.kernels.rows import gather_rows, map_rows, sum_rows
+from dsv2.kernels.reference.rows import gather_rows, map_rows, sum_rows
 from dsv2.moe.dispatch import combine, plan_dispatch, start_dispatch
 from dsv2.moe.execution import Execution
 from tests.unit.helpers import properties

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from dsv2.compose import differences, to_plain
-from dsv2.config import Config
+from dsv2.config.compose import differences, to_plain
+from dsv2.config.schema import Config
 from dsv2.errors import OneRankError
-from dsv2.out_of_memory import memory_explained
+from dsv2.training.out_of_memory import memory_explained
 from tests.unit.helpers import compose_config
 
 CONFIG = compose_config("data=local", "data.path=nowhere", "parallel.micro_batch_size=3")

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dsv2.config import ModelConfig
-from dsv2.model.flops import count_parameters, flops_per_token, peak_flops
+from dsv2.config.schema import ModelConfig
+from dsv2.model.sizes import count_parameters, flops_per_token, peak_flops
 from dsv2.model.transformer import DeepseekV2
 from tests.unit.helpers import KINDS, compose_config, tiny_config
 

@@ -10,8 +10,8 @@ import torch
 
 from data.tokenizers.base import Tokenizer, load_tokenizer, train_tokenizer
 from data.config import DataConfig, DataSource
-from dsv2.config import BalanceConfig, Config
-from dsv2.generate import main, print_answers, settled
+from dsv2.config.schema import BalanceConfig, Config
+from dsv2.inference.answers import main, print_answers, settled
 from dsv2.model.init import init_weights
 from dsv2.model.transformer import DeepseekV2
 from tests.unit.helpers import REPO, save_checkpoint, tiny_config
@@ -56,7 +56,7 @@ def answer(run_dir: Path, capsys: pytest.CaptureFixture) -> Callable[..., str]:
 @torch.no_grad()
 def by_full_forwards(checkpoint: Path, tokenizer: Tokenizer, prompt: str, count: int) -> str:
     """The likeliest tokens, each from a forward over all before it."""
-    from dsv2.weights import load_model
+    from dsv2.checkpoint.reader import load_model
 
     model = load_model(checkpoint)
     ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
@@ -173,7 +173,7 @@ def test_no_gpu(run_dir, capsys):
 
 def test_help_and_mistakes_need_no_torch():
     for arguments, code in ((["--help"], 0), (["x", "--prompt", ""], 2)):
-        command = [sys.executable, "-X", "importtime", "-m", "dsv2.generate", *arguments]
+        command = [sys.executable, "-X", "importtime", "-m", "dsv2.inference.answers", *arguments]
         done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False)
         assert done.returncode == code
         modules = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}

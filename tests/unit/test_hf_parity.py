@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsv2.config import BalanceConfig, ModelConfig, RopeScalingConfig
+from dsv2.config.schema import BalanceConfig, ModelConfig, RopeScalingConfig
 from dsv2.model.rope import rope_tables, softmax_scale
 from tests.unit.hf import gradients, hf_tiny, in_published_names, our_model, their_model
 

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from data.corpora.base import StdlibSource
 from data.tokenizers.base import Tokenizer, load_tokenizer, train_tokenizer
 from dsv2.errors import UserError
-from dsv2.hf.config import published_config
+from dsv2.hf.fields import published_config
 from dsv2.hf.tokenizer import write_tokenizer
 from tests.unit.hf import hf_tiny
 from tests.unit.test_data_tokenizer import ODD_TEXTS, SENTENCES

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dsv2 import packages
-from dsv2.config import Config, Device, Kernels, ParallelConfig
+from dsv2.config.schema import Config, Device, Kernels, ParallelConfig
 from dsv2.errors import UserError
 from dsv2.parallel.mesh import pick_device
 from tests.unit.helpers import tiny_config

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from dsv2.model.mla import MultiHeadLatentAttention
+from dsv2.model.attention.mla_module import MultiHeadLatentAttention
 from dsv2.model.rope import rope_tables
 from tests.unit import reference
 from tests.unit.helpers import YARN, tiny_config

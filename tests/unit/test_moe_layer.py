@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from dsv2.config import BalanceConfig, ModelConfig
+from dsv2.config.schema import BalanceConfig, ModelConfig
 from dsv2.moe.drop import exempt_sequences
 from dsv2.moe.execution import Execution
 from dsv2.moe.layer import MoELayer

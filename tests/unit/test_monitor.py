@@ -9,18 +9,18 @@ from typing import Any
 import pytest
 import torch
 
-from dsv2.checkpoint import Found, RunState
+from dsv2.checkpoint.store import Found, RunState
 from data.config import DataConfig
-from dsv2.config import Config, LoggingConfig, OptimConfig, WandbMode
-from dsv2.engine import StepResult
+from dsv2.config.schema import Config, LoggingConfig, OptimConfig, WandbMode
+from dsv2.training.engine import StepResult
 from dsv2.errors import Diverged
-from dsv2.metrics import routing_metrics
+from dsv2.monitoring.metrics import routing_metrics
 from dsv2.moe.balance import BalanceLosses
 from dsv2.moe.stats import RoutingStats
-from dsv2.monitor import Monitor
-from dsv2.optim import plan_steps
+from dsv2.monitoring.monitor import Monitor
+from dsv2.training.schedule import plan_steps
 from dsv2.parallel.mesh import Mesh
-from dsv2.tracker import read_metrics
+from dsv2.monitoring.tracker import read_metrics
 from tests.unit.helpers import tiny_config
 
 CONFIG = Config(
@@ -109,7 +109,7 @@ def test_each_window_has_its_own_steps_and_the_last_one_what_is_left(tmp_path):
 )
 def test_divergence_alerts_and_is_a_failure(tmp_path, monkeypatch, loss, grad_norm):
     tracker = Recorder()
-    monkeypatch.setattr("dsv2.monitor.open_tracker", lambda *arguments: tracker)
+    monkeypatch.setattr("dsv2.monitoring.monitor.open_tracker", lambda *arguments: tracker)
     with pytest.raises(Diverged) as caught, monitor(tmp_path, RunState()) as watch:
         feed(watch, [result(), result(loss=loss, grad_norm=grad_norm), result()])
     assert str(caught.value).startswith(f"step 2: loss {loss}, gradient norm {grad_norm}; stopped")
@@ -121,7 +121,7 @@ def test_divergence_alerts_and_is_a_failure(tmp_path, monkeypatch, loss, grad_no
 def test_alerts_go_to_the_console_and_to_the_tracker(tmp_path, monkeypatch, capsys):
     """At the second bad window; all tokens of the first layer go to three experts there."""
     tracker = Recorder()
-    monkeypatch.setattr("dsv2.monitor.open_tracker", lambda *arguments: tracker)
+    monkeypatch.setattr("dsv2.monitoring.monitor.open_tracker", lambda *arguments: tracker)
     load_E = torch.zeros(2, 12).double()
     load_E[0, :3], load_E[1] = 40.0, 10.0
     collapsed = stats_of(0)._replace(load_E=load_E)
@@ -140,7 +140,7 @@ def test_alerts_go_to_the_console_and_to_the_tracker(tmp_path, monkeypatch, caps
 
 def test_other_errors_and_good_ends_do_not_alert(tmp_path, monkeypatch):
     tracker = Recorder()
-    monkeypatch.setattr("dsv2.monitor.open_tracker", lambda *arguments: tracker)
+    monkeypatch.setattr("dsv2.monitoring.monitor.open_tracker", lambda *arguments: tracker)
     with pytest.raises(OSError, match="lost"), monitor(tmp_path, RunState()):
         raise OSError("lost")
     state = RunState(step=2, tokens=80)

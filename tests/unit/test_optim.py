@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsv2.config import Config, OptimConfig, ParallelConfig
-from dsv2.optim import batch_size_at, count_steps, lr_at, plan_steps
-from dsv2.validate import validate
+from dsv2.config.schema import Config, OptimConfig, ParallelConfig
+from dsv2.training.schedule import batch_size_at, count_steps, lr_at, plan_steps
+from dsv2.training.validate import validate
 from tests.unit.helpers import properties
 
 # Section 3.1.2: 2304 -> 9216 sequences of 4096 tokens over the first 225 B of 8.1 T tokens.

@@ -9,7 +9,7 @@ from itertools import product
 import pytest
 import torch
 
-from dsv2.config import AttentionKind, ModelConfig
+from dsv2.config.schema import AttentionKind, ModelConfig
 from dsv2.model.init import init_weights
 from dsv2.model.transformer import DeepseekV2
 from dsv2.moe.execution import Execution

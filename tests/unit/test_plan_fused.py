@@ -5,7 +5,7 @@ from itertools import product
 import pytest
 import torch
 
-from dsv2.config import Kernels, ModelConfig
+from dsv2.config.schema import Kernels, ModelConfig
 from dsv2.model.transformer import DeepseekV2
 from dsv2.moe.execution import Execution
 from dsv2.planner import activations as planner

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dsv2.config import AttentionKind
-from dsv2.model.flops import count_parameters
+from dsv2.config.schema import AttentionKind
+from dsv2.model.sizes import count_parameters
 from dsv2.model.transformer import DeepseekV2
 from dsv2.planner.parameters import rank_parameters
 from tests.unit.helpers import compose_config, tiny_config

@@ -2,12 +2,12 @@
 
 from dataclasses import replace
 
-from dsv2.config import Config, Kernels, Precision
-from dsv2.planner.hardware import GPUS
+from dsv2.config.schema import Config, Kernels, Precision
+from dsv2.parallel.gpus import GPUS
 from dsv2.planner.memory import memory
 from dsv2.planner.search import Machines, changes, plan, search, smallest_change
 from dsv2.planner.text import search_lines
-from dsv2.validate import validate
+from dsv2.training.validate import validate
 from tests.unit.helpers import compose_config
 
 LITE = compose_config("experiment=lite", "data.path=none")

@@ -8,10 +8,10 @@ from itertools import pairwise
 
 import pytest
 
-from dsv2.config import Config, Precision
+from dsv2.config.schema import Config, Precision
 from dsv2.errors import UserError
-from dsv2.optim import StepPlan, count_steps, plan_steps
-from dsv2.validate import validate
+from dsv2.training.schedule import StepPlan, count_steps, plan_steps
+from dsv2.training.validate import validate
 from tests.unit.helpers import REPO, compose_config
 
 PATH = "data.path=somewhere"

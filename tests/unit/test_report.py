@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dsv2.compose import to_yaml
-from dsv2.config import LoggingConfig, WandbMode
-from dsv2.tracker import HEAT_COLOURS, heat_map, open_tracker, read_maps, read_metrics
+from dsv2.config.compose import to_yaml
+from dsv2.config.schema import LoggingConfig, WandbMode
+from dsv2.monitoring.tracker import HEAT_COLOURS, heat_map, open_tracker, read_maps, read_metrics
 from launch import report
 from launch.panels import SECTIONS
 from tests.unit.helpers import REPO, compose_config
@@ -25,7 +25,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 
 
 def log_steps(run_dir: Path, steps: range, offset: float = 0.0, leave_out: tuple[str, ...] = ()) -> None:
-    """A session as dsv2/monitor.py logs it: windows of 5 steps, maps every 10, an evaluation every 20."""
+    """A session as dsv2/monitoring/monitor.py logs it: windows of 5 steps, maps every 10, an evaluation every 20."""
     tracker = open_tracker(LoggingConfig(wandb=WandbMode.disabled), run_dir, "r", {}, None, True)
     rng = np.random.default_rng(0)
     for step in steps:

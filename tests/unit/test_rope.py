@@ -11,8 +11,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.deepseek_v2.configuration_deepseek_v2 import DeepseekV2Config
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import yarn_apply_mscale
 
-from dsv2.config import RopeScalingConfig
-from dsv2.kernels.rope import apply_rope
+from dsv2.config.schema import RopeScalingConfig
+from dsv2.kernels.reference.rope import apply_rope
 from dsv2.model.rope import rope_tables, softmax_scale
 from tests.unit import reference
 from tests.unit.helpers import YARN, properties

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsv2.kernels.router import Routing, route, sequence_sums
+from dsv2.kernels.reference.router import Routing, route, sequence_sums
 from tests.unit import reference
 from tests.unit.helpers import properties
 

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 
 from dsv2.errors import UserError
-from dsv2.rundir import claim
+from dsv2.training.rundir import claim
 
 ROOT = Path(__file__).parents[2]
 
 
 def test_one_job_at_a_time(tmp_path: Path) -> None:
     script = (
-        "import sys; from pathlib import Path; from dsv2.rundir import claim\n"
+        "import sys; from pathlib import Path; from dsv2.training.rundir import claim\n"
         "lock = claim(Path(sys.argv[1])); print('claimed', flush=True); sys.stdin.read()"
     )
     other = subprocess.Popen(

@@ -13,10 +13,10 @@ from collections.abc import Callable
 
 import pytest
 
-from dsv2.compose import compose_config as compose
-from dsv2.compose import to_yaml
-from dsv2.config import AttentionKind
-from dsv2.model.flops import attention_matrices, count_parameters
+from dsv2.config.compose import compose_config as compose
+from dsv2.config.compose import to_yaml
+from dsv2.config.schema import AttentionKind
+from dsv2.model.sizes import attention_matrices, count_parameters
 from launch import study
 from tests.unit.helpers import REPO
 

@@ -6,9 +6,9 @@ import time
 import numpy as np
 import pytest
 
-import dsv2.tracker
+import dsv2.monitoring.tracker
 from dsv2.errors import UserError
-from dsv2.tracker import heat_map, read_maps, read_metrics
+from dsv2.monitoring.tracker import heat_map, read_maps, read_metrics
 from tests.unit.tracking import history, session_process, start
 
 pytestmark = pytest.mark.usefixtures("no_wandb_settings")
@@ -210,7 +210,7 @@ def test_two_offline_sessions_of_one_run_are_read_back(tmp_path, capfd):
     assert {step: item["train/loss"] for step, item in history(two).items()} == {3: 4.25, 4: 4.0}
     assert [row["train/loss"] for row in read_metrics(run_dir)] == [5.5, 5.0, 4.25, 4.0]
 
-    wandb = dsv2.tracker._wandb_command()
+    wandb = dsv2.monitoring.tracker._wandb_command()
     assert hint == f"{wandb} leet {run_dir}/wandb   (to upload: {wandb} sync {run_dir}/wandb)"
     printed, errors = capfd.readouterr()
     assert printed == "W&B is offline (not logged in)\nW&B is offline (as configured)\n"

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from dsv2.config import BalanceConfig
+from dsv2.config.schema import BalanceConfig
 from dsv2.model.init import init_weights
 from dsv2.model.transformer import DeepseekV2, ModelOutput
 from dsv2.moe.execution import Execution

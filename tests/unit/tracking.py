@@ -5,8 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from dsv2.config import LoggingConfig, WandbMode
-from dsv2.tracker import Tracker, open_tracker
+from dsv2.config.schema import LoggingConfig, WandbMode
+from dsv2.monitoring.tracker import Tracker, open_tracker
 from tests.unit.helpers import wandb_history
 
 ROOT = Path(__file__).parents[2]
@@ -16,11 +16,11 @@ KEY = "0123456789" * 4  # W&B looks at a key's length before it asks the server
 SESSION = """
 import os, signal, sys, time
 from pathlib import Path
-import dsv2.tracker
-from dsv2.config import LoggingConfig, WandbMode
-dsv2.tracker._INIT_TIMEOUT_S = 2.0
+import dsv2.monitoring.tracker
+from dsv2.config.schema import LoggingConfig, WandbMode
+dsv2.monitoring.tracker._INIT_TIMEOUT_S = 2.0
 run_dir = Path(sys.argv[1])
-tracker = dsv2.tracker.open_tracker(LoggingConfig(), run_dir, "r", {}, "id7", True)
+tracker = dsv2.monitoring.tracker.open_tracker(LoggingConfig(), run_dir, "r", {}, "id7", True)
 tracker.log({"train/loss": 5.0}, step=1)
 if sys.argv[2:] == ["kill"]:
     for process in Path("/proc").glob("[0-9]*"):

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsv2.kernels.adamw import MASK, AdamWStep
+from dsv2.kernels.reference.adamw import MASK, AdamWStep
 
 BLOCK = 1024
 SUMMED, PROGRAMS = 4096, 1056  # elements that a program of the squares' sum takes at once; how many there are

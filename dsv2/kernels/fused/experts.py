@@ -1,4 +1,4 @@
-"""The routed experts (see dsv2/kernels/experts.py) around torch's grouped product.
+"""The routed experts (see dsv2/kernels/reference/experts.py) around torch's grouped product.
 
 A pair's weight multiplies its hidden activations, in the pass that makes them: W2 (w h) = w (W2 h). So
 the way back to the tokens is a plain sum, and the gradient of a weight is found where the activations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dsv2.kernels.fused import swiglu
 from dsv2.kernels.fused.rows import add_rows, copy_rows, sort_slots
-from dsv2.kernels.rows import RowMap
+from dsv2.kernels.reference.rows import RowMap
 
 
 def _product(a: Tensor, b: Tensor, ends_E: Tensor) -> Tensor:

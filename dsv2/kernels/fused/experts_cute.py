@@ -1,4 +1,4 @@
-"""The routed experts (see dsv2/kernels/experts.py) around quack's grouped products, SwiGLU at their ends.
+"""The routed experts (see dsv2/kernels/reference/experts.py) around quack's grouped products, SwiGLU at their ends.
 
 A pair's weight comes last, in the sum over a token's pairs: w (W2 h). In backward the product with W2
 ends in the gradients of gate and up, the weighted activations that W2's own gradient needs, and the
@@ -19,7 +19,7 @@ from quack.gemm_interface import gemm, gemm_act, gemm_dact
 
 from dsv2.kernels.fused.experts import routed_experts_by, weights_gradient
 from dsv2.kernels.fused.rows import add_rows, copy_rows
-from dsv2.kernels.rows import RowMap
+from dsv2.kernels.reference.rows import RowMap
 
 # quack keeps a plan for every shape it has seen: a changing number of pairs must not be ever new ones.
 SPARE = 2048

@@ -1,4 +1,4 @@
-"""Matrices with a common input (see dsv2/kernels/linear.py): its gradients add up inside the products.
+"""Matrices with a common input (see dsv2/kernels/reference/linear.py): its gradients add up inside the products.
 
 Shapes: T rows, D input width.
 """

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsv2.kernels import norm as reference
+from dsv2.kernels.reference import norm as reference
 
 ADDED = 2048  # elements of one program of the sum
 PROGRAMS = 1056  # of the backward, 8 for each of a Hopper's multiprocessors; each adds up a weight gradient

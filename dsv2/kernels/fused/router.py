@@ -1,4 +1,4 @@
-"""The router's choice and its sums, a pass each (see dsv2/kernels/router.py).
+"""The router's choice and its sums, a pass each (see dsv2/kernels/reference/router.py).
 
 The product with the centroids multiplies bf16 and adds up in fp32, which is exact where a cast of both
 to fp32 is. Experts stand in columns, a power of 2 for each group, so that a group's best is a reduction
@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsv2.kernels.router import Routing, SequenceSums
+from dsv2.kernels.reference.router import Routing, SequenceSums
 
 ROWS = 16  # tokens of one program
 SUMMED = 32  # tokens of one program of the sums

@@ -1,4 +1,4 @@
-"""Moving rows (see dsv2/kernels/rows.py): one pass over the bytes, no atomics, fp32 sums.
+"""Moving rows (see dsv2/kernels/reference/rows.py): one pass over the bytes, no atomics, fp32 sums.
 
 Shapes: T tokens, J slots a token, P rows, D width.
 """
@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsv2.kernels.rows import RowMap
+from dsv2.kernels.reference.rows import RowMap
 
 BLOCK = 2048
 SORTED, STEP = 128, 32  # slots of one program of the sort, and how many of them are compared at once

@@ -1,0 +1,90 @@
+"""The weights of a checkpoint in one process, without DeepSpeed: for generation and export."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
+
+from data.streams.stream import tokenizer_of
+from data.tokenizers.base import Tokenizer, load_tokenizer
+from dsv2.checkpoint.files import check
+from dsv2.config.compose import from_plain
+from dsv2.config.schema import Config
+from dsv2.errors import UserError
+from dsv2.model.transformer import DeepseekV2
+
+
+def run_tokenizer(config: Config, given: str | None) -> Tokenizer:
+    """The tokenizer of a run: the file `given`, else the one that its data was made with.
+
+    Raises:
+        UserError: it is not there, or has more pieces than the model.
+    """
+    try:
+        tokenizer = load_tokenizer(given) if given else tokenizer_of(config.data)
+    except UserError as error:
+        raise UserError(f"{error}; --tokenizer FILE names the one that the run was trained with") from error
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise UserError(
+            f"tokenizer {tokenizer.path}: has {tokenizer.vocab_size} pieces, and the model's vocab_size is "
+            f"{config.model.vocab_size}; give the one it was trained with as --tokenizer FILE"
+        )
+    return tokenizer
+
+
+class CheckpointReader:
+    """A whole checkpoint, read a tensor at a time.
+
+    Raises:
+        UserError: `path` is no whole checkpoint; a tensor is missing, of another size or unreadable.
+    """
+
+    config: Config  # the run's
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.config = from_plain(check(path)["config"])
+        self._reader = FileSystemReader(path)
+        self._metadata = self._reader.read_metadata()
+        self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
+
+    def tensor(self, name: str, numel: int, kind: str = "fp32") -> Tensor:
+        """A whole parameter (with all experts), flattened, fp32 [numel]; or, by `kind`, a moment of it."""
+        key = f"{kind}/{name}"
+        saved = self._metadata.state_dict_metadata.get(key)
+        size = tuple(getattr(saved, "size", ()))
+        if size != (numel,):
+            there = f"{size[0]} numbers" if size else "nothing"
+            raise UserError(f"checkpoint {self.path}: {there} under {key} in place of {numel} numbers")
+        flat = torch.empty(numel)
+        planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+        planner.set_up_planner({key: flat}, self._metadata, is_coordinator=True)
+        try:
+            self._reader.read_data(planner.create_local_plan(), planner).wait()
+        except Exception as error:  # whatever unpickling damaged bytes may raise
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(
+                f"checkpoint {self.path}: {key} cannot be read ({reason}); use an older one"
+            ) from error
+        return flat
+
+
+@torch.no_grad()
+def load_model(
+    path: Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> DeepseekV2:
+    """The model of a checkpoint with its weights, for inference: with all experts, and dropping nothing.
+
+    Memory never holds more than the model in `dtype` and one tensor in fp32.
+
+    Raises:
+        UserError: see `CheckpointReader`.
+    """
+    reader = CheckpointReader(path)
+    with torch.device("meta"):
+        model = DeepseekV2(reader.config.model)
+    model.to(dtype).to_empty(device=device)
+    for name, parameter in model.named_parameters():
+        parameter.copy_(reader.tensor(name, parameter.numel()).view_as(parameter))
+    return model.eval()

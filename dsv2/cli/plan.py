@@ -1,0 +1,111 @@
+"""Will it fit, and how long will it take? Answered from the sizes alone, before a GPU is asked for.
+
+    python -m dsv2.cli.plan experiment=v2 gpus=128 gpu=h100 ep=8 zero=1
+    python -m dsv2.cli.plan experiment=lite gpus=8 gpu=h100 --search
+
+docs/planning.md says what is counted, what is assumed, and how to check it against a run.
+"""
+
+import argparse
+import sys
+
+from dsv2.config.compose import SHORT, compose_overrides, field_types, to_config, unknown_key
+from dsv2.config.schema import Config
+from dsv2.errors import UserError
+from dsv2.parallel.gpus import GPUS, find_gpu
+from dsv2.planner.search import Machines, plan, search
+from dsv2.planner.text import plan_lines, search_lines
+from dsv2.training.validate import validate, validate_gpu
+
+OWN = ("gpus", "gpu", "gpus_per_node", "mfu")
+
+
+def _number(word: str, text: str, kind: type[int] | type[float]) -> int | float:
+    try:
+        value = kind(text)
+    except ValueError:
+        value = 0
+    limit = 1 if word == "mfu" else float("inf")
+    if not 0 < value <= limit:
+        right = "a share of the peak, such as 0.3" if word == "mfu" else "a number of at least 1"
+        raise UserError(f"{word}={text}: must be {right}")
+    return value
+
+
+def read(arguments: list[str]) -> tuple[Machines, list[str]]:
+    """The machines, and the overrides of the configuration.
+
+    Raises:
+        UserError: a word or field that does not exist, or a value that cannot be.
+    """
+    own: dict[str, str] = {}
+    overrides = []
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if not equals:
+            raise UserError(f"{argument}: must be written as NAME=VALUE")
+        name = key.lstrip("+~")
+        if key in OWN:
+            own[key] = value
+        elif key in SHORT:
+            overrides.append(f"{SHORT[key]}={value}")
+        elif name in field_types() or name == "experiment":
+            overrides.append(argument)
+        else:
+            raise UserError(unknown_key(name, argument, (*OWN, *SHORT)))
+    if "gpus" not in own:
+        raise UserError("gpus: must be given, as gpus=NUMBER of all GPUs")
+    gpus = int(_number("gpus", own["gpus"], int))
+    per_node = int(_number("gpus_per_node", own.get("gpus_per_node", "8"), int))
+    if gpus > per_node and gpus % per_node:
+        raise UserError(f"gpus={gpus}: must be a multiple of gpus_per_node={per_node}, or at most that")
+    mfu = float(_number("mfu", own["mfu"], float)) if "mfu" in own else None
+    return Machines(gpus, find_gpu(own.get("gpu", "h100")), per_node, mfu), overrides
+
+
+def load(overrides: list[str], machines: Machines, any_layout: bool = False) -> Config:
+    """The configuration as train.py would take it; the data's whereabouts may be missing.
+
+    With `any_layout` its layout does not count: ranks hold all experts, and run one sequence at once.
+    """
+    composed = compose_overrides(overrides)
+    composed.data.source, composed.data.path = "local", "not read"
+    config = to_config(composed)
+    if any_layout:
+        config.parallel.expert_parallel_size = config.parallel.micro_batch_size = 1
+    validate(config, machines.gpus)
+    validate_gpu(config, machines.gpu.name, machines.gpu.capability)
+    return config
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m dsv2.cli.plan",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=__doc__,
+        epilog=f"""words of the planner:
+  gpus=N             all GPUs of the job (must be given)
+  gpu=NAME           {", ".join(GPUS)}; default h100
+  gpus_per_node=N    GPUs of one machine; default 8
+  mfu=SHARE          the whole step's utilisation, where it is known; default: estimated
+  ep, zero, micro_batch   short for {", ".join(SHORT.values())}
+All other words are overrides of the configuration, as train.py takes them.""",
+    )
+    parser.add_argument("words", nargs="*", metavar="NAME=VALUE")
+    parser.add_argument("--search", action="store_true", help="list the layouts that fit, the fastest first")
+    options = parser.parse_intermixed_args(arguments)
+    machines, overrides = read(options.words)
+    config = load(overrides, machines, any_layout=options.search)
+    if options.search:
+        lines = search_lines(config, machines, search(config, machines))
+    else:
+        lines = plan_lines(plan(config, machines))
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except UserError as mistake:
+        print(f"error: {mistake}", file=sys.stderr)
+        sys.exit(2)

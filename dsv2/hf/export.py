@@ -1,0 +1,164 @@
+"""Write a checkpoint as a Hugging Face folder: for `transformers`, vLLM, or `init_from` of another run.
+
+    python -m dsv2.hf.export runs/quickstart exported/quickstart
+    python -m dsv2.hf.export runs/lite/checkpoints/step-00120000 exported/lite --dtype fp32 --shard-gb 10
+
+The layout that the checkpoint was written on plays no part. Parameters are read one after the other, so
+memory holds one shard and one parameter, never the model. The folder is written aside and renamed at the
+end: an export that was cut short is not there.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dsv2.errors import CheckpointError, UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from dsv2.model.transformer import DeepseekV2
+    from dsv2.checkpoint.reader import CheckpointReader
+
+DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
+GB = 10**9
+
+
+def export(
+    checkpoint: Path, out: Path, dtype: str = "bf16", shard_gb: float = 5.0, tokenizer: str | None = None
+) -> None:
+    """Write the folder `out`.
+
+    Args:
+        checkpoint: a step-N folder, or a run's folder: its newest whole checkpoint.
+        dtype: bf16 or fp32.
+        shard_gb: largest file of weights, in GB of 10^9 bytes; one tensor may be larger.
+        tokenizer: a file to take in place of the one that the run's configuration names.
+
+    Raises:
+        UserError: no whole checkpoint, a model that the format has no words for, no tokenizer, or `out`
+            is there already.
+        CheckpointError: `out` could not be written; nothing of it is left.
+    """
+    from safetensors import SafetensorError
+
+    from dsv2.checkpoint.files import find_checkpoint
+    from dsv2.hf.fields import check_exportable, published_config
+    from dsv2.hf.names import model_outline
+    from dsv2.hf.tokenizer import write_tokenizer
+    from dsv2.checkpoint.reader import CheckpointReader, run_tokenizer
+
+    if shard_gb <= 0:
+        raise UserError(f"--shard-gb {shard_gb}: must be above 0")
+    if out.exists():
+        raise UserError(f"{out} is there already: remove it, or give another folder")
+    reader = CheckpointReader(find_checkpoint(checkpoint))
+    model = reader.config.model
+    check_exportable(model)
+    pieces = run_tokenizer(reader.config, tokenizer)
+    config = published_config(model, pieces.bos_id, pieces.eos_id, DTYPES[dtype])
+    partial = out.with_name(f"{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
+    try:
+        partial.mkdir(parents=True)
+        write_tokenizer(pieces, model.max_position_embeddings, partial)
+        _write_json(partial / "config.json", config)
+        ids = {name: config[name] for name in ("bos_token_id", "eos_token_id")}
+        _write_json(partial / "generation_config.json", ids)
+        _write_weights(reader, model_outline(model), DTYPES[dtype], int(shard_gb * GB), partial)
+        os.rename(partial, out)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{out} could not be written: {error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def plan_shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
+    """The names in order, cut so that no shard has more than `limit` bytes, or it is one tensor."""
+    shards: list[list[str]] = []
+    filled = 0
+    for name, size in sizes.items():
+        if not shards or filled + size > limit:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    return shards
+
+
+def _write_weights(
+    reader: "CheckpointReader", outline: "DeepseekV2", dtype_name: str, limit: int, folder: Path
+) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    from dsv2.hf.names import published_parts
+
+    dtype: torch.dtype = getattr(torch, dtype_name)
+    parts = [part for _, _, parts in published_parts(outline) for part in parts]
+    numbers = {part.name: torch.Size(part.shape).numel() for part in parts}
+    sizes = {name: count * dtype.itemsize for name, count in numbers.items()}
+    shards = plan_shards(sizes, limit)
+    tensors = published_tensors(reader.tensor, outline, dtype)
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        shard = dict(next(tensors) for _ in names)
+        assert list(shard) == names
+        save_file(shard, folder / file, metadata={"format": "pt"})
+        shutil.copymode(folder / "config.json", folder / file)  # it makes files that only their owner reads
+        weight_map |= dict.fromkeys(names, file)
+        print(f"{file}: {len(names)} tensors, {sum(sizes[name] for name in names) / 1e6:.1f} MB", flush=True)
+        del shard  # before the next one is gathered
+    total = {"total_parameters": sum(numbers.values()), "total_size": sum(sizes.values())}
+    _write_json(folder / "model.safetensors.index.json", {"metadata": total, "weight_map": weight_map})
+
+
+def published_tensors(
+    read: "Callable[[str, int], torch.Tensor]", outline: "DeepseekV2", dtype: "torch.dtype"
+) -> "Iterator[tuple[str, torch.Tensor]]":
+    """Every published tensor by name, in the outline's order; one parameter is read at a time.
+
+    Args:
+        read: a parameter's values, flat, by its name and their number.
+    """
+    from dsv2.hf.names import published_parts
+
+    for name, parameter, parts in published_parts(outline):
+        whole = read(name, parameter.numel()).view(parameter.shape)
+        for part in parts:
+            yield part.name, whole[part.place].to(dtype, copy=True)
+        del whole  # before the next one is read
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; return its exit status: 0, 1 if it could not write, 2 for a user's mistake."""
+    parser = argparse.ArgumentParser(
+        prog="python -m dsv2.hf.export", description="Write a checkpoint as a Hugging Face folder."
+    )
+    parser.add_argument("checkpoint", type=Path, help="a step-N folder, or a run's: its newest whole one")
+    parser.add_argument("out", type=Path, help="the folder to write")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="bf16", help="of the weights (bf16)")
+    parser.add_argument("--shard-gb", type=float, default=5.0, help="largest file of weights, GB (5)")
+    parser.add_argument("--tokenizer", help="the run's tokenizer, where it is not where it was in training")
+    arguments = vars(parser.parse_args(argv))
+    try:
+        export(**arguments)
+    except (UserError, CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UserError) else 1
+    print(f"wrote {arguments['out']}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

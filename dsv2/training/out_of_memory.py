@@ -1,0 +1,44 @@
+"""Where memory runs out: one message in place of torch's traceback."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from dsv2.config.compose import launched_ranks
+from dsv2.config.schema import Config
+from dsv2.errors import OneRankError
+
+
+@contextmanager
+def memory_explained(config: Config) -> Iterator[None]:
+    """Where memory runs out, say what takes less of it.
+
+    Raises:
+        OneRankError: in place of torch's own error, on a GPU or the CPU.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if (wanted := _memory_wanted(error)) is None:
+            raise
+        parallel = config.parallel
+        raise OneRankError(
+            f"out of memory on rank {launched_ranks()[0]}{wanted}, with parallel.micro_batch_size="
+            f"{parallel.micro_batch_size} of data.sequence_length={config.data.sequence_length}, "
+            f"expert_parallel_size={parallel.expert_parallel_size}, zero_stage={parallel.zero_stage}; take a "
+            "smaller micro-batch, parallel.activation_checkpointing=true, more ranks to share experts and "
+            "optimizer states, or a smaller model; `python -m dsv2.cli.plan gpus=N` with the same overrides "
+            "counts what a layout needs"
+        ) from error
+
+
+def _memory_wanted(error: Exception) -> str | None:
+    """What could not be had, in words to append; None for other errors than memory's."""
+    text = str(error)
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, for GPUs
+        found = re.search(r"allocate ([\d.]+ \w+).*capacity of ([\d.]+ \w+)", text, re.DOTALL)
+        return f", which wanted {found[1]} more on a GPU of {found[2]}" if found else " (GPU)"
+    if re.search(r"not enough memory|can't allocate memory", text):
+        size = re.search(r"allocate (\d+) bytes", text)
+        return f", which wanted {int(size[1]) / 2**30:.2f} GiB more on the CPU" if size else " (CPU)"
+    return " (CPU)" if isinstance(error, MemoryError) else None

@@ -1,0 +1,340 @@
+"""What is refused before anything starts: values and combinations that cannot run."""
+
+import math
+
+from data.config import DataSource
+from dsv2.config.schema import (
+    AttentionKind,
+    Config,
+    Kernels,
+    LoggingConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    Precision,
+    RopeScalingConfig,
+)
+from dsv2.errors import UserError
+
+
+def _refuse(field_name: str, value: object, right: str) -> None:
+    raise UserError(f"{field_name}={value}: {right}")
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(d) for d in range(1, number + 1) if number % d == 0)
+
+
+def _require_positive(section: str, values: object, names: list[str], least: float = 1) -> None:
+    for name in names:
+        value = getattr(values, name)
+        if not least <= value < math.inf:
+            _refuse(f"{section}.{name}", value, f"must be at least {least}")
+
+
+def _require_above_0(section: str, values: object, names: list[str]) -> None:
+    for name in names:
+        value = getattr(values, name)
+        if not 0 < value < math.inf:
+            _refuse(f"{section}.{name}", value, "must be above 0 and finite")
+
+
+def _require_fraction(section: str, values: object, names: list[str]) -> None:
+    for name in names:
+        if not 0 <= (value := getattr(values, name)) <= 1:
+            _refuse(f"{section}.{name}", value, "must lie between 0 and 1")
+
+
+def validate(config: Config, world_size: int) -> None:
+    """Refuse what cannot run, before any process group or model is made.
+
+    Args:
+        config: the whole configuration.
+        world_size: number of processes of the job.
+
+    Raises:
+        UserError: names the field, its value and what would be right.
+    """
+    _validate_model(config.model)
+    _validate_moe(config.model)
+    _validate_optim(config.optim)
+    _validate_parallel(config, world_size)
+    _require_positive("data", config.data, ["sequence_length", "lanes", "shuffle_window", "vocab_size"])
+    _require_positive("data", config.data, ["seed"], least=0)
+    if config.data.source is DataSource.hf_stream:
+        for name in ("dataset", "tokenizer"):
+            if not getattr(config.data, name):
+                _refuse(f"data.{name}", getattr(config.data, name), "must be given for data=hf_stream")
+    if config.data.sequence_length > config.model.max_position_embeddings:
+        _refuse(
+            "data.sequence_length",
+            config.data.sequence_length,
+            f"must be at most model.max_position_embeddings={config.model.max_position_embeddings}",
+        )
+    _validate_logging(config.logging)
+    _require_positive("eval", config.eval, ["every", "sequences"])
+    _require_positive("eval", config.eval, ["sample_tokens"], least=0)
+    _require_positive("checkpoint", config.checkpoint, ["every"], least=0)
+    _require_positive("checkpoint", config.checkpoint, ["keep"])
+    if not config.name or "/" in config.name or config.name.startswith("."):
+        _refuse("name", repr(config.name), "must be a plain folder name, such as my-run")
+    if config.new_stage and config.resume in ("auto", "never"):
+        _refuse("resume", config.resume, "must be the path of a checkpoint to start from with new_stage=true")
+    if config.stop_step is not None and config.stop_step < 1:
+        _refuse("stop_step", config.stop_step, "must be at least 1, or null")
+
+
+def _validate_logging(logging: LoggingConfig) -> None:
+    names = ["every", "maps_every", "alert_windows", "alert_spike_steps"]
+    _require_positive("logging", logging, names)
+    for name in ("alert_max_vio", "alert_dead", "alert_spike"):
+        value = getattr(logging, name)
+        if value is not None and not 0 <= value < math.inf:
+            _refuse(f"logging.{name}", value, "must be at least 0 and finite; 0 or null: no such alert")
+    if logging.alert_dead is not None and logging.alert_dead > 1:
+        _refuse("logging.alert_dead", logging.alert_dead, "must be a share of the experts, at most 1")
+
+
+def _validate_model(model: ModelConfig) -> None:
+    sizes = [
+        "vocab_size",
+        "hidden_size",
+        "num_attention_heads",
+        "kv_lora_rank",
+        "qk_nope_head_dim",
+        "qk_rope_head_dim",
+        "v_head_dim",
+        "intermediate_size",
+        "moe_intermediate_size",
+        "num_experts_per_tok",
+        "max_position_embeddings",
+    ]
+    _require_positive("model", model, sizes)
+    _require_positive("model", model, ["n_shared_experts"], least=0)
+    if model.q_lora_rank is not None and model.q_lora_rank < 1:
+        _refuse("model.q_lora_rank", model.q_lora_rank, "must be at least 1, or null for none")
+    if model.qk_rope_head_dim % 2:
+        _refuse("model.qk_rope_head_dim", model.qk_rope_head_dim, "must be even: RoPE turns pairs")
+    above_0 = ["rms_norm_eps", "rope_theta", "initializer_range", "routed_scaling_factor"]
+    _require_above_0("model", model, above_0)
+    if not 0 <= model.first_k_dense_replace < model.num_hidden_layers:
+        _refuse(
+            "model.first_k_dense_replace",
+            model.first_k_dense_replace,
+            f"must leave at least one MoE layer of model.num_hidden_layers={model.num_hidden_layers}",
+        )
+    _validate_attention(model)
+    if model.rope_scaling is not None:
+        _validate_rope_scaling(model, model.rope_scaling)
+
+
+def _validate_attention(model: ModelConfig) -> None:
+    kind, heads, groups = model.attention, model.num_attention_heads, model.num_key_value_heads
+    if kind is AttentionKind.gqa:
+        if groups is None or groups < 1 or heads % groups:
+            _refuse(
+                "model.num_key_value_heads",
+                groups,
+                f"must divide model.num_attention_heads={heads} with model.attention=gqa: "
+                f"one of {_divisors(heads)}",
+            )
+    elif groups is not None:
+        _refuse("model.num_key_value_heads", groups, "must be null but with model.attention=gqa")
+    if kind is AttentionKind.mla:
+        return
+    if model.v_head_dim != model.qk_nope_head_dim:
+        _refuse(
+            "model.v_head_dim",
+            model.v_head_dim,
+            f"must be model.qk_nope_head_dim={model.qk_nope_head_dim} with model.attention={kind.value}: "
+            "its heads have one width",
+        )
+    if model.qk_nope_head_dim % 2:
+        _refuse(
+            "model.qk_nope_head_dim",
+            model.qk_nope_head_dim,
+            f"must be even with model.attention={kind.value}: RoPE turns pairs of the whole head",
+        )
+
+
+def _validate_rope_scaling(model: ModelConfig, scaling: RopeScalingConfig) -> None:
+    section, original = "model.rope_scaling", scaling.original_max_position_embeddings
+    _require_positive(section, scaling, ["factor"])
+    _require_above_0(section, scaling, ["beta_slow", "mscale", "mscale_all_dim"])
+    if not scaling.beta_slow < scaling.beta_fast < math.inf:
+        _refuse(f"{section}.beta_fast", scaling.beta_fast, f"must be above beta_slow={scaling.beta_slow}")
+    if original < (least := math.ceil(2 * math.pi * scaling.beta_slow)):
+        _refuse(
+            f"{section}.original_max_position_embeddings",
+            original,
+            f"must be at least {least}, where the fastest pair turns beta_slow={scaling.beta_slow} times",
+        )
+    if model.rope_theta <= 1:
+        _refuse("model.rope_theta", model.rope_theta, "must be above 1 with model.rope_scaling")
+    if model.max_position_embeddings > scaling.factor * original:
+        _refuse(
+            "model.max_position_embeddings",
+            model.max_position_embeddings,
+            f"must be at most {scaling.factor * original:g} = {section}.factor x "
+            "original_max_position_embeddings",
+        )
+
+
+def _validate_moe(model: ModelConfig) -> None:
+    experts, groups, limit = model.n_routed_experts, model.n_group, model.topk_group
+    _require_positive("model", model, ["n_routed_experts", "n_group", "topk_group"])
+    if experts % groups:
+        _refuse(
+            "model.n_group",
+            groups,
+            f"must divide model.n_routed_experts={experts}: one of {_divisors(experts)}",
+        )
+    if limit > groups:
+        _refuse("model.topk_group", limit, f"must be at most model.n_group={groups}")
+    if model.num_experts_per_tok > limit * experts // groups:
+        _refuse(
+            "model.num_experts_per_tok",
+            model.num_experts_per_tok,
+            f"must be at most {limit * experts // groups}, the experts that model.topk_group={limit} of "
+            f"model.n_group={groups} groups hold",
+        )
+    balance = model.balance
+    _require_positive("model.balance", balance, ["alpha_expert", "alpha_device", "alpha_comm"], least=0)
+    _require_fraction("model.balance", balance, ["exempt_fraction"])
+    _require_above_0("model.balance", balance, ["capacity_factor"])
+
+
+def _validate_optim(optim: OptimConfig) -> None:
+    _require_positive("optim", optim, ["total_tokens", "batch_size", "batch_ramp_increment"])
+    _require_positive("optim", optim, ["warmup_steps", "weight_decay", "batch_ramp_tokens"], least=0)
+    _require_fraction("optim", optim, ["beta1", "beta2", "decay_factor"])
+    for name in ("beta1", "beta2"):
+        if getattr(optim, name) == 1:
+            _refuse(f"optim.{name}", getattr(optim, name), "must be below 1")
+    _require_above_0("optim", optim, ["lr", "eps", "grad_clip"])
+    if optim.decay_at != sorted(set(optim.decay_at)) or not all(0 < f < 1 for f in optim.decay_at):
+        _refuse("optim.decay_at", optim.decay_at, "must be rising shares of the tokens, such as [0.6, 0.9]")
+    start = optim.batch_size_start
+    if start is not None and not 1 <= start <= optim.batch_size:
+        _refuse("optim.batch_size_start", start, f"must be from 1 to optim.batch_size={optim.batch_size}")
+    if start is None and optim.batch_ramp_tokens > 0:
+        _refuse("optim.batch_size_start", None, "must be given when optim.batch_ramp_tokens is")
+    if start is not None and optim.batch_ramp_tokens == 0:
+        _refuse("optim.batch_ramp_tokens", 0, "must be above 0 when optim.batch_size_start is given")
+
+
+def _validate_kernels(model: ModelConfig, parallel: ParallelConfig) -> None:
+    if parallel.kernels is Kernels.reference:
+        return
+    name = parallel.kernels.value
+    if parallel.precision is not Precision.bf16:
+        _refuse("parallel.kernels", name, "needs parallel.precision=bf16; or use reference")
+    rope = model.qk_rope_head_dim
+    if model.attention is AttentionKind.mla and rope & (rope - 1):
+        right = f"must be a power of 2 with parallel.kernels={name}; or use reference"
+        _refuse("model.qk_rope_head_dim", rope, right)
+    for field in ("hidden_size", "moe_intermediate_size"):
+        if (value := getattr(model, field)) % 8:
+            right = f"must be a multiple of 8 with parallel.kernels={name}; or use reference"
+            _refuse(f"model.{field}", value, right)
+    if model.attention is AttentionKind.mla:
+        _validate_fused_heads(model, parallel.kernels)
+
+
+def _head_widths(model: ModelConfig) -> dict[str, int]:
+    keys = model.qk_nope_head_dim + model.qk_rope_head_dim
+    return {"qk_nope_head_dim + qk_rope_head_dim": keys, "v_head_dim": model.v_head_dim}
+
+
+def _validate_fused_heads(model: ModelConfig, kernels: Kernels) -> None:
+    """MLA's widths that cuDNN's attention takes on Hopper, backward too; or FlashAttention-4."""
+    widths = _head_widths(model)
+    too_wide = 256 if kernels is Kernels.fused_cute else 128
+    at_most = f"at most {too_wide}"
+    if kernels is Kernels.fused:
+        at_most += ", or 192 beside model.v_head_dim=128,"
+        if tuple(widths.values()) == (192, 128):
+            return
+    for field, width in widths.items():
+        for fits, right in ((width % 8 == 0, "a multiple of 8"), (width <= too_wide, at_most)):
+            if not fits:
+                right = f"must be {right} with parallel.kernels={kernels.value}; or use reference"
+                _refuse(f"model.{field}", width, right)
+
+
+def validate_gpu(config: Config, gpu: str, capability: int) -> None:
+    """Refuse kernels that this kind of GPU has not.
+
+    Args:
+        gpu: its name.
+        capability: its major compute capability: 8 is Ampere, 9 Hopper, 10 Blackwell.
+
+    Raises:
+        UserError: says which kernels it has.
+    """
+    model, kernels = config.model, config.parallel.kernels
+    widest = max(_head_widths(model).values())
+    cudnn = capability in (9, 10) or widest <= 128 or model.attention is not AttentionKind.mla
+    others = "fused or reference" if cudnn else "reference"
+    if kernels is Kernels.fused_cute and capability != 9:
+        right = f"needs a Hopper GPU (H100, H800, H200), not {gpu}; or use {others}"
+        _refuse("parallel.kernels", kernels.value, right)
+    if kernels is Kernels.fused and not cudnn:
+        right = f"cuDNN's attention takes heads of at most 128 on {gpu}, not {widest}; use {others}"
+        _refuse("parallel.kernels", kernels.value, right)
+
+
+def _validate_parallel(config: Config, world_size: int) -> None:
+    parallel, model, optim = config.parallel, config.model, config.optim
+    ep, stage = parallel.expert_parallel_size, parallel.zero_stage
+    _require_positive("parallel", parallel, ["expert_parallel_size", "micro_batch_size"])
+    if world_size % ep:
+        _refuse(
+            "parallel.expert_parallel_size",
+            ep,
+            f"must divide the number of processes, {world_size}: one of {_divisors(world_size)}; "
+            "or start others (NPROC=N launch/local.sh, torchrun --nproc_per_node=N; a plan: gpus=N)",
+        )
+    if model.n_routed_experts % ep:
+        _refuse(
+            "parallel.expert_parallel_size",
+            ep,
+            f"must divide model.n_routed_experts={model.n_routed_experts}: "
+            f"one of {_divisors(model.n_routed_experts)}",
+        )
+    if ep % model.n_group and model.n_group % ep:
+        _refuse(
+            "parallel.expert_parallel_size",
+            ep,
+            f"must divide model.n_group={model.n_group} or be a multiple of it, so that a group lives on "
+            "whole ranks",
+        )
+    if stage not in (0, 1, 2, 3):
+        _refuse("parallel.zero_stage", stage, "must be 0, 1, 2 or 3")
+    if stage == 0 and parallel.precision is Precision.bf16:
+        _refuse(
+            "parallel.zero_stage",
+            stage,
+            "bf16 needs stage 1, 2 or 3, which keep fp32 master weights; or use parallel.precision=fp32",
+        )
+    if parallel.optimizer_states is Precision.bf16 and (stage != 1 or parallel.precision is Precision.fp32):
+        _refuse(
+            "parallel.optimizer_states",
+            "bf16",
+            f"needs parallel.zero_stage=1 and parallel.precision=bf16, not {stage} and "
+            f"{parallel.precision.value}; or use fp32",
+        )
+    _validate_kernels(config.model, parallel)
+    share = parallel.micro_batch_size * world_size
+    sizes = {"optim.batch_size": optim.batch_size}
+    if optim.batch_size_start is not None:
+        sizes["optim.batch_size_start"] = optim.batch_size_start
+        sizes["optim.batch_ramp_increment"] = optim.batch_ramp_increment
+    for name, size in sizes.items():
+        if size % share:
+            _refuse(
+                name,
+                size,
+                f"must be a multiple of {share} = parallel.micro_batch_size={parallel.micro_batch_size} x "
+                f"{world_size} processes",
+            )
