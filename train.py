@@ -27,8 +27,8 @@ from dsv2.config.compose import (
     to_config,
 )
 from dsv2.config.schema import Config
-from dsv2.monitoring.console import without_warnings_logged
 from dsv2.errors import CheckpointError, Diverged, UserError
+from dsv2.monitoring.console import without_warnings_logged
 from dsv2.training.out_of_memory import memory_explained
 from dsv2.training.rundir import claim
 from dsv2.training.validate import validate
@@ -42,12 +42,12 @@ def train(config: Config) -> None:
     with without_warnings_logged():
         from data.streams.stream import build_stream
         from dsv2.checkpoint.store import RunState
+        from dsv2.monitoring.monitor import Monitor
+        from dsv2.parallel.mesh import end_process_group, pick_device
+        from dsv2.parallel.zero.base import start_mesh
         from dsv2.training.engine import Engine, build_model, share_of_step
         from dsv2.training.evaluate import Evaluator
-        from dsv2.monitoring.monitor import Monitor
         from dsv2.training.schedule import plan_steps
-        from dsv2.parallel.zero.base import start_mesh
-        from dsv2.parallel.mesh import end_process_group, pick_device
         from dsv2.training.signals import StopSignals
 
     # What may be wrong with the files is found before any process group is made.

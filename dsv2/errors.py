@@ -1,6 +1,6 @@
 """The exceptions that end a run with one message instead of a traceback.
 
-`UserError` comes from `data`, which knows no dsv2, and is handed on from here, so that one `except` catches all.
+`UserError` comes from `data`, which imports nothing from dsv2. Importing it from here gives the same class.
 """
 
 from data.errors import OneRankError, UserError

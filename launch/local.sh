@@ -44,5 +44,5 @@ command -v "$PYTHON" >/dev/null || die "no $PYTHON: run 'make train', or activat
 if [[ ${1:-} == -* ]]; then
     exec "$PYTHON" train.py "$@" # a question to Hydra, such as --cfg job
 fi
-"$PYTHON" -m dsv2.cli.check "$processes" "$@" "${extra[@]}"
+"$PYTHON" -m dsv2 check "$processes" "$@" "${extra[@]}"
 run_torchrun "$processes" --standalone --nproc_per_node="$processes" train.py "$@" "${extra[@]}"

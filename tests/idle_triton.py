@@ -17,8 +17,8 @@ from unittest.mock import patch
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from dsv2.kernels.sets import KernelSet, fused_kernels
 from dsv2.kernels.reference.router import route
+from dsv2.kernels.sets import KernelSet, fused_kernels
 
 FUSED = "dsv2.kernels.fused"
 

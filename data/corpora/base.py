@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from data.hub import open_stream, rows_of, text_of
 from data.errors import UserError
+from data.hub import open_stream, rows_of, text_of
 
 Document = tuple[str, str]  # id, text
 OnBadFile = Literal["stop", "skip"]

@@ -25,7 +25,8 @@ from typing import Any
 
 import numpy as np
 
-from data.prepared.manifest import MANIFEST, TOKEN_BYTES, Manifest, Split, load_manifest, summary, to_json
+from data.corpora.base import FilesSource, HubSource, JsonlSource, ParquetSource, Source, StdlibSource
+from data.errors import UserError
 from data.prepare.progress import (
     LOCK,
     Part,
@@ -37,10 +38,9 @@ from data.prepare.progress import (
     refuse_other,
     write_text,
 )
+from data.prepared.manifest import MANIFEST, TOKEN_BYTES, Manifest, Split, load_manifest, summary, to_json
 from data.prepared.shards import ShardWriter, count_tokens, unigram_nats
-from data.corpora.base import FilesSource, HubSource, JsonlSource, ParquetSource, Source, StdlibSource
 from data.tokenizers.base import Tokenizer, load_tokenizer, train_tokenizer
-from data.errors import UserError
 
 SAMPLE_BYTES = 32 << 20  # the tokenizer is trained on the first training documents up to this many bytes
 CHUNK_BYTES = 1 << 20  # text tokenised at once: one record batch a split

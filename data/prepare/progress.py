@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data.prepared.manifest import MANIFEST, PROGRESS, Shard, load_manifest
 from data.errors import UserError
+from data.prepared.manifest import MANIFEST, PROGRESS, Shard, load_manifest
 
 LOCK = ".lock"
 

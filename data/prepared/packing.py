@@ -4,9 +4,9 @@ from pathlib import Path
 
 import numpy as np
 
+from data.errors import UserError
 from data.prepared.manifest import load_manifest
 from data.prepared.shards import read_tokens
-from data.errors import UserError
 
 
 class PackedTokens:

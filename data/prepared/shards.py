@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data.prepared.manifest import Shard
 from data.errors import UserError
+from data.prepared.manifest import Shard
 
 COLUMN = "input_ids"
 

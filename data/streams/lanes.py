@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from data.hub import rows_of
 from data.errors import UserError
+from data.hub import rows_of
 
 
 @dataclass(frozen=True)

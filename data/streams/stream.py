@@ -16,16 +16,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data.hub import open_stream, rows_of, text_of
-from data.streams.lanes import Lane, LaneState
-from data.prepared.manifest import TOKEN_BYTES, load_manifest
-from data.streams.order import permuted_index
-from data.prepared.packing import PackedTokens
-from data.prepare.command import prepare_stdlib
-from data.prepare.progress import refuse_instead_of_stdlib
-from data.tokenizers.base import Tokenizer, load_tokenizer
 from data.config import DataConfig, DataSource
 from data.errors import OneRankError, UserError
+from data.hub import open_stream, rows_of, text_of
+from data.prepare.command import prepare_stdlib
+from data.prepare.progress import refuse_instead_of_stdlib
+from data.prepared.manifest import TOKEN_BYTES, load_manifest
+from data.prepared.packing import PackedTokens
+from data.streams.lanes import Lane, LaneState
+from data.streams.order import permuted_index
+from data.tokenizers.base import Tokenizer, load_tokenizer
 
 HELD_OUT = 100  # one document in so many validates when hf_stream has no split of its own for that
 
@@ -227,7 +227,7 @@ def check_data(config: DataConfig, model_vocab_size: int, validation: int = 0) -
         UserError: names the field, its value and what would be right.
     """
     if config.source is DataSource.hf_stream:
-        _check_vocabulary(tokenizer_of(config).vocab_size, model_vocab_size, "data.tokenizers.base")
+        _check_vocabulary(tokenizer_of(config).vocab_size, model_vocab_size, "data.tokenizer")
         _text(config, next(rows_of(_open_training(config)), {config.text_column: ""}))
         if config.val_split != config.split:
             _open_validation(config)
@@ -275,7 +275,7 @@ def tokenizer_of(config: DataConfig) -> Tokenizer:
         try:
             return load_tokenizer(config.tokenizer or "")
         except UserError as error:
-            raise UserError(f"data.tokenizers.base={config.tokenizer}: {error}") from error
+            raise UserError(f"data.tokenizer={config.tokenizer}: {error}") from error
     manifest = load_manifest(config.path)
     tokenizer = load_tokenizer(Path(config.path) / manifest.tokenizer_file)
     if tokenizer.sha256 != manifest.tokenizer_sha256:
@@ -346,7 +346,7 @@ def _open(config: DataConfig, split: str) -> Any:
 def _open_training(config: DataConfig) -> Any:
     dataset = _open(config, config.split)
     if config.lanes > (files := dataset.num_shards):
-        raise UserError(f"data.streams.lanes={config.lanes} must be at most {files}, the files of {config.dataset}")
+        raise UserError(f"data.lanes={config.lanes} must be at most {files}, the files of {config.dataset}")
     return dataset
 
 

@@ -49,8 +49,8 @@ from dsv2.errors import CheckpointError, UserError
 from dsv2.parallel.mesh import Mesh
 
 if TYPE_CHECKING:
-    from dsv2.training.engine import Engine
     from dsv2.parallel.zero.base import Fragment
+    from dsv2.training.engine import Engine
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

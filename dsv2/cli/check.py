@@ -1,6 +1,6 @@
 """What is looked at before any process group is made; and, as a command, by itself:
 
-    python -m dsv2.cli.check PROCESSES [overrides...]
+    python -m dsv2 check PROCESSES [overrides...]
 
 torchrun buries a mistake under a report of its own and always exits with 1, so launch/local.sh asks
 here first: then a mistake is one line and exit code 2.
@@ -49,17 +49,14 @@ def _look(config: Config, processes: int) -> None:
     let_go(claim(config.run_dir), config.run_dir)
 
 
-def main(processes: str, *overrides: str) -> int:
+def main(argv: list[str]) -> int:
     """0, or 2 with one message: what train.py would refuse on a machine with that many processes."""
+    processes, *overrides = argv
     try:
-        config = compose_config(list(overrides))
+        config = compose_config(overrides)
         validate(config, int(processes))
         _look(config, int(processes))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))

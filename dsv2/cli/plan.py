@@ -1,7 +1,7 @@
 """Will it fit, and how long will it take? Answered from the sizes alone, before a GPU is asked for.
 
-    python -m dsv2.cli.plan experiment=v2 gpus=128 gpu=h100 ep=8 zero=1
-    python -m dsv2.cli.plan experiment=lite gpus=8 gpu=h100 --search
+    python -m dsv2 plan experiment=v2 gpus=128 gpu=h100 ep=8 zero=1
+    python -m dsv2 plan experiment=lite gpus=8 gpu=h100 --search
 
 docs/planning.md says what is counted, what is assumed, and how to check it against a run.
 """
@@ -80,7 +80,7 @@ def load(overrides: list[str], machines: Machines, any_layout: bool = False) -> 
 
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m dsv2.cli.plan",
+        prog="python -m dsv2 plan",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description=__doc__,
         epilog=f"""words of the planner:
@@ -103,9 +103,11 @@ All other words are overrides of the configuration, as train.py takes them.""",
     print("\n".join(lines))
 
 
-if __name__ == "__main__":
+def run(arguments: list[str]) -> int:
+    """The command: 0, or 2 for a user's mistake."""
     try:
-        main(sys.argv[1:])
+        main(arguments)
     except UserError as mistake:
         print(f"error: {mistake}", file=sys.stderr)
-        sys.exit(2)
+        return 2
+    return 0

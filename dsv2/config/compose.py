@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from dsv2.config.schema import Config
 from dsv2.errors import UserError
 
-CONF = Path(__file__).parents[1] / "conf"
+CONF = Path(__file__).parents[2] / "conf"
 # What a value that must be given looks like.
 _WANTED = {"data.path": "FOLDER with a folder that `python -m data.prepare` wrote"}
 

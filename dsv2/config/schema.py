@@ -1,7 +1,7 @@
 """Typed configuration: what every field means.
 
-Hydra composes `conf/` into these dataclasses once (dsv2/config/compose.py); dsv2/training/validate.py then refuses
-impossible combinations. Neither imports torch or hydra, so that the model can use its part of this
+Hydra composes `conf/` into these dataclasses once (dsv2/config/compose.py); dsv2/training/validate.py then
+refuses impossible combinations. Neither imports torch or hydra, so that the model can use its part of this
 and `train.py --help` answers at once.
 """
 

@@ -1,7 +1,7 @@
 """Write a checkpoint as a Hugging Face folder: for `transformers`, vLLM, or `init_from` of another run.
 
-    python -m dsv2.hf.export runs/quickstart exported/quickstart
-    python -m dsv2.hf.export runs/lite/checkpoints/step-00120000 exported/lite --dtype fp32 --shard-gb 10
+    python -m dsv2 export runs/quickstart exported/quickstart
+    python -m dsv2 export runs/lite/checkpoints/step-00120000 exported/lite --dtype fp32 --shard-gb 10
 
 The layout that the checkpoint was written on plays no part. Parameters are read one after the other, so
 memory holds one shard and one parameter, never the model. The folder is written aside and renamed at the
@@ -22,8 +22,8 @@ from dsv2.errors import CheckpointError, UserError
 if TYPE_CHECKING:
     import torch
 
-    from dsv2.model.transformer import DeepseekV2
     from dsv2.checkpoint.reader import CheckpointReader
+    from dsv2.model.transformer import DeepseekV2
 
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 GB = 10**9
@@ -48,10 +48,10 @@ def export(
     from safetensors import SafetensorError
 
     from dsv2.checkpoint.files import find_checkpoint
+    from dsv2.checkpoint.reader import CheckpointReader, run_tokenizer
     from dsv2.hf.fields import check_exportable, published_config
     from dsv2.hf.names import model_outline
     from dsv2.hf.tokenizer import write_tokenizer
-    from dsv2.checkpoint.reader import CheckpointReader, run_tokenizer
 
     if shard_gb <= 0:
         raise UserError(f"--shard-gb {shard_gb}: must be above 0")
@@ -143,7 +143,7 @@ def published_tensors(
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return its exit status: 0, 1 if it could not write, 2 for a user's mistake."""
     parser = argparse.ArgumentParser(
-        prog="python -m dsv2.hf.export", description="Write a checkpoint as a Hugging Face folder."
+        prog="python -m dsv2 export", description="Write a checkpoint as a Hugging Face folder."
     )
     parser.add_argument("checkpoint", type=Path, help="a step-N folder, or a run's: its newest whole one")
     parser.add_argument("out", type=Path, help="the folder to write")
@@ -158,7 +158,3 @@ def main(argv: list[str] | None = None) -> int:
         return 2 if isinstance(error, UserError) else 1
     print(f"wrote {arguments['out']}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

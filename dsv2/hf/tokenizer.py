@@ -52,7 +52,7 @@ def _from_sentencepiece(tokenizer: Tokenizer) -> Any:
     """A `tokenizers.Tokenizer` that encodes as the sentencepiece model at `tokenizer.path`.
 
     Pieces are spelled with plain spaces, and nothing normalises the text: so a U+2581 in it is no space,
-    but missing from the vocabulary, and goes through bytes as it does in `data.tokenizers.base`.
+    but missing from the vocabulary, and goes through bytes as it does in `data.tokenizers`.
     """
     from sentencepiece import sentencepiece_model_pb2
     from tokenizers import AddedToken, decoders, models, processors

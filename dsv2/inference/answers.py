@@ -1,6 +1,6 @@
 """Text from a checkpoint, in one process on CPU or one GPU.
 
-    python -m dsv2.inference.answers runs/quickstart --prompt "def main(" [--prompt ...] [--temperature 0.8]
+    python -m dsv2 generate runs/quickstart --prompt "def main(" [--prompt ...] [--temperature 0.8]
 
 The checkpoint is a step-N folder, or a run's folder, of which the newest whole one is taken. One prompt
 is answered as the tokens come; several are decoded together and printed at the end. What a prompt gets
@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # what takes seconds to import waits: --help and mistakes are
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m dsv2.inference.answers", description="Text from a checkpoint.")
+    parser = argparse.ArgumentParser(prog="python -m dsv2 generate", description="Text from a checkpoint.")
     parser.add_argument("checkpoint", type=Path, help="a step-N folder, or a run's folder: its newest one")
     parser.add_argument("--prompt", action="append", required=True, help="text to continue; may be repeated")
     parser.add_argument("--max-tokens", type=int, default=64, help="new tokens at most (64)")
@@ -109,8 +109,8 @@ def run(arguments: argparse.Namespace) -> None:
     import torch
 
     from dsv2.checkpoint.files import find_checkpoint
-    from dsv2.inference.sampling import Sampling, generate
     from dsv2.checkpoint.reader import CheckpointReader, load_model, run_tokenizer
+    from dsv2.inference.sampling import Sampling, generate
 
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: there is no GPU here; use --device cpu")
@@ -139,7 +139,3 @@ def main(argv: list[str] | None = None) -> int:
         print(file=sys.stderr)
         return 130
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -48,8 +48,8 @@ class RoutedExperts(nn.Module):
     def forward(
         self, x_RD: Tensor, expert_ids_RK: Tensor, weights_RK: Tensor, rows_of_expert: Tensor, n_pairs: int
     ) -> Tensor:
-        """Each row's sum over its experts here, [R, D]; see dsv2/kernels/reference/experts.py. Experts are counted
-        from this rank's first."""
+        """Each row's sum over this rank's experts, [R, D]; see dsv2/kernels/reference/experts.py. Experts are
+        counted from this rank's first."""
         return self.kernels.routed_experts(
             x_RD, expert_ids_RK, weights_RK, rows_of_expert, n_pairs, self.w13, self.w2
         )

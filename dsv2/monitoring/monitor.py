@@ -11,22 +11,22 @@ from typing import Any
 import torch
 
 from data.streams.stream import unigram_nats_of
-from dsv2.monitoring import console
-from dsv2.monitoring.alerts import Alerts
 from dsv2.checkpoint.store import Found, RunState
 from dsv2.config.compose import to_plain, to_yaml
 from dsv2.config.schema import Config, Precision
-from dsv2.training.engine import Engine, StepResult
 from dsv2.errors import Diverged
-from dsv2.training.evaluate import Evaluation, Evaluator
-from dsv2.monitoring.metrics import balance_metrics, exchange_metrics, routing_maps, routing_metrics
 from dsv2.model.sizes import count_parameters, flops_per_token, peak_flops
 from dsv2.moe.stats import RoutingStats
 from dsv2.moe.traffic import bytes_per_row
-from dsv2.training.schedule import StepPlan, count_steps
-from dsv2.parallel.mesh import Mesh
-from dsv2.training.rundir import STATUS, read_status
+from dsv2.monitoring import console
+from dsv2.monitoring.alerts import Alerts
+from dsv2.monitoring.metrics import balance_metrics, exchange_metrics, routing_maps, routing_metrics
 from dsv2.monitoring.tracker import open_tracker
+from dsv2.parallel.mesh import Mesh
+from dsv2.training.engine import Engine, StepResult
+from dsv2.training.evaluate import Evaluation, Evaluator
+from dsv2.training.rundir import STATUS, read_status
+from dsv2.training.schedule import StepPlan, count_steps
 
 
 class Monitor:

@@ -87,7 +87,7 @@ def _norm(p: Pass, width: int) -> float:
 
 
 def attention(p: Pass) -> Table:
-    """dsv2/model/attention/mla_module.py and dsv2/model/attention/grouped_module.py, with the norm before them."""
+    """dsv2/model/attention/mla_module.py and grouped_module.py, with the norm before them."""
     m, t, a = p.model, p.tokens, p.itemsize
     heads = m.num_attention_heads
     table: Table = {"norm": _norm(p, m.hidden_size), "log-sum-exp": t * heads * FP32}
@@ -168,7 +168,7 @@ def _fused_experts(p: Pass) -> Table:
 
 
 def head(p: Pass) -> Table:
-    """The last norm, the output head and its cross-entropy: dsv2/kernels/reference/head.py or fused/head.py."""
+    """The last norm, the output head and its cross-entropy: reference/head.py or fused/head.py."""
     m, t = p.model, p.tokens
     norm = _norm(p, m.hidden_size)
     if p.fused:  # what it needs of the norm's output is in the gradients

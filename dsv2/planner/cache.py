@@ -1,6 +1,6 @@
 """Elements that decoding caches of one token (tables 1 and 9), from the sizes alone.
 
-`python -m dsv2.planner.cache model=lite` prints them for every kind of attention.
+`python -m dsv2 cache model=lite` prints them for every kind of attention.
 """
 
 from dataclasses import replace
@@ -20,10 +20,3 @@ def mha_heads_of_as_many_parameters(config: ModelConfig) -> int:
     """The most heads with which MHA has no more attention parameters than this model; at least 1."""
     one_head = replace(config, attention=AttentionKind.mha, num_attention_heads=1, num_key_value_heads=None)
     return max(1, attention_matrices(config) // attention_matrices(one_head))
-
-
-if __name__ == "__main__":
-    # The command line composes conf/, which is not for dsv2/model to know.
-    from dsv2.planner.cache_table import main
-
-    raise SystemExit(main())

@@ -1,6 +1,6 @@
 """The KV cache per token by kind of attention, as in the paper's tables 1 and 9, for any configuration.
 
-python -m dsv2.planner.cache model=lite [model.FIELD=VALUE ...]
+python -m dsv2 cache model=lite [model.FIELD=VALUE ...]
 """
 
 import argparse
@@ -8,8 +8,8 @@ import sys
 from dataclasses import replace
 
 from dsv2.config.schema import AttentionKind, ModelConfig
-from dsv2.monitoring.console import fmt_count
 from dsv2.errors import UserError
+from dsv2.monitoring.console import fmt_count
 from dsv2.planner.cache import elements_per_token, mha_heads_of_as_many_parameters
 
 GROUPS = 8  # of the paper's GQA (appendix D.1), where the configuration names none
@@ -53,9 +53,7 @@ def table(model: ModelConfig) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return its exit status: 0, or 2 for a user's mistake."""
-    parser = argparse.ArgumentParser(
-        prog="python -m dsv2.planner.cache", description=(__doc__ or "").split("\n")[0]
-    )
+    parser = argparse.ArgumentParser(prog="python -m dsv2 cache", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("overrides", nargs="*", metavar="model=NAME", help="as for train.py")
     overrides = parser.parse_args(argv).overrides
     from dsv2.config.compose import compose_config

@@ -215,7 +215,7 @@ def _stepping(parameters: RankParameters, layout: Layout) -> float:
     """AdamW's temporaries, where it makes any, and a flat gradient where one is made."""
     stage = layout.stage
     if layout.ours:
-        # dsv2/kernels/reference/adamw.py on a tensor: its gradient in fp32; of bf16 states three more, and random bits.
+        # kernels/reference/adamw.py: a tensor's gradient in fp32; of bf16 states three more, and random bits.
         copies = (1 if layout.sums else 2) if layout.states == FP32 else 1 + 3 + 3 * 2
         return 0 if layout.fused else copies * FP32 * max(_largest_owned(group) for group in parameters)
     # torch's is fused and takes nothing.

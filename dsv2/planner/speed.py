@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 from dsv2.config.schema import Config, Precision
 from dsv2.model.sizes import flops_per_token
+from dsv2.moe.reach import mean_ranks
 from dsv2.moe.traffic import bytes_per_row
 from dsv2.parallel.gpus import Gpu
 from dsv2.planner.parameters import rank_parameters
-from dsv2.moe.reach import mean_ranks
 
 ARITHMETIC = 0.4  # assumed: share of a GPU's peak that the model's arithmetic reaches, traffic aside
 LINKS = 0.8  # assumed: share of a link's data sheet rate that collectives reach

@@ -24,7 +24,7 @@ from dsv2.model.transformer import DeepseekV2, ModelOutput
 from dsv2.moe.balance import BalanceLosses
 from dsv2.moe.execution import Execution
 from dsv2.moe.stats import RoutingStats
-from dsv2.parallel.zero.stage1_bf16 import ZeRO1BF16, expect, take_over
+from dsv2.parallel.mesh import Mesh
 from dsv2.parallel.zero.base import (
     Fragment,
     adopt,
@@ -34,7 +34,7 @@ from dsv2.parallel.zero.base import (
     parameter_groups,
     refresh_model_weights,
 )
-from dsv2.parallel.mesh import Mesh
+from dsv2.parallel.zero.stage1_bf16 import ZeRO1BF16, expect, take_over
 
 
 class StepResult(NamedTuple):

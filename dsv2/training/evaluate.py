@@ -11,8 +11,8 @@ import torch.distributed as dist
 
 from data.streams.stream import Batch, token_bytes_of, tokenizer_of, validation_sequences
 from dsv2.config.schema import Config
-from dsv2.training.engine import Engine
 from dsv2.monitoring.metrics import bits_per_byte
+from dsv2.training.engine import Engine
 
 
 class Evaluation(NamedTuple):

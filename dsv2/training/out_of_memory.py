@@ -27,7 +27,7 @@ def memory_explained(config: Config) -> Iterator[None]:
             f"{parallel.micro_batch_size} of data.sequence_length={config.data.sequence_length}, "
             f"expert_parallel_size={parallel.expert_parallel_size}, zero_stage={parallel.zero_stage}; take a "
             "smaller micro-batch, parallel.activation_checkpointing=true, more ranks to share experts and "
-            "optimizer states, or a smaller model; `python -m dsv2.cli.plan gpus=N` with the same overrides "
+            "optimizer states, or a smaller model; `python -m dsv2 plan gpus=N` with the same overrides "
             "counts what a layout needs"
         ) from error
 

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from data.config import DataConfig
 from data.streams.stream import Batch
 from dsv2.config.compose import to_plain
-from data.config import DataConfig
 from dsv2.config.schema import (
     BalanceConfig,
     Config,
@@ -145,9 +145,9 @@ def make_engine(
     tied: bool = False,
     **changes: Any,
 ) -> Any:
-    from dsv2.training.engine import Engine, build_model
     from dsv2.hf.init_from import HFWeights
     from dsv2.parallel.zero.base import start_mesh
+    from dsv2.training.engine import Engine, build_model
 
     mesh = start_mesh(torch.device("cpu"), rank, world_size, ep)
     parallel = ParallelConfig(
@@ -251,7 +251,7 @@ def types_reduced(rank: int, world_size: int, **layout: Any) -> set[torch.dtype]
 
 def train_and_save(rank: int, world_size: int, folder: str, save_at: int, steps: int, **layout: Any) -> tuple:
     """Train `steps` steps and save after `save_at` of them: (trace, final weights' parts, random state)."""
-    from dsv2.checkpoint.store import store as checkpoint
+    from dsv2.checkpoint import store as checkpoint
 
     engine = make_engine(rank, world_size, **layout)
     trace = steps_of(engine, 0, save_at, layout["micro_batch"])
@@ -270,7 +270,7 @@ def load_and_train(rank: int, world_size: int, path: str, steps: int, **layout: 
 
     Returns the state, the trace, the final weights' parts, the random state after the load.
     """
-    from dsv2.checkpoint.store import store as checkpoint
+    from dsv2.checkpoint import store as checkpoint
 
     engine = make_engine(rank, world_size, **layout)
     steps_of(engine, 100, 1, layout["micro_batch"])  # so that a tensor the load forgets shows

@@ -8,8 +8,8 @@ from unittest.mock import patch
 import torch
 
 from dsv2.config.schema import Kernels, ParallelConfig
-from dsv2.training.engine import build_model
 from dsv2.parallel.zero.base import start_mesh
+from dsv2.training.engine import build_model
 from tests.dist import jobs
 from tests.idle_triton import idle_triton
 from tests.live import LiveMemory

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from dsv2.config.schema import Precision
 from dsv2.checkpoint.reader import CheckpointReader, load_model
+from dsv2.config.schema import Precision
 from tests.dist import jobs, traces
 
 SAVE_AT, STEPS = 2, 5

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from data.config import DataConfig, DataSource
 from data.streams.stream import Batch, build_stream
 from data.tokenizers.base import train_tokenizer
-from data.config import DataConfig, DataSource
 from tests.dist.pool import Pool
 
 FILES, LANES = 6, 3  # three lanes on up to four ranks: one rank may have none

@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from data.prepared.manifest import load_manifest
-from data.streams.order import permuted_index
 from data.prepared.shards import ShardWriter, read_tokens
+from data.streams.order import permuted_index
 from tests.dist.end_to_end import (
     MANY,
     PYTHON,
@@ -234,7 +234,7 @@ def test_start_from_another_runs_checkpoint(command, tmp_path):
     output = run(command("other", f"resume={source}", "stop_step=6"))
     assert "resumed after step 4" in output
     _, _, *overrides = command("other", f"resume={source}", "data.seed=9")
-    found = run([PYTHON, "-m", "dsv2.cli.check", "1", *overrides], expect=2)  # before anything is started
+    found = run([PYTHON, "-m", "dsv2", "check", "1", *overrides], expect=2)  # before anything is started
     assert "error: the checkpoint is of other data: data.seed was 0, is 9; use" in found
     assert "resumed after step 6" in run(command("other", f"resume={source}"))
     assert min(scalars(tmp_path / "other", "train/loss")) == 5
@@ -277,7 +277,7 @@ def test_long_context_stage(command, tmp_path):
     short_losses, long_losses = scalars(tmp_path / "short", "train/loss"), scalars(long, "train/loss")
     assert abs(long_losses[1] - short_losses[12]) < 0.25 * (short_losses[1] - short_losses[12])
 
-    text = run([PYTHON, "-m", "dsv2.inference.answers", str(long), "--prompt", "alpha beta", "--max-tokens", "8"])
+    text = run([PYTHON, "-m", "dsv2", "generate", str(long), "--prompt", "alpha beta", "--max-tokens", "8"])
     assert f"{long / 'checkpoints' / 'step-00000008'}, fp32, " in text
     assert "\nalpha beta" in text
 
@@ -311,10 +311,10 @@ def test_streamed_dataset_stops_resumes_and_is_exact(command, corpus, tmp_path):
         "data=hf_stream",
         "data.dataset=json",
         f"data.data_files=['{tmp_path}/*.jsonl']",
-        "data.streams.lanes=3",
+        "data.lanes=3",
     ]
     stream += [
-        f"data.tokenizers.base={corpus / 'tokenizer.model'}",
+        f"data.tokenizer={corpus / 'tokenizer.model'}",
         "data.val_split=train",
         "data.shuffle_window=8",
     ]
@@ -332,7 +332,7 @@ def test_export_and_start_from_it(command, tmp_path):
     """A run, exported in fp32: another run starts where that one ended, then goes on from its checkpoint."""
     run(command("one"))
     out = tmp_path / "exported"
-    said = run([PYTHON, "-m", "dsv2.hf.export", str(tmp_path / "one"), str(out), "--dtype", "fp32"])
+    said = run([PYTHON, "-m", "dsv2", "export", str(tmp_path / "one"), str(out), "--dtype", "fp32"])
     assert f"wrote {out}" in said
     start = [f"init_from={out}", "optim.lr=1e-20", "optim.weight_decay=0", *TWO, "parallel.zero_stage=3"]
     output = run(command("two", *start, "stop_step=6", launcher=TORCHRUN))

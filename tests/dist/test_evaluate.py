@@ -11,11 +11,11 @@ import sentencepiece
 import torch
 from torch.nn.functional import cross_entropy
 
-from data.prepared.packing import PackedTokens
-from data.prepare.command import Settings, prepare
-from data.corpora.base import JsonlSource
-from data.tokenizers.base import Tokenizer, load_tokenizer
 from data.config import DataConfig, DataSource
+from data.corpora.base import JsonlSource
+from data.prepare.command import Settings, prepare
+from data.prepared.packing import PackedTokens
+from data.tokenizers.base import Tokenizer, load_tokenizer
 from dsv2.config.schema import Config, EvalConfig, ParallelConfig
 from dsv2.model.init import init_weights
 from dsv2.model.transformer import DeepseekV2

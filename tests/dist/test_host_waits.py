@@ -38,8 +38,8 @@ class Looks(TorchDispatchMode):
 
 def looks(rank: int, world_size: int, dropping: bool, recompute: bool, kernels: Kernels) -> tuple[list, list]:
     """Of a forward, and of its backward."""
-    from dsv2.training.engine import build_model
     from dsv2.parallel.zero.base import start_mesh
+    from dsv2.training.engine import build_model
 
     real = torch.Tensor.tolist
     mesh = start_mesh(torch.device("cpu"), rank, world_size, world_size)

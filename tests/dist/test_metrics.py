@@ -8,8 +8,8 @@ import pytest
 
 from dsv2.config.schema import ModelConfig, OptimConfig
 from dsv2.model.sizes import flops_per_token
-from dsv2.training.schedule import plan_steps
 from dsv2.monitoring.tracker import read_metrics
+from dsv2.training.schedule import plan_steps
 from tests.dist.end_to_end import ROOT, TORCHRUN, TWO, run
 
 pytestmark = pytest.mark.timeout(1800)

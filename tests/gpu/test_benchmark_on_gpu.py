@@ -2,7 +2,7 @@
 
 import pytest
 
-from launch.compare import run_turn
+from dsv2.benchmark.compare import run_turn
 from tests.gpu.process import FUSED_KERNELS, need
 
 pytestmark = pytest.mark.gpu

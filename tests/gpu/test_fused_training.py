@@ -21,9 +21,9 @@ STEPS, SEQUENCES, LENGTH = 50, 8, 96
 def loss_curve(kernels: Kernels, precision: Precision) -> list[float]:
     """Losses of the engine on text that repeats itself, so that there is something to learn."""
     from data.streams.stream import Batch
-    from dsv2.training.engine import Engine, build_model
-    from dsv2.parallel.zero.base import start_mesh
     from dsv2.parallel.mesh import end_process_group
+    from dsv2.parallel.zero.base import start_mesh
+    from dsv2.training.engine import Engine, build_model
 
     mesh = start_mesh(torch.device("cuda", 0), 0, 1, 1)
     parallel = ParallelConfig(micro_batch_size=SEQUENCES, precision=precision, kernels=kernels)

@@ -31,9 +31,9 @@ def steps(
     Also this rank's parts of Adam's first moments after one step, which are 0.1 x the clipped gradient.
     """
     from data.streams.stream import Batch
-    from dsv2.training.engine import Engine, build_model
-    from dsv2.parallel.zero.base import start_mesh
     from dsv2.parallel.mesh import end_process_group
+    from dsv2.parallel.zero.base import start_mesh
+    from dsv2.training.engine import Engine, build_model
 
     os.environ |= {"LOCAL_RANK": str(rank), "RANK": str(rank), "WORLD_SIZE": str(world_size)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}

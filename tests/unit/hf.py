@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
 
-from data.tokenizers.base import train_tokenizer
 from data.config import DataConfig, DataSource
+from data.tokenizers.base import train_tokenizer
 from dsv2.config.schema import Config, ModelConfig
 from dsv2.hf.export import export
 from dsv2.hf.fields import published_config
@@ -77,7 +77,7 @@ def published_checkpoint(folder: Path, model: DeepseekV2, step: int = 7) -> Path
 
 
 def exported_folder(folder: Path, model: DeepseekV2, dtype: str = "fp32", **options: Any) -> Path:
-    """The model as `python -m dsv2.hf.export` writes it."""
+    """The model as `python -m dsv2 export` writes it."""
     export(published_checkpoint(folder / "saved", model), folder / "exported", dtype, **options)
     return folder / "exported"
 

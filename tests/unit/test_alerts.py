@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from dsv2.monitoring.alerts import HORIZON, Alerts, RunningStatistics
 from dsv2.config.schema import LoggingConfig
+from dsv2.monitoring.alerts import HORIZON, Alerts, RunningStatistics
 
 EXPERTS = 40
 

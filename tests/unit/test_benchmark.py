@@ -1,4 +1,4 @@
-"""launch/benchmark.py: its refusals, the order of turns, the figures, and peers on a tiny model."""
+"""dsv2/benchmark/measure.py: its refusals, the order of turns, the figures, and peers on a tiny model."""
 
 import json
 import math
@@ -12,13 +12,15 @@ import torch
 
 from data.streams.stream import build_stream
 from dsv2 import packages
+from dsv2.benchmark import compare
+from dsv2.benchmark import measure as benchmark
+from dsv2.benchmark.timing import balance_routing, random_tokens, row, stream_tokens, time_steps
 from dsv2.config.schema import Config
 from dsv2.errors import UserError
 from dsv2.model.init import init_weights
 from dsv2.model.transformer import DeepseekV2
 from dsv2.parallel.mesh import Mesh
-from launch import benchmark, compare, peers
-from launch.timing import balance_routing, random_tokens, row, stream_tokens, time_steps
+from launch import peers
 from tests.unit.helpers import REPO, tiny_config
 
 TINY = ["data.sequence_length=16", "model.vocab_size=64", "model.num_hidden_layers=2", "optim.lr=1e-3"]

@@ -6,10 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dsv2.model.init import init_weights
-from dsv2.model.transformer import DeepseekV2
-from dsv2.moe.execution import Execution
-from launch.parts import (
+from dsv2.benchmark.ranges import (
     PARTS,
     PREFIX,
     STEP,
@@ -21,6 +18,9 @@ from launch.parts import (
     read,
     record,
 )
+from dsv2.model.init import init_weights
+from dsv2.model.transformer import DeepseekV2
+from dsv2.moe.execution import Execution
 from tests.unit.helpers import KINDS, tiny_config
 
 BACKWARD = "autograd::engine::evaluate_function: "

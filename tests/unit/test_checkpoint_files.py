@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from dsv2.checkpoint.store import CheckpointStore
 from dsv2.checkpoint.files import FORMAT, check, checksum, complete_checkpoints, damaged_file
+from dsv2.checkpoint.store import CheckpointStore
 from dsv2.errors import UserError
 
 MODEL = {"hidden_size": 8, "balance": {"alpha_expert": 0.1}}

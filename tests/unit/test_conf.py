@@ -19,7 +19,7 @@ FOLDER = REPO / "conf/experiment"
 EXPERIMENTS = sorted(path.relative_to(FOLDER).with_suffix("").as_posix() for path in FOLDER.rglob("*.yaml"))
 NEEDED = {  # what a shipped choice leaves to the user
     "data=local": ["data.path=somewhere"],
-    "data=hf_stream": ["data.dataset=json", "data.tokenizers.base=somewhere.model"],
+    "data=hf_stream": ["data.dataset=json", "data.tokenizer=somewhere.model"],
     "experiment=v2": ["data.path=somewhere"],
     "experiment=lite": ["data.path=somewhere"],
     "experiment=long_context": ["resume=somewhere", "data.path=somewhere"],

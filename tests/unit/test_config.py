@@ -32,7 +32,7 @@ AT_LEAST_ONE = [
     "model.rope_scaling.factor",
     "data.sequence_length",
     "data.vocab_size",
-    "data.streams.lanes",
+    "data.lanes",
     "data.shuffle_window",
     "optim.total_tokens",
     "optim.batch_size",

@@ -13,7 +13,7 @@ import threading
 
 import pytest
 
-from launch.panels import SECTIONS
+from dsv2.monitoring.panels import SECTIONS
 from tests.unit.helpers import REPO
 
 KEY = "0123456789" * 4  # W&B looks at a key's length before it asks the server
@@ -41,7 +41,7 @@ def names_in(panel: dict) -> list[str]:
 def dashboard(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
     clean = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
     return subprocess.run(
-        [sys.executable, str(REPO / "launch/dashboard.py"), *arguments],
+        [sys.executable, "-m", "dsv2", "dashboard", *arguments],
         env=clean | {"WANDB_ERROR_REPORTING": "false"} | environment,
         stdin=subprocess.DEVNULL,
         capture_output=True,

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data.config import DataSource
 from data.streams.stream import check_data, token_bytes_of, tokenizer_of, unigram_nats_of
 from data.tokenizers.base import load_tokenizer, train_tokenizer
-from data.config import DataSource
 from dsv2.errors import OneRankError, UserError
 from tests.unit.test_data_stream import FILES, WORDS, build, local, streamed, write_folder
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 import data.prepare.command
-from data.prepared.manifest import load_manifest
-from data.prepare.command import Settings, main, prepare, prepare_stdlib
-from data.prepared.shards import ShardWriter, read_tokens, unigram_nats
 from data.corpora.base import JsonlSource, StdlibSource
+from data.prepare.command import Settings, main, prepare, prepare_stdlib
+from data.prepared.manifest import load_manifest
+from data.prepared.shards import ShardWriter, read_tokens, unigram_nats
 from data.tokenizers.base import load_tokenizer
 from dsv2.errors import UserError
 from tests.unit.corpus import VOCAB, arguments, contents, documents

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from data.prepared.manifest import load_manifest
-from data.prepare.command import Settings, main, prepare
-from data.prepared.shards import ShardWriter
 from data.corpora.base import FilesSource, JsonlSource
+from data.prepare.command import Settings, main, prepare
+from data.prepared.manifest import load_manifest
+from data.prepared.shards import ShardWriter
 from dsv2.errors import UserError
 from tests.unit.corpus import VOCAB, arguments, contents, documents
 

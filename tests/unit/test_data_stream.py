@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from data.prepared.packing import PackedTokens
-from data.prepare.command import Settings, prepare
+from data.config import DataConfig, DataSource
 from data.corpora.base import JsonlSource
+from data.prepare.command import Settings, prepare
+from data.prepared.packing import PackedTokens
 from data.streams.stream import (
     Batch,
     LaneStream,
@@ -26,7 +27,6 @@ from data.streams.stream import (
     validation_sequences,
 )
 from data.tokenizers.base import load_tokenizer, train_tokenizer
-from data.config import DataConfig, DataSource
 from dsv2.errors import UserError
 
 LENGTH, LANES, WINDOW, SEED = 20, 3, 4, 5

@@ -8,10 +8,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsv2.config.schema import BalanceConfig
-from dsv2.planner.cache import elements_per_token
 from dsv2.inference.decode import Cache, decode, prefill
 from dsv2.model.init import init_weights
 from dsv2.model.transformer import DeepseekV2
+from dsv2.planner.cache import elements_per_token
 from tests.unit.helpers import KINDS, YARN, tiny_config
 
 PROMPTS = [[3, 14, 15, 9, 26, 5], [7], [2, 7, 18, 28]]

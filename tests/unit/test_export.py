@@ -17,15 +17,15 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV2ForCausalLM
 
 from data.tokenizers.base import load_tokenizer, train_tokenizer
-from dsv2.hf import export as export_module
+from dsv2.checkpoint.reader import CheckpointReader
 from dsv2.config.schema import AttentionKind, ModelConfig, RopeScalingConfig
 from dsv2.errors import UserError
+from dsv2.hf import export as export_module
 from dsv2.hf.export import export, main, plan_shards
 from dsv2.hf.fields import check_exportable, compare_config, published_config
 from dsv2.hf.init_from import HFWeights
 from dsv2.model.init import init_weights
 from dsv2.model.transformer import DeepseekV2
-from dsv2.checkpoint.reader import CheckpointReader
 from tests.unit.helpers import REPO, compose_config
 from tests.unit.hf import (
     TOKENIZER_PIECES,
@@ -322,7 +322,7 @@ def test_a_full_disk(tmp_path: Path) -> None:
     """The kernel lets no file grow beyond 40 KB: one message, exit code 1, and nothing is left."""
     path, out = published_checkpoint(tmp_path / "saved", our_model(hf_tiny())), tmp_path / "out"
     done = subprocess.run(
-        [sys.executable, "-m", "dsv2.hf.export", path, out],
+        [sys.executable, "-m", "dsv2", "export", path, out],
         cwd=REPO,
         capture_output=True,
         text=True,

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from data.tokenizers.base import Tokenizer, load_tokenizer, train_tokenizer
 from data.config import DataConfig, DataSource
+from data.tokenizers.base import Tokenizer, load_tokenizer, train_tokenizer
 from dsv2.config.schema import BalanceConfig, Config
 from dsv2.inference.answers import main, print_answers, settled
 from dsv2.model.init import init_weights
@@ -173,7 +173,7 @@ def test_no_gpu(run_dir, capsys):
 
 def test_help_and_mistakes_need_no_torch():
     for arguments, code in ((["--help"], 0), (["x", "--prompt", ""], 2)):
-        command = [sys.executable, "-X", "importtime", "-m", "dsv2.inference.answers", *arguments]
+        command = [sys.executable, "-X", "importtime", "-m", "dsv2", "generate", *arguments]
         done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False)
         assert done.returncode == code
         modules = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}

@@ -17,8 +17,8 @@ from dsv2.config.schema import AttentionKind, ModelConfig, RopeScalingConfig
 from dsv2.errors import UserError
 from dsv2.hf import init_from as weights_module
 from dsv2.hf.fields import compare_config, published_config
-from dsv2.hf.names import published_parts
 from dsv2.hf.init_from import INDEX, HFWeights
+from dsv2.hf.names import published_parts
 from dsv2.model.transformer import DeepseekV2
 from dsv2.moe.execution import Execution
 from tests.unit.hf import assert_same_weights, exported_folder, hf_tiny, our_model

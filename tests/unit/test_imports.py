@@ -10,12 +10,12 @@ import pytest
 
 from tests.unit.helpers import REPO
 
-FOLDERS = ("dsv2", "data", "launch")
+FOLDERS = ("dsv2", "data")
 SOURCES = [*sorted(path for folder in FOLDERS for path in (REPO / folder).rglob("*.py")), REPO / "train.py"]
 TESTS = sorted((REPO / "tests").rglob("*.py"))
 PURE = [p for p in SOURCES if p.relative_to(REPO).parts[1:2] in [("model",), ("moe",), ("kernels",)]]
 DEEPSPEED = {"dsv2/parallel/zero/base.py", "dsv2/parallel/zero/stage1_bf16.py", "dsv2/training/engine.py"}
-PEER = REPO / "launch/peers/deepspeed_autoep.py"  # runs DeepSpeed as another framework's user would
+PEER = REPO / "dsv2/benchmark/peers/deepspeed_autoep.py"  # runs DeepSpeed as another framework's user would
 
 
 def relative(path: Path) -> str:
@@ -81,9 +81,11 @@ def test_reading_a_checkpoint_needs_no_deepspeed():
     subprocess.run([sys.executable, "-c", code], cwd=REPO, check=True)
 
 
-@pytest.mark.parametrize("name", ["dsv2/config/schema.py", "dsv2/training/validate.py", "dsv2/config/compose.py", "dsv2/errors.py"])
+@pytest.mark.parametrize(
+    "name", ["config/schema.py", "training/validate.py", "config/compose.py", "errors.py"]
+)
 def test_the_configuration_needs_no_torch(name):
-    assert not any(is_within(module, "torch") for module, _ in imports(REPO / name))
+    assert not any(is_within(module, "torch") for module, _ in imports(REPO / "dsv2" / name))
 
 
 @pytest.mark.parametrize("path", [*SOURCES, *TESTS], ids=relative)

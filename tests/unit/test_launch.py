@@ -288,5 +288,5 @@ def test_slurm_directives_fit_together():
 def test_local_ends_with_the_checks_exit_code(box):
     done = box.run("launch/local.sh", "optim.lrr=1", CHECK_ENDS="2")
     assert done.returncode == 2
-    assert box.recorded("python") == ["-m", "dsv2.cli.check", "2", "optim.lrr=1"]
+    assert box.recorded("python") == ["-m", "dsv2", "check", "2", "optim.lrr=1"]
     assert not (box.records / "torchrun").exists()

@@ -42,7 +42,7 @@ def test_make_train_installs_prepares_and_trains(make):
     assert made == [
         "pip",
         "python -m data.prepare stdlib",
-        "python -m dsv2.cli.check 2 experiment=quickstart optim.lr=1e-3 name=x",
+        "python -m dsv2 check 2 experiment=quickstart optim.lr=1e-3 name=x",
         "torchrun --standalone --nproc_per_node=2 train.py experiment=quickstart optim.lr=1e-3 name=x",
     ]
     assert "installing requirements.txt into .venv" in done.stdout

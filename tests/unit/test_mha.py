@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from dsv2.model.attention.kinds import build_attention, rotary_width
 from dsv2.model.attention.grouped_module import GroupedQueryAttention
+from dsv2.model.attention.kinds import build_attention, rotary_width
 from dsv2.model.attention.mla_module import MultiHeadLatentAttention
 from dsv2.model.rope import rope_tables
 from tests.unit import reference

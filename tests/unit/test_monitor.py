@@ -9,18 +9,18 @@ from typing import Any
 import pytest
 import torch
 
-from dsv2.checkpoint.store import Found, RunState
 from data.config import DataConfig
+from dsv2.checkpoint.store import Found, RunState
 from dsv2.config.schema import Config, LoggingConfig, OptimConfig, WandbMode
-from dsv2.training.engine import StepResult
 from dsv2.errors import Diverged
-from dsv2.monitoring.metrics import routing_metrics
 from dsv2.moe.balance import BalanceLosses
 from dsv2.moe.stats import RoutingStats
+from dsv2.monitoring.metrics import routing_metrics
 from dsv2.monitoring.monitor import Monitor
-from dsv2.training.schedule import plan_steps
-from dsv2.parallel.mesh import Mesh
 from dsv2.monitoring.tracker import read_metrics
+from dsv2.parallel.mesh import Mesh
+from dsv2.training.engine import StepResult
+from dsv2.training.schedule import plan_steps
 from tests.unit.helpers import tiny_config
 
 CONFIG = Config(

@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from dsv2.errors import UserError
 from dsv2.cli.plan import load, main, read
+from dsv2.errors import UserError
 from dsv2.parallel.gpus import GPUS
 from dsv2.planner.search import Machines
 from dsv2.planner.text import short
@@ -190,7 +190,7 @@ def test_short_numbers(number, text):
 
 def command(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-X", "importtime", "-m", "dsv2.cli.plan", *words],
+        [sys.executable, "-X", "importtime", "-m", "dsv2", "plan", *words],
         cwd=REPO,
         env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"},
         capture_output=True,

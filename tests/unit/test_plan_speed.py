@@ -8,9 +8,9 @@ import pytest
 from data.config import DataConfig
 from dsv2.config.schema import Config, OptimConfig, ParallelConfig, Precision
 from dsv2.model.sizes import flops_per_token
+from dsv2.moe.reach import mean_ranks
 from dsv2.parallel.gpus import GPUS, Gpu
 from dsv2.planner.parameters import rank_parameters
-from dsv2.moe.reach import mean_ranks
 from dsv2.planner.speed import ARITHMETIC, LINKS, speed, traffic
 from tests.unit.helpers import compose_config, tiny_config
 

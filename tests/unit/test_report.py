@@ -15,17 +15,17 @@ import pytest
 
 from dsv2.config.compose import to_yaml
 from dsv2.config.schema import LoggingConfig, WandbMode
+from dsv2.monitoring.panels import SECTIONS
+from dsv2.monitoring.report import run as report
 from dsv2.monitoring.tracker import HEAT_COLOURS, heat_map, open_tracker, read_maps, read_metrics
-from launch import report
-from launch.panels import SECTIONS
-from tests.unit.helpers import REPO, compose_config
+from tests.unit.helpers import compose_config
 
 LAYERS, EXPERTS, GROUPS = 3, 16, 4  # of model=debug
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 def log_steps(run_dir: Path, steps: range, offset: float = 0.0, leave_out: tuple[str, ...] = ()) -> None:
-    """A session as dsv2/monitoring/monitor.py logs it: windows of 5 steps, maps every 10, an evaluation every 20."""
+    """A session as the monitor logs it: windows of 5 steps, maps every 10, an evaluation every 20."""
     tracker = open_tracker(LoggingConfig(wandb=WandbMode.disabled), run_dir, "r", {}, None, True)
     rng = np.random.default_rng(0)
     for step in steps:
@@ -209,7 +209,7 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys, run_dir):
 
 def test_as_a_command_from_anywhere(tmp_path, run_dir):
     done = subprocess.run(
-        [sys.executable, str(REPO / "launch/report.py"), "run", "--out", "page.html"],
+        [sys.executable, "-m", "dsv2", "report", "run", "--out", "page.html"],
         cwd=tmp_path,
         env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
         capture_output=True,

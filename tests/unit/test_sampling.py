@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from dsv2.model.init import init_weights
 from dsv2.inference.sampling import Sampling, generate
+from dsv2.model.init import init_weights
 from dsv2.model.transformer import DeepseekV2
 from tests.unit.helpers import tiny_config
 

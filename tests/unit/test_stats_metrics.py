@@ -8,10 +8,16 @@ import torch
 
 from dsv2.config.schema import BalanceConfig
 from dsv2.kernels.reference.router import Routing, sequence_sums
-from dsv2.monitoring.metrics import balance_metrics, bits_per_byte, exchange_metrics, routing_maps, routing_metrics
 from dsv2.moe.balance import BalanceLosses
 from dsv2.moe.stats import RoutingStats, routing_stats
 from dsv2.moe.traffic import bytes_per_row
+from dsv2.monitoring.metrics import (
+    balance_metrics,
+    bits_per_byte,
+    exchange_metrics,
+    routing_maps,
+    routing_metrics,
+)
 from tests.unit.helpers import tiny_config
 
 LAYERS, EXPERTS, GROUPS = 3, 12, 4

@@ -17,7 +17,7 @@ from dsv2.config.compose import compose_config as compose
 from dsv2.config.compose import to_yaml
 from dsv2.config.schema import AttentionKind
 from dsv2.model.sizes import attention_matrices, count_parameters
-from launch import study
+from dsv2.studies import run as study
 from tests.unit.helpers import REPO
 
 ARMS = [(name, arm) for name, arms in study.STUDIES.items() for arm in arms]
@@ -286,7 +286,7 @@ def test_a_small_study_from_training_to_table(tmp_path, monkeypatch, capsys):
 
 
 def test_as_a_command_from_anywhere(tmp_path):
-    command = [sys.executable, str(REPO / "launch/study.py"), "balanc"]
+    command = [sys.executable, "-m", "dsv2", "study", "balanc"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: balanc: there is no such study; one of balance, granularity, attention\n"

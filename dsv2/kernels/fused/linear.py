@@ -1,4 +1,4 @@
-"""Matrices with a common input (see dsv2/kernels/reference/linear.py): its gradients add up inside the products.
+"""Matrices with a common input (dsv2/kernels/reference/linear.py): its gradients are summed in the products.
 
 Shapes: T rows, D input width.
 """

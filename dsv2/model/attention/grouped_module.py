@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from dsv2.config.schema import ModelConfig
 from dsv2.kernels.reference.attention import causal_attention, masked_softmax
 from dsv2.kernels.reference.rope import apply_rope
-from dsv2.model.sizes import key_value_heads
 from dsv2.model.rope import softmax_scale
+from dsv2.model.sizes import key_value_heads
 
 
 class GroupedQueryAttention(nn.Module):

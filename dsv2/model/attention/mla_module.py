@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from dsv2.config.schema import ModelConfig
 from dsv2.kernels.reference.attention import masked_softmax
-from dsv2.kernels.sets import REFERENCE, KernelSet
 from dsv2.kernels.reference.rope import apply_rope
+from dsv2.kernels.sets import REFERENCE, KernelSet
 from dsv2.model.norm import RMSNorm
 from dsv2.model.rope import softmax_scale
 

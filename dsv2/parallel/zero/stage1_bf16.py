@@ -18,8 +18,8 @@ from torch import Tensor
 from dsv2.config.schema import Precision
 from dsv2.kernels.reference.adamw import AdamWStep
 from dsv2.kernels.sets import KernelSet
-from dsv2.parallel.zero.base import AnyEngine, Fragment, fragments, is_expert
 from dsv2.parallel.mesh import Mesh
+from dsv2.parallel.zero.base import AnyEngine, Fragment, fragments, is_expert
 
 
 class _Piece(NamedTuple):

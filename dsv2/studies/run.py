@@ -1,7 +1,7 @@
 """Run a study: its arms, each with several seeds, through train.py; then a table of them.
 
-    python launch/study.py balance
-    python launch/study.py granularity --seeds 5 --at-once 3 optim.total_tokens=20_000_000
+    python -m dsv2 study balance
+    python -m dsv2 study granularity --seeds 5 --at-once 3 optim.total_tokens=20_000_000
 
 An arm is a set of overrides to experiment=study/NAME; overrides on the command line go to every arm. The
 runs, their logs and the tables (table.md, table.json) go to DIR. Called again it goes on: finished runs are
@@ -23,20 +23,18 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, from anywhere
-
 from omegaconf import OmegaConf
 
 from dsv2.config.compose import compose_config, to_plain
 from dsv2.config.schema import Config, Device
-from dsv2.monitoring.console import fmt_count
 from dsv2.errors import UserError
-from dsv2.planner.cache import elements_per_token
 from dsv2.model.sizes import count_parameters
+from dsv2.monitoring.console import fmt_count
+from dsv2.planner.cache import elements_per_token
 from dsv2.training.rundir import read_status
 from dsv2.training.validate import validate
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def _grain(split: int, shared: bool) -> list[str]:
@@ -160,7 +158,7 @@ def run(job: Job, gpu: str | None) -> int:
 def refused(job: Job) -> int:
     """What train.py would refuse before it trains: its exit code, and its message is printed."""
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
-    command = [sys.executable, "-m", "dsv2.cli.check", "1", *job.overrides]
+    command = [sys.executable, "-m", "dsv2", "check", "1", *job.overrides]
     return subprocess.run(command, env=environment, check=False).returncode
 
 
@@ -356,7 +354,3 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\ninterrupted: the same command goes on from here", file=sys.stderr)
         return 130
-
-
-if __name__ == "__main__":
-    sys.exit(main())

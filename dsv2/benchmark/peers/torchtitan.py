@@ -4,8 +4,8 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-from launch.peers import Work
-from launch.timing import Step, torch_step
+from dsv2.benchmark.peers import Work
+from dsv2.benchmark.timing import Step, torch_step
 
 REQUIRES = {
     "torchtitan": "==0.3.0",

@@ -1,4 +1,4 @@
-"""`launch/benchmark.py --against`: contenders in alternation, each turn in a process of its own.
+"""`python -m dsv2 benchmark --against`: contenders in alternation, each turn in a process of its own.
 
 One after another they have the whole machine and clean memory; in alternation, so that a card that
 grows warm or slows down does so for all of them alike.
@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from launch.peers import adapter, version
+from dsv2.benchmark.peers import adapter, version
 
 OURS = "dsv2"
 Turn = Callable[[str, int], dict[str, Any]]  # (contender, round) -> its row, or {"error": why}
@@ -33,10 +33,10 @@ def alternate(names: list[str], rounds: int, turn: Turn) -> dict[str, list[dict[
 
 
 def run_turn(arguments: list[str]) -> dict[str, Any]:
-    """The row that launch/benchmark.py writes under these arguments, in a process of its own."""
+    """The row that `python -m dsv2 benchmark` writes under these arguments, in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "row.json"
-        program = [sys.executable, str(Path(__file__).with_name("benchmark.py")), "--out", str(out)]
+        program = [sys.executable, "-m", "dsv2", "benchmark", "--out", str(out)]
         done = subprocess.run([*program, *arguments], capture_output=True, text=True)
         if done.returncode == 0:
             return json.loads(out.read_text()) | {"printed": done.stdout}

@@ -1,8 +1,8 @@
 """Time optimizer steps of any model through the engine that trains it, and see where the time goes.
 
-    python launch/benchmark.py --steps 10 model=lite_slice parallel=gpu parallel.micro_batch_size=8
-    torchrun --nproc_per_node=8 launch/benchmark.py model=lite parallel=gpu parallel.expert_parallel_size=8
-    python launch/benchmark.py --against transformers,deepspeed_autoep:6 model=lite_slice parallel=gpu
+    python -m dsv2 benchmark --steps 10 model=lite_slice parallel=gpu parallel.micro_batch_size=8
+    torchrun --nproc_per_node=8 -m dsv2 benchmark model=lite parallel=gpu parallel.expert_parallel_size=8
+    python -m dsv2 benchmark --against transformers,deepspeed_autoep:6 model=lite_slice parallel=gpu
 
 Random tokens, data.sequence_length long (4096 unless given), or with data.path=FOLDER those of a prepared
 folder; routing as the model's weights have it, or with --balanced the same number of tokens for every expert.
@@ -10,8 +10,8 @@ Prints a row and, of one more step, the share of each part; --out FILE writes bo
 --profile FILE keeps that step's trace for chrome://tracing and prints its top kernels.
 
 --against has other frameworks do the same work: this one and they take turns, each turn in a process of
-its own. NAME:6 gives a peer another micro-batch than the configuration's. launch/peers says how each is
-set up; one that is not installed is refused.
+its own. NAME:6 gives a peer another micro-batch than the configuration's. dsv2/benchmark/peers says how
+each is set up; one that is not installed is refused.
 """
 
 import argparse
@@ -23,16 +23,14 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
+from dsv2.benchmark.compare import OURS, alternate, run_turn, summary, table
+from dsv2.benchmark.peers import NO_DATA, Work, adapter, check_peers
 from dsv2.config.compose import compose_config, launched_ranks, local_processes
 from dsv2.config.schema import Config, Precision
-from dsv2.monitoring.console import without_warnings_logged
 from dsv2.errors import UserError
+from dsv2.monitoring.console import without_warnings_logged
 from dsv2.training.out_of_memory import memory_explained
 from dsv2.training.validate import validate
-from launch.compare import OURS, alternate, run_turn, summary, table
-from launch.peers import NO_DATA, Work, adapter, check_peers
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -75,10 +73,10 @@ def measure(config: Config, device: Any, arguments: argparse.Namespace) -> dict[
 
     with without_warnings_logged():
         from data.streams.stream import Batch
-        from dsv2.training.engine import Engine, build_model
-        from dsv2.parallel.zero.base import start_mesh
+        from dsv2.benchmark.timing import balance_routing, random_tokens, row, stream_tokens, time_steps
         from dsv2.parallel.mesh import end_process_group
-        from launch.timing import balance_routing, random_tokens, row, stream_tokens, time_steps
+        from dsv2.parallel.zero.base import start_mesh
+        from dsv2.training.engine import Engine, build_model
 
     rank, world_size = launched_ranks()
     mesh = start_mesh(device, rank, world_size, config.parallel.expert_parallel_size)
@@ -116,7 +114,7 @@ def measure(config: Config, device: Any, arguments: argparse.Namespace) -> dict[
 
 def _parts(engine: Any, step: Any, keep: Path | None) -> dict[str, Any]:
     """The share of each part, and it as text; the trace goes to `keep`."""
-    from launch.parts import Ranges, methods_of_modules, parts_of_modules, read, record
+    from dsv2.benchmark.ranges import Ranges, methods_of_modules, parts_of_modules, read, record
 
     methods = [
         (engine.deepspeed, "step", "optimizer"),
@@ -139,7 +137,7 @@ def measure_peer(config: Config, device: Any, arguments: argparse.Namespace) -> 
     """The same of a peer, in this process."""
     import torch
 
-    from launch.timing import random_tokens, row, time_steps
+    from dsv2.benchmark.timing import random_tokens, row, time_steps
 
     parallel = config.parallel
     if device.type == "cuda":
@@ -230,7 +228,3 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.out:
             Path(arguments.out).write_text(json.dumps(result) + "\n")
     return int(any(found["errors"] for found in result.get("contenders", ())))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

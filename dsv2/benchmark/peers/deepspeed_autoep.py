@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from launch.peers import Work
-from launch.peers.transformers import build_model
-from launch.timing import Step
+from dsv2.benchmark.peers import Work
+from dsv2.benchmark.peers.transformers import build_model
+from dsv2.benchmark.timing import Step
 
 REQUIRES = {"deepspeed": "==0.19.8", "transformers": ">=5.0"}
 ALONE = ()

@@ -1,7 +1,7 @@
 """One self-contained HTML page of a run: curves, routing maps over time, final values, configuration.
 
-    python launch/report.py runs/quickstart
-    python launch/report.py runs/quickstart --out quickstart.html
+    python -m dsv2 report runs/quickstart
+    python -m dsv2 report runs/quickstart --out quickstart.html
 
 It reads the run's metrics.jsonl, maps.jsonl, status.json and config.yaml, of a finished run or of one under
 way, and needs no network, neither to be written nor to be looked at. Exit codes: 0; 2 for a folder that is no
@@ -17,13 +17,11 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, from anywhere
-
-from dsv2.monitoring.console import fmt_count
 from dsv2.errors import UserError
-from launch.panels import LAYER_SUFFIX, SECTIONS, Panel, Section
+from dsv2.monitoring.console import fmt_count
+from dsv2.monitoring.panels import LAYER_SUFFIX, SECTIONS, Panel, Section
 
-PAGE = Path(__file__).parent / "page"
+PAGE = Path(__file__).parent
 MOST_POINTS = 2000  # of one curve
 MOST_MAPS = 100
 
@@ -66,8 +64,8 @@ def read_run(folder: Path) -> Run:
     from omegaconf import OmegaConf
 
     from dsv2.config.compose import from_plain
-    from dsv2.training.rundir import read_status
     from dsv2.monitoring.tracker import METRICS_FILE, read_maps, read_metrics
+    from dsv2.training.rundir import read_status
 
     rows = read_metrics(folder)
     if not rows:
@@ -112,7 +110,7 @@ def spread(items: list[Any], most: int) -> list[Any]:
 
 
 def page_data(run: Run) -> dict[str, Any]:
-    """What the page's script draws from; see launch/page/report.js."""
+    """What the page's script draws from; see dsv2/monitoring/report/report.js."""
     from dsv2.monitoring.tracker import HEAT_COLOURS, HEAT_STOPS
 
     model = run.config.model
@@ -341,7 +339,3 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     print(out)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""Other frameworks on the same work, one a file, for `launch/benchmark.py --against`.
+"""Other frameworks on the same work, one a file, for `python -m dsv2 benchmark --against`.
 
 An adapter has `REQUIRES`, the packages by name with the versions it is written for, `ALONE`, those of them
 to install without what they ask for, `ABOUT`, a line on how it is set up, `STATES`, the precision of its
@@ -34,7 +34,7 @@ class Work(NamedTuple):
 
 
 def adapter(name: str) -> ModuleType:
-    return importlib.import_module(f"launch.peers.{name}")
+    return importlib.import_module(f"dsv2.benchmark.peers.{name}")
 
 
 def version(name: str) -> str | None:

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from data.streams.stream import build_stream
+from dsv2.benchmark.peers import Work
 from dsv2.config.schema import Config
 from dsv2.kernels.reference.router import Routing
 from dsv2.model.sizes import flops_per_token, peak_flops
 from dsv2.moe.layer import MoELayer
 from dsv2.parallel.mesh import Mesh
-from launch.peers import Work
 
 Step = Callable[[list[Tensor]], float]  # trains on a step's micro-batches and returns its loss
 

@@ -2,10 +2,10 @@
 
 from typing import Any
 
+from dsv2.benchmark.peers import Work
+from dsv2.benchmark.timing import Step, torch_step
 from dsv2.config.schema import ModelConfig
 from dsv2.hf.fields import published_config
-from launch.peers import Work
-from launch.timing import Step, torch_step
 
 REQUIRES = {"transformers": ">=5.0"}
 ALONE = ()

@@ -1,5 +1,5 @@
 "use strict";
-// Draws the curves and maps of a run into the cards that launch/report.py has written, from the JSON in #data:
+// Draws the curves and maps of a run into the cards that dsv2/monitoring/report/run.py has written, from the JSON in #data:
 // {steps: [before the first, last], series: {name: [steps, values]}, maps: [{step, name: rows}], first_layer, groups, heat: {stops, colours}}.
 
 window.addEventListener("error", (event) => { document.body.dataset.error = event.message; });

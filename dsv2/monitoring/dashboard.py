@@ -1,7 +1,7 @@
-"""Create the project's dashboard in W&B: a saved view with the sections of launch/panels.py.
+"""Create the project's dashboard in W&B: a saved view with the sections of dsv2/monitoring/panels.py.
 
-    python launch/dashboard.py --project dsv2
-    python launch/dashboard.py --spec dashboard.json
+    python -m dsv2 dashboard --project dsv2
+    python -m dsv2 dashboard --spec dashboard.json
 
 With --spec nothing is sent: the view is written as JSON, which needs neither network nor account. Each call
 makes a new view. Exit codes: 0; 2 where W&B cannot be reached or used, or FILE cannot be written.
@@ -13,11 +13,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, from anywhere
-
 from dsv2.config.schema import LoggingConfig
 from dsv2.errors import UserError
-from launch.panels import LAYER_SUFFIX, SECTIONS, Panel, Section
+from dsv2.monitoring.panels import LAYER_SUFFIX, SECTIONS, Panel, Section
 
 if TYPE_CHECKING:
     from wandb_workspaces.workspaces import Workspace  # takes seconds to import
@@ -126,7 +124,3 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
