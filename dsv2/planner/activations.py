@@ -1,7 +1,7 @@
 """What one micro-batch's forward keeps for its backward, and what either needs beside it, in bytes.
 
 One function a module, each a small table of the tensors that autograd keeps, so that a module whose
-code changes has one table to change. `tests/unit/test_plan_activations.py` counts the real tensors.
+code changes has one table to change. `tests/unit/planner/test_activations.py` counts the real tensors.
 
 The tables are for balanced routing: every rank's experts get `tokens x top-k` pairs, and as many rows
 come to a rank as leave it.

@@ -1,4 +1,4 @@
-"""The routed experts of dsv2/kernels/reference/experts.py with quack's grouped products, SwiGLU at their ends.
+"""The routed experts of kernels/reference/experts.py with quack's grouped products and SwiGLU at their ends.
 
 A pair's weight comes last, in the sum over a token's pairs: w (W2 h). In backward the product with W2
 ends in the gradients of gate and up, the weighted activations that W2's own gradient needs, and the

@@ -26,8 +26,9 @@ from dsv2.hf.fields import check_exportable, compare_config, published_config
 from dsv2.hf.init_from import HFWeights
 from dsv2.model.init import init_weights
 from dsv2.model.transformer import DeepseekV2
+from tests.unit.data.test_tokenizers import SENTENCES
 from tests.unit.helpers import REPO, compose_config
-from tests.unit.hf import (
+from tests.unit.hf.folders import (
     TOKENIZER_PIECES,
     assert_same_weights,
     exported_folder,
@@ -35,7 +36,6 @@ from tests.unit.hf import (
     our_model,
     published_checkpoint,
 )
-from tests.unit.test_data_tokenizer import SENTENCES
 
 YARN = RopeScalingConfig()
 KEPT_IN_BF16 = "model.layers.1.mlp.experts.3.up_proj.weight"

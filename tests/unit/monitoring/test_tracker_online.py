@@ -14,7 +14,7 @@ import threading
 import pytest
 
 from dsv2.monitoring.tracker import read_metrics
-from tests.unit.tracking import KEY, ROOT, SESSION, history, session_process, start
+from tests.unit.monitoring.tracking import KEY, ROOT, SESSION, history, session_process, start
 
 pytestmark = pytest.mark.usefixtures("no_wandb_settings")
 

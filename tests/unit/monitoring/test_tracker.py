@@ -9,7 +9,7 @@ import pytest
 import dsv2.monitoring.tracker
 from dsv2.errors import UserError
 from dsv2.monitoring.tracker import heat_map, read_maps, read_metrics
-from tests.unit.tracking import history, session_process, start
+from tests.unit.monitoring.tracking import history, session_process, start
 
 pytestmark = pytest.mark.usefixtures("no_wandb_settings")
 

@@ -21,7 +21,7 @@ from dsv2.hf.init_from import INDEX, HFWeights
 from dsv2.hf.names import published_parts
 from dsv2.model.transformer import DeepseekV2
 from dsv2.moe.execution import Execution
-from tests.unit.hf import assert_same_weights, exported_folder, hf_tiny, our_model
+from tests.unit.hf.folders import assert_same_weights, exported_folder, hf_tiny, our_model
 
 CONFIG = hf_tiny()
 GATE = "model.layers.1.mlp.experts.4.gate_proj.weight"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dsv2.config.schema import BalanceConfig, ModelConfig, RopeScalingConfig
 from dsv2.model.rope import rope_tables, softmax_scale
-from tests.unit.hf import gradients, hf_tiny, in_published_names, our_model, their_model
+from tests.unit.hf.folders import gradients, hf_tiny, in_published_names, our_model, their_model
 
 LOGITS, GRADIENTS = 1e-5, 1e-4  # largest difference, relative: of all logits; of each parameter's gradient
 YARN = RopeScalingConfig(factor=40, mscale=0.707, mscale_all_dim=0.707)

@@ -1,4 +1,4 @@
-"""Drawing tokens: shares, ends, and batches of prompts; tests/unit/test_generate.py runs the whole."""
+"""Drawing tokens: shares, ends, and batches of prompts. test_answers.py runs the whole."""
 
 import pytest
 import torch

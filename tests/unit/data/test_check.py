@@ -10,7 +10,7 @@ from data.config import DataSource
 from data.streams.stream import check_data, token_bytes_of, tokenizer_of, unigram_nats_of
 from data.tokenizers.base import load_tokenizer, train_tokenizer
 from dsv2.errors import OneRankError, UserError
-from tests.unit.test_data_stream import FILES, WORDS, build, local, streamed, write_folder
+from tests.unit.data.test_streams import FILES, WORDS, build, local, streamed, write_folder
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from dsv2.config.schema import LoggingConfig, WandbMode
 from dsv2.monitoring.tracker import Tracker, open_tracker
 from tests.unit.helpers import wandb_history
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 KEY = "0123456789" * 4  # W&B looks at a key's length before it asks the server
 
 # A session in a process of its own, with all that it prints and its exit code.

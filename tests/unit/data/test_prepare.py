@@ -18,7 +18,7 @@ from data.tokenizers.base import load_tokenizer
 from dsv2.errors import UserError
 from tests.unit.corpus import VOCAB, arguments, contents, documents
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def documents_in(folder: Path, split: str) -> list[str]:

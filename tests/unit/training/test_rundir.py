@@ -10,7 +10,7 @@ import pytest
 from dsv2.errors import UserError
 from dsv2.training.rundir import claim
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def test_one_job_at_a_time(tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ from data.tokenizers.base import Tokenizer, load_tokenizer, train_tokenizer
 from dsv2.errors import UserError
 from dsv2.hf.fields import published_config
 from dsv2.hf.tokenizer import write_tokenizer
-from tests.unit.hf import hf_tiny
-from tests.unit.test_data_tokenizer import ODD_TEXTS, SENTENCES
+from tests.unit.data.test_tokenizers import ODD_TEXTS, SENTENCES
+from tests.unit.hf.folders import hf_tiny
 
 LONGEST = 10**6
 RUNS = "=" * 200 + "\n" + "ab" * 50 + "\n" + "aab" * 40 + " " * 33 + "\t" * 9
