@@ -10,7 +10,8 @@ import torch.distributed.checkpoint as dcp
 from hypothesis import HealthCheck, settings
 
 from dsv2.checkpoint.files import FORMAT
-from dsv2.config.schema import AttentionKind, BalanceConfig, Config, ModelConfig, RopeScalingConfig, compose
+from dsv2.config import compose
+from dsv2.config.schema import AttentionKind, BalanceConfig, Config, ModelConfig, RopeScalingConfig
 from dsv2.kernels.reference.router import Routing, sequence_sums
 from dsv2.model.transformer import DeepseekV2
 from dsv2.moe.balance import BalanceLosses, balance_losses

@@ -12,7 +12,7 @@ import torch
 
 from data.streams.stream import build_stream
 from dsv2 import packages
-from dsv2.benchmark import compare
+from dsv2.benchmark import compare, peers
 from dsv2.benchmark import measure as benchmark
 from dsv2.benchmark.timing import balance_routing, random_tokens, row, stream_tokens, time_steps
 from dsv2.config.schema import Config
@@ -20,7 +20,6 @@ from dsv2.errors import UserError
 from dsv2.model.init import init_weights
 from dsv2.model.transformer import DeepseekV2
 from dsv2.parallel.mesh import Mesh
-from launch import peers
 from tests.unit.helpers import REPO, tiny_config
 
 TINY = ["data.sequence_length=16", "model.vocab_size=64", "model.num_hidden_layers=2", "optim.lr=1e-3"]
