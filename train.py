@@ -51,13 +51,13 @@ def train(config: Config) -> None:
         from dsv2.training.signals import StopSignals
 
     # What may be wrong with the files is found before any process group is made.
-    run_dir, parallel = config.run_dir, config.parallel
+    run_dir = config.run_dir
     device, (store, found, weights) = pick_device(config, local_processes()), find_start(config)
     _lock = claim(run_dir) if rank == 0 else None
 
-    mesh = start_mesh(device, rank, world_size, parallel.expert_parallel_size)
-    model = build_model(config.model, parallel, config.seed, mesh, weights)
-    engine = Engine(model, config.optim, parallel, mesh)
+    mesh = start_mesh(device, rank, world_size, config.parallel.expert_parallel_size)
+    model = build_model(config.model, config.runtime, config.seed, mesh, weights)
+    engine = Engine(model, config.optim, config.parallel, config.runtime, mesh)
     stream = build_stream(config.data, config.model.vocab_size, rank, world_size, mesh.cpu_group)
     evaluator = Evaluator(engine, config)
     state = store.load(engine, found) if found else RunState()
@@ -66,7 +66,7 @@ def train(config: Config) -> None:
 
     with StopSignals(mesh) as stop, Monitor(config, mesh, run_dir, state, found) as monitor:
         for plan in plan_steps(config.optim, config.data.sequence_length, state.step, state.tokens):
-            batches = share_of_step(stream, plan.batch_size, parallel.micro_batch_size, mesh)
+            batches = share_of_step(stream, plan.batch_size, config.runtime.micro_batch_size, mesh)
             monitor.data_ready()
             result = engine.train_step(batches, plan.lr)
             monitor.step(plan, result, engine)

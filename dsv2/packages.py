@@ -7,7 +7,7 @@ from pathlib import Path
 
 from packaging.specifiers import SpecifierSet
 
-CUTE = {"flash-attn-4": "==4.0.0b36", "quack-kernels": "==0.6.5"}  # of parallel.kernels=fused_cute
+CUTE = {"flash-attn-4": "==4.0.0b36", "quack-kernels": "==0.6.5"}  # of runtime.kernels=fused_cute
 
 
 def installed(package: str) -> str | None:

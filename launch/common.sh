@@ -25,11 +25,11 @@ else
     PYTHON=python
 fi
 
-# Number of GPUs that train.py will use on this machine: 0 where the overrides say parallel.device=cpu.
+# Number of GPUs that train.py will use on this machine: 0 where the overrides say runtime.device=cpu.
 count_gpus() {
     local override
     for override in "$@"; do
-        if [[ $override == parallel.device=cpu ]]; then
+        if [[ $override == runtime.device=cpu ]]; then
             echo 0
             return
         fi

@@ -32,10 +32,10 @@ if [[ $processes == 1 && "$*" != *parallel.expert_parallel_size=* ]]; then
     echo "one process: appending parallel.expert_parallel_size=1, whatever the experiment says"
     extra=(parallel.expert_parallel_size=1)
 fi
-if [[ " $* " == *" experiment=quickstart "* && "$*" != *parallel.micro_batch_size=* ]]; then
+if [[ " $* " == *" experiment=quickstart "* && "$*" != *runtime.micro_batch_size=* ]]; then
     case $processes in 4 | 8)
-        echo "quickstart: appending parallel.micro_batch_size=$((8 / processes)), a process's share of its batch"
-        extra=(parallel.micro_batch_size=$((8 / processes)))
+        echo "quickstart: appending runtime.micro_batch_size=$((8 / processes)), a process's share of its batch"
+        extra=(runtime.micro_batch_size=$((8 / processes)))
         ;;
     esac
 fi

@@ -2,7 +2,7 @@
 # Train on several machines: run this once on each of them, in any order, with the same overrides.
 #
 # Usage:    NNODES=N HEAD=host:port [NODE_RANK=R] [NPROC=N] [RDZV_ID=ID] launch/multinode.sh [overrides...]
-# Example:  NNODES=2 HEAD=node0:29500 launch/multinode.sh name=lite model=lite parallel=gpu
+# Example:  NNODES=2 HEAD=node0:29500 launch/multinode.sh name=lite model=lite runtime=gpu
 #
 # HEAD is one of the machines and a free port on it. Each machine finds out by name whether it is HEAD; where
 # names do not resolve to the machine itself (containers, NAT), give NODE_RANK=0 on HEAD, 1, 2, ... elsewhere.

@@ -1,8 +1,8 @@
 """Time optimizer steps of any model through the engine that trains it, and see where the time goes.
 
-    python -m dsv2 benchmark --steps 10 model=lite_slice parallel=gpu parallel.micro_batch_size=8
-    torchrun --nproc_per_node=8 -m dsv2 benchmark model=lite parallel=gpu parallel.expert_parallel_size=8
-    python -m dsv2 benchmark --against transformers,deepspeed_autoep:6 model=lite_slice parallel=gpu
+    python -m dsv2 benchmark --steps 10 model=lite_slice runtime=gpu runtime.micro_batch_size=8
+    torchrun --nproc_per_node=8 -m dsv2 benchmark model=lite runtime=gpu parallel.expert_parallel_size=8
+    python -m dsv2 benchmark --against transformers,deepspeed_autoep:6 model=lite_slice runtime=gpu
 
 Random tokens, data.sequence_length long (4096 unless given), or with data.path=FOLDER those of a prepared
 folder; routing as the model's weights have it, or with --balanced the same number of tokens for every expert.
@@ -62,7 +62,7 @@ def configuration(overrides: list[str], world_size: int) -> Config:
     defaults = {"data": "local", "data.path": NO_DATA, "data.sequence_length": "4096"}
     config = compose_config([f"{k}={v}" for k, v in defaults.items() if k not in given] + overrides)
     if "optim.batch_size" not in given:
-        config.optim.batch_size = config.parallel.micro_batch_size * world_size
+        config.optim.batch_size = config.runtime.micro_batch_size * world_size
     validate(config, world_size)
     return config
 
@@ -80,14 +80,14 @@ def measure(config: Config, device: Any, arguments: argparse.Namespace) -> dict[
 
     rank, world_size = launched_ranks()
     mesh = start_mesh(device, rank, world_size, config.parallel.expert_parallel_size)
-    model = build_model(config.model, config.parallel, config.seed, mesh)
+    model = build_model(config.model, config.runtime, config.seed, mesh)
     if arguments.balanced:
         balance_routing(model)
-    engine = Engine(model, config.optim, config.parallel, mesh)
+    engine = Engine(model, config.optim, config.parallel, config.runtime, mesh)
     random = config.data.path == NO_DATA
     tokens = random_tokens(config, rank, world_size) if random else stream_tokens(config, mesh)
 
-    numbers = count(rank * config.parallel.micro_batch_size, config.parallel.micro_batch_size * world_size)
+    numbers = count(rank * config.runtime.micro_batch_size, config.runtime.micro_batch_size * world_size)
 
     def step(micro_batches: list[Tensor]) -> float:
         batches = [Batch(t[:, :-1], t[:, 1:], next(numbers) + arange(len(t))) for t in micro_batches]
@@ -97,10 +97,10 @@ def measure(config: Config, device: Any, arguments: argparse.Namespace) -> dict[
     if timing.peak_gib is not None:
         peaks = engine.of_every_rank(tensor([timing.peak_gib], device=device))
         timing = timing._replace(peak_gib=float(peaks.max()))
-    precision = f"{config.parallel.precision.value}/{config.parallel.optimizer_states.value}"
+    precision = f"{config.runtime.precision.value}/{config.optim.states.value}"
     figures = row(config, device, timing, world_size, precision)
     figures |= {
-        "kernels": config.parallel.kernels.value,
+        "kernels": config.runtime.kernels.value,
         "routing": "balanced" if arguments.balanced else "learned",
         "data": "random" if random else config.data.path,
     }
@@ -139,13 +139,13 @@ def measure_peer(config: Config, device: Any, arguments: argparse.Namespace) -> 
 
     from dsv2.benchmark.timing import random_tokens, row, time_steps
 
-    parallel = config.parallel
+    runtime = config.runtime
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dtype = torch.bfloat16 if parallel.precision is Precision.bf16 else torch.float32
+    dtype = torch.bfloat16 if runtime.precision is Precision.bf16 else torch.float32
     length = config.data.sequence_length
-    work = Work(config.model, config.optim, parallel.micro_batch_size, length, config.seed, device, dtype)
-    peer, name = adapter(arguments.contender), parallel.precision.value
+    work = Work(config.model, config.optim, runtime.micro_batch_size, length, config.seed, device, dtype)
+    peer, name = adapter(arguments.contender), runtime.precision.value
     timing = time_steps(
         peer.build(work), random_tokens(config, 0, 1), device, arguments.steps, arguments.warmup
     )
@@ -163,7 +163,7 @@ def compare(sizes: dict[str, int | None], arguments: argparse.Namespace) -> tupl
             options += ["--profile", arguments.profile]
         overrides = list(arguments.overrides)
         if size := sizes.get(name):
-            overrides += [f"parallel.micro_batch_size={size}", f"optim.batch_size={size}"]
+            overrides += [f"runtime.micro_batch_size={size}", f"optim.batch_size={size}"]
         return run_turn([*options, *overrides])
 
     rows = alternate([OURS, *sizes], arguments.rounds, turn)
@@ -182,7 +182,7 @@ def announcement(
     length = config.data.sequence_length
     if not sizes:
         return f"{steps}, {config.optim.batch_size} x {length} tokens each"
-    own = config.parallel.micro_batch_size
+    own = config.runtime.micro_batch_size
     contenders = ", ".join(f"{name} {size or own} x {length}" for name, size in {OURS: own, **sizes}.items())
     rounds = "1 round" if arguments.rounds == 1 else f"{arguments.rounds} rounds"
     return f"{rounds} of {steps}: {contenders} tokens each"

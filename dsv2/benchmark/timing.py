@@ -29,7 +29,7 @@ class Timing(NamedTuple):
 def random_tokens(config: Config, rank: int, world_size: int) -> Iterator[list[Tensor]]:
     """This rank's micro-batches of one step after another, [sequences, length + 1] each."""
     generator = torch.Generator().manual_seed(rank)
-    micro = config.parallel.micro_batch_size
+    micro = config.runtime.micro_batch_size
     while True:
         yield [
             torch.randint(
@@ -45,7 +45,7 @@ def stream_tokens(config: Config, mesh: Mesh) -> Iterator[list[Tensor]]:
 
     stream = build_stream(config.data, config.model.vocab_size, mesh.rank, mesh.world_size, mesh.cpu_group)
     while True:
-        batches = share_of_step(stream, config.optim.batch_size, config.parallel.micro_batch_size, mesh)
+        batches = share_of_step(stream, config.optim.batch_size, config.runtime.micro_batch_size, mesh)
         yield [torch.cat((batch.input_ids, batch.labels[:, -1:]), dim=1) for batch in batches]
 
 
@@ -128,7 +128,7 @@ def row(
         "torch": torch.__version__,
         "precision": precision,
         "layers": config.model.num_hidden_layers,
-        "micro_batch": config.parallel.micro_batch_size,
+        "micro_batch": config.runtime.micro_batch_size,
         "length": length,
         "step_ms": seconds * 1e3,
         "step_ms_all": [s * 1e3 for s in timing.seconds],

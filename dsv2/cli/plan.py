@@ -72,7 +72,8 @@ def load(overrides: list[str], machines: Machines, any_layout: bool = False) -> 
     composed.data.source, composed.data.path = "local", "not read"
     config = to_config(composed)
     if any_layout:
-        config.parallel.expert_parallel_size = config.parallel.micro_batch_size = 1
+        config.parallel.expert_parallel_size = 1
+        config.runtime.micro_batch_size = 1
     validate(config, machines.gpus)
     validate_gpu(config, machines.gpu.name, machines.gpu.capability)
     return config

@@ -15,6 +15,7 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from dsv2.config.renamed import FIELDS, OPTIONS, with_new_names
 from dsv2.config.schema import Config
 from dsv2.errors import UserError
 
@@ -112,7 +113,7 @@ def from_plain(plain: dict[str, Any]) -> Config:
         UserError: a field that there is not, or a value of the wrong type.
     """
     try:
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain))
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), with_new_names(plain)))
     except OmegaConfBaseException as error:
         raise UserError(
             f"a saved configuration does not fit this version: {str(error).splitlines()[0]}"
@@ -132,7 +133,7 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
         before: what `to_plain` made, maybe by an older version; a field that it lacks had its default.
         now: what `to_plain` made.
     """
-    old, new = _flat(to_plain(Config())) | _flat(before), _flat(now)
+    old, new = _flat(to_plain(Config())) | _flat(with_new_names(before)), _flat(now)
     names = [name for name in dict.fromkeys([*new, *old]) if name not in _OF_THE_CALL]
     values = [(name, old.get(name), new.get(name)) for name in names]
     unused = {"seed": " (which only the first weights depend on)"}
@@ -182,7 +183,7 @@ def _keys(node: DictConfig, prefix: str = "") -> list[str]:
 SHORT = {  # what the planner calls these fields
     "ep": "parallel.expert_parallel_size",
     "zero": "parallel.zero_stage",
-    "micro_batch": "parallel.micro_batch_size",
+    "micro_batch": "runtime.micro_batch_size",
 }
 
 
@@ -194,6 +195,8 @@ def unknown_key(key: str, given: str | None = None, words: Collection[str] = ())
         given: the override as it was written, where it is known.
         words: further keys that the command line takes.
     """
+    if key in FIELDS:
+        return f"{given or key}: this field is now {FIELDS[key]}"
     names = [*words, *field_types()]
     last = key.split(".")[-1]
     near = [SHORT[key]] if key in SHORT else difflib.get_close_matches(key, names, n=1, cutoff=0.7)
@@ -226,7 +229,9 @@ def check_command_line(overrides: list[str], hydras_own: bool = False) -> None:
         as_option = override.startswith("-") or ("=" not in override and not override.startswith("~"))
         if as_option and not asks_hydra:
             raise UserError(f"{override}: must be written as name=value, such as experiment=quickstart")
-        found = re.fullmatch(r"[+~]*(model|rope_scaling|data|optim|parallel|logging)=(.*)", override)
+        if override in OPTIONS:
+            raise UserError(f"{override}: this option is now {OPTIONS[override]}")
+        found = re.fullmatch(r"[+~]*(model|rope_scaling|data|optim|runtime|logging)=(.*)", override)
         if found and (override[0] in "+~" or not re.fullmatch(r"(?!null$)[A-Za-z]\w*", found[2])):
             raise UserError(f"{override}: must name a file of conf/{found[1]}, without .yaml")
         if re.match(r"\+*model\.rope_scaling(\.\w+)?=(?!null$)", override) and not any(

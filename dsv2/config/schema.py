@@ -102,6 +102,10 @@ class ModelConfig:
 
 @dataclass
 class OptimConfig:
+    name: str = "adamw"  # the only optimizer so far
+    # Precision of master weights and Adam's moments. With bf16 the model's weights are the only copy, and all
+    # three are rounded stochastically. ZeRO-1 only.
+    states: Precision = Precision.fp32
     lr: float = 4.2e-4  # peak
     beta1: float = 0.9
     beta2: float = 0.95
@@ -120,16 +124,21 @@ class OptimConfig:
 
 @dataclass
 class ParallelConfig:
+    """The layout: how ranks share the work."""
+
     expert_parallel_size: int = 1  # ranks that share one copy of the routed experts
     zero_stage: int = 1  # DeepSpeed ZeRO: 0, 1, 2 or 3
-    micro_batch_size: int = 4  # sequences a rank runs forward at once
-    precision: Precision = Precision.fp32
-    # Master weights and Adam's moments. With bf16 there is no master beside the model's own bf16 weights, and
-    # all three are rounded stochastically; ZeRO-1 only.
-    optimizer_states: Precision = Precision.fp32
-    activation_checkpointing: bool = False  # recompute each layer in backward
+
+
+@dataclass
+class RuntimeConfig:
+    """How one rank computes its part."""
+
     device: Device = Device.auto
+    precision: Precision = Precision.fp32
     kernels: Kernels = Kernels.reference  # how the costly operations are computed
+    recompute: bool = False  # recompute each layer's activations in the backward pass
+    micro_batch_size: int = 4  # sequences per forward pass of a rank
 
 
 @dataclass
@@ -176,6 +185,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -203,9 +203,9 @@ class Monitor:
             self.tracker.alert(f"{self.config.name}: {alert.title}", alert.text)
 
     def _exchange_metrics(self, window: RoutingStats, engine: Engine) -> dict[str, float]:
-        model, parallel = self.config.model, self.config.parallel
-        itemsize = 2 if parallel.precision is Precision.bf16 else 4
-        sizes = (model.hidden_size, model.num_experts_per_tok, itemsize, parallel.activation_checkpointing)
+        model, runtime = self.config.model, self.config.runtime
+        itemsize = 2 if runtime.precision is Precision.bf16 else 4
+        sizes = (model.hidden_size, model.num_experts_per_tok, itemsize, runtime.recompute)
         wait_ms = torch.tensor(self.mesh.clock.take_ms(), dtype=torch.float64, device=self.mesh.device)
         return exchange_metrics(
             engine.of_every_rank(window.rows_out),
@@ -273,7 +273,7 @@ def layout_text(config: Config, mesh: Mesh) -> str:
     parallel = config.parallel
     return (
         f"{mesh.world_size} x {mesh.device.type}, expert parallel {parallel.expert_parallel_size}, "
-        f"ZeRO-{parallel.zero_stage}, {parallel.precision.value}"
+        f"ZeRO-{parallel.zero_stage}, {config.runtime.precision.value}"
     )
 
 

@@ -51,29 +51,28 @@ def pick_device(config: Config, processes: int) -> torch.device:
     Raises:
         UserError: more processes on this machine than GPUs, or kernels that they or the packages here lack.
     """
-    parallel, kernels = config.parallel, config.parallel.kernels
+    kernels = config.runtime.kernels
     gpus = torch.cuda.device_count()
-    on_cpu = parallel.device is Device.cpu or (parallel.device is Device.auto and gpus == 0)
+    on_cpu = config.runtime.device is Device.cpu or (config.runtime.device is Device.auto and gpus == 0)
     if on_cpu and kernels is not Kernels.reference:
         raise UserError(
-            f"parallel.kernels={kernels.value}: needs an NVIDIA GPU; on the CPU use "
-            "parallel.kernels=reference"
+            f"runtime.kernels={kernels.value}: needs an NVIDIA GPU; on the CPU use runtime.kernels=reference"
         )
     if on_cpu:
         return torch.device("cpu")
     if gpus == 0:
-        raise UserError("parallel.device=cuda: there is no GPU on this machine; use parallel=default")
+        raise UserError("runtime.device=cuda: there is no GPU on this machine; use runtime=default")
     if processes > gpus:
         raise UserError(
-            f"parallel.device={parallel.device.value}: {processes} processes on this machine, which has "
+            f"runtime.device={config.runtime.device.value}: {processes} processes on this machine, which has "
             f"{gpus} GPUs; start at most {gpus} (NPROC=N launch/local.sh, torchrun --nproc_per_node=N), or "
-            "use parallel.device=cpu"
+            "use runtime.device=cpu"
         )
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     if kernels is not Kernels.reference:
         validate_gpu(config, torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)[0])
     if kernels is Kernels.fused_cute and (wrong := misfit(CUTE)):
-        raise UserError(f"parallel.kernels={kernels.value}: {wrong}; or use fused")
+        raise UserError(f"runtime.kernels={kernels.value}: {wrong}; or use fused")
     return device
 
 

@@ -68,12 +68,12 @@ def make_pass(config: Config, fused_norm: bool = True) -> Pass:
     parallel = config.parallel
     return Pass(
         model=config.model,
-        tokens=parallel.micro_batch_size * config.data.sequence_length,
-        itemsize=2 if parallel.precision is Precision.bf16 else 4,
+        tokens=config.runtime.micro_batch_size * config.data.sequence_length,
+        itemsize=2 if config.runtime.precision is Precision.bf16 else 4,
         ep_size=parallel.expert_parallel_size,
-        recompute=parallel.activation_checkpointing,
+        recompute=config.runtime.recompute,
         fused_norm=fused_norm,
-        kernels=parallel.kernels,
+        kernels=config.runtime.kernels,
     )
 
 

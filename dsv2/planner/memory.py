@@ -29,10 +29,10 @@ class Layout(NamedTuple):
     """What of the configuration decides how states are kept."""
 
     stage: int
-    bf16: bool  # parallel.precision
+    bf16: bool  # runtime.precision
     states: int  # bytes of an element of masters and moments
     sums: bool  # has a step's gradient several terms, micro-batches or ranks?
-    fused: bool  # parallel.kernels
+    fused: bool  # runtime.kernels
 
     @property
     def size(self) -> int:
@@ -49,10 +49,10 @@ def _layout(config: Config, world_size: int) -> Layout:
     parallel = config.parallel
     return Layout(
         stage=parallel.zero_stage,
-        bf16=parallel.precision is Precision.bf16,
-        states=2 if parallel.optimizer_states is Precision.bf16 else FP32,
-        sums=config.optim.batch_size > parallel.micro_batch_size,
-        fused=parallel.kernels is not Kernels.reference,
+        bf16=config.runtime.precision is Precision.bf16,
+        states=2 if config.optim.states is Precision.bf16 else FP32,
+        sums=config.optim.batch_size > config.runtime.micro_batch_size,
+        fused=config.runtime.kernels is not Kernels.reference,
     )
 
 

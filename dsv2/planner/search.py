@@ -40,12 +40,13 @@ class Planned(NamedTuple):
     def words(self) -> dict[str, object]:
         """The layout as the planner's own words and overrides."""
         parallel = self.config.parallel
+        runtime = self.config.runtime
         return {
             "gpus": self.machines.gpus,
             "ep": parallel.expert_parallel_size,
             "zero": parallel.zero_stage,
-            "micro_batch": parallel.micro_batch_size,
-            "parallel.activation_checkpointing": str(parallel.activation_checkpointing).lower(),
+            "micro_batch": runtime.micro_batch_size,
+            "runtime.recompute": str(runtime.recompute).lower(),
         }
 
 
@@ -58,20 +59,17 @@ def plan(config: Config, machines: Machines) -> Planned:
 def _layouts(config: Config, gpus: int) -> Iterator[Config]:
     """Every layout of `gpus` processes that train.py accepts for this model and batch."""
     experts = config.model.n_routed_experts
-    stages = (1, 2, 3) if config.parallel.precision is Precision.bf16 else (0, 1, 2, 3)
+    stages = (1, 2, 3) if config.runtime.precision is Precision.bf16 else (0, 1, 2, 3)
     micro_batches = [2**power for power in range(max(1, config.optim.batch_size // gpus).bit_length())]
     for ep in (size for size in range(1, experts + 1) if experts % size == 0 and gpus % size == 0):
         for stage in stages:
             for micro_batch in micro_batches:
                 for recompute in (False, True):
-                    parallel = replace(
-                        config.parallel,
-                        expert_parallel_size=ep,
-                        zero_stage=stage,
-                        micro_batch_size=micro_batch,
-                        activation_checkpointing=recompute,
+                    candidate = replace(
+                        config,
+                        parallel=replace(config.parallel, expert_parallel_size=ep, zero_stage=stage),
+                        runtime=replace(config.runtime, micro_batch_size=micro_batch, recompute=recompute),
                     )
-                    candidate = replace(config, parallel=parallel)
                     try:
                         validate(candidate, gpus)
                     except UserError:

@@ -42,10 +42,8 @@ def traffic(config: Config, gpus_per_node: int) -> Traffic:
     """All-to-all of a token at this layout, routed uniformly: a row for each rank that it reaches."""
     model, parallel = config.model, config.parallel
     ep = parallel.expert_parallel_size
-    itemsize = 2 if parallel.precision is Precision.bf16 else 4
-    row = bytes_per_row(
-        model.hidden_size, model.num_experts_per_tok, itemsize, parallel.activation_checkpointing
-    )
+    itemsize = 2 if config.runtime.precision is Precision.bf16 else 4
+    row = bytes_per_row(model.hidden_size, model.num_experts_per_tok, itemsize, config.runtime.recompute)
     row *= model.num_hidden_layers - min(model.first_k_dense_replace, model.num_hidden_layers)
     ranks = mean_ranks(model, ep, limited=True)
     elsewhere = (ep - 1) / ep
@@ -69,8 +67,8 @@ def _states_seconds(config: Config, world_size: int, gpu: Gpu, gpus_per_node: in
     """Gradient reduction and weight gathering of one step, one after the other."""
     parallel = config.parallel
     stage, ep = parallel.zero_stage, parallel.expert_parallel_size
-    size = 2 if parallel.precision is Precision.bf16 else 4
-    micro_batches = config.optim.batch_size // (parallel.micro_batch_size * world_size)
+    size = 2 if config.runtime.precision is Precision.bf16 else 4
+    micro_batches = config.optim.batch_size // (config.runtime.micro_batch_size * world_size)
     parameters = rank_parameters(config.model, world_size, ep)
     # In sizes of the whole tensors: an all-reduce sends them twice, a gather or a scatter once.
     if stage == 3:
@@ -94,13 +92,13 @@ def _states_seconds(config: Config, world_size: int, gpu: Gpu, gpus_per_node: in
 
 def speed(config: Config, world_size: int, gpu: Gpu, gpus_per_node: int, mfu: float | None) -> Speed:
     """Time of a step at the full batch; `mfu` is the whole step's, where it is known."""
-    model, parallel = config.model, config.parallel
+    model = config.model
     length = config.data.sequence_length
     step_tokens = config.optim.batch_size * length
     rank_tokens = step_tokens / world_size
     flops = flops_per_token(model, length)
     done = flops
-    if parallel.activation_checkpointing:  # each layer's forward once more; the head's is kept
+    if config.runtime.recompute:  # each layer's forward once more; the head's is kept
         done += (flops - 6 * model.vocab_size * model.hidden_size) // 3
     arithmetic = rank_tokens * done / (gpu.peak * ARITHMETIC)
     bytes_sent = traffic(config, gpus_per_node)

@@ -26,12 +26,12 @@ def _words(words: dict[str, object]) -> str:
 def _title(planned: Planned) -> str:
     config, machines = planned.config, planned.machines
     parallel = config.parallel
-    layers = "layers recomputed" if parallel.activation_checkpointing else "layers kept"
+    layers = "layers recomputed" if config.runtime.recompute else "layers kept"
     return (
         f"{config.name}: {machines.gpus} x {machines.gpu.name}, expert parallel "
-        f"{parallel.expert_parallel_size}, ZeRO-{parallel.zero_stage}, {parallel.precision.value}, "
-        f"micro-batch {parallel.micro_batch_size} x {config.data.sequence_length} tokens, {layers}, "
-        f"{parallel.kernels.value} kernels"
+        f"{parallel.expert_parallel_size}, ZeRO-{parallel.zero_stage}, {config.runtime.precision.value}, "
+        f"micro-batch {config.runtime.micro_batch_size} x {config.data.sequence_length} tokens, {layers}, "
+        f"{config.runtime.kernels.value} kernels"
     )
 
 
@@ -119,7 +119,7 @@ def _time_lines(planned: Planned) -> list[str]:
     else:
         title = "time, at the MFU given"
         step = f"  step        {speed.step_s:.2f} s for {short(tokens)} tokens"
-    if config.parallel.precision is Precision.fp32 and planned.machines.mfu is None:
+    if config.runtime.precision is Precision.fp32 and planned.machines.mfu is None:
         title += "; at bf16's rate, which fp32 does not reach"
     return [
         title,

@@ -166,7 +166,7 @@ def gpus(config: Config) -> list[str]:
     """The GPUs that runs may take, as CUDA_VISIBLE_DEVICES names them; none where runs are on the CPU."""
     import torch
 
-    if config.parallel.device is Device.cpu or not torch.cuda.is_available():
+    if config.runtime.device is Device.cpu or not torch.cuda.is_available():
         return []
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     return chosen.split(",") if chosen else [str(index) for index in range(torch.cuda.device_count())]
@@ -214,7 +214,7 @@ def summary(study: str, jobs: list[Job], overrides: list[str], at_once: int) -> 
         "commit": commit(),
         "hardware": hardware(config),
         "runs_at_once": at_once,
-        "precision": config.parallel.precision.value,
+        "precision": config.runtime.precision.value,
         "tokens": config.optim.total_tokens,
         "sequence_length": config.data.sequence_length,
         "batch_size": config.optim.batch_size,
@@ -242,7 +242,7 @@ def commit() -> str:
 def hardware(config: Config) -> str:
     import torch
 
-    if config.parallel.device is not Device.cpu and torch.cuda.is_available():
+    if config.runtime.device is not Device.cpu and torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
     return f"{os.cpu_count()} CPU cores"
 

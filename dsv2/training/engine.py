@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from data.streams.stream import Batch, Stream
-from dsv2.config.schema import Kernels, ModelConfig, OptimConfig, ParallelConfig, Precision
+from dsv2.config.schema import Kernels, ModelConfig, OptimConfig, ParallelConfig, Precision, RuntimeConfig
 from dsv2.hf.init_from import HFWeights
 from dsv2.kernels.sets import REFERENCE, fused_kernels
 from dsv2.model.init import init_weights
@@ -47,13 +47,15 @@ class StepResult(NamedTuple):
     stats: RoutingStats
 
 
-def deepspeed_config(optim: OptimConfig, parallel: ParallelConfig, world_size: int) -> dict[str, Any]:
+def deepspeed_config(
+    optim: OptimConfig, parallel: ParallelConfig, runtime: RuntimeConfig, world_size: int
+) -> dict[str, Any]:
     """DeepSpeed's configuration, made from ours; there is no second one to write by hand."""
     config: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": parallel.micro_batch_size,
+        "train_micro_batch_size_per_gpu": runtime.micro_batch_size,
         # The engine below scales the loss and marks the last micro-batch itself, as the batch may grow.
         "gradient_accumulation_steps": 1,
-        "train_batch_size": parallel.micro_batch_size * world_size,
+        "train_batch_size": runtime.micro_batch_size * world_size,
         # ZeRO-0's own clipping gets the norm of experts wrong; `_clip_replicated` stands in.
         "gradient_clipping": optim.grad_clip if parallel.zero_stage else 0.0,
         "zero_optimization": {
@@ -64,7 +66,7 @@ def deepspeed_config(optim: OptimConfig, parallel: ParallelConfig, world_size: i
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
     }
-    if parallel.precision is Precision.bf16:
+    if runtime.precision is Precision.bf16:
         # A gradient goes to its fp32 buffer as soon as it is there, and is freed.
         config["bf16"] = {"enabled": True, "immediate_grad_update": parallel.zero_stage == 1}
         config["data_types"] = {"grad_accum_dtype": "fp32"}
@@ -77,19 +79,19 @@ def deepspeed_config(optim: OptimConfig, parallel: ParallelConfig, world_size: i
 
 def build_model(
     config: ModelConfig,
-    parallel: ParallelConfig,
+    runtime: RuntimeConfig,
     seed: int,
     mesh: Mesh,
     weights: HFWeights | None = None,
 ) -> DeepseekV2:
     """This rank's share of the model on its device, in its precision: fresh, or with the weights given."""
     kernels = REFERENCE
-    if parallel.kernels is not Kernels.reference:
-        kernels = fused_kernels(cute=parallel.kernels is Kernels.fused_cute)
+    if runtime.kernels is not Kernels.reference:
+        kernels = fused_kernels(cute=runtime.kernels is Kernels.fused_cute)
     with torch.device("meta"):  # so that memory is taken once, and in the precision it is used in
-        execution = Execution(mesh.ep_group, parallel.activation_checkpointing, kernels, mesh.clock)
+        execution = Execution(mesh.ep_group, runtime.recompute, kernels, mesh.clock)
         model = DeepseekV2(config, execution)
-    dtype = torch.bfloat16 if parallel.precision is Precision.bf16 else torch.float32
+    dtype = torch.bfloat16 if runtime.precision is Precision.bf16 else torch.float32
     model.to(dtype).to_empty(device=mesh.device)
     if weights is None:
         init_weights(model, config.initializer_range, seed)
@@ -114,7 +116,14 @@ def share_of_step(stream: Stream, batch_size: int, micro_batch_size: int, mesh: 
 class Engine:
     """A model under DeepSpeed, with its optimizer."""
 
-    def __init__(self, model: DeepseekV2, optim: OptimConfig, parallel: ParallelConfig, mesh: Mesh):
+    def __init__(
+        self,
+        model: DeepseekV2,
+        optim: OptimConfig,
+        parallel: ParallelConfig,
+        runtime: RuntimeConfig,
+        mesh: Mesh,
+    ):
         adopt(model, mesh)
         self.mesh, self.grad_clip = mesh, optim.grad_clip
         optimizer = torch.optim.AdamW(
@@ -125,10 +134,10 @@ class Engine:
             fused=True,
         )
         self.deepspeed: Any
-        config = deepspeed_config(optim, parallel, mesh.world_size)
+        config = deepspeed_config(optim, parallel, runtime, mesh.world_size)
         with contextlib.redirect_stdout(io.StringIO()):  # it prints the memory after every parameter group
             self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
-        take_over(self.deepspeed, mesh, model.execution.kernels, parallel.optimizer_states)
+        take_over(self.deepspeed, mesh, model.execution.kernels, optim.states)
 
     @property
     def model(self) -> nn.Module:

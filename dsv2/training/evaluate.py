@@ -35,7 +35,7 @@ class Evaluator:
         Ranks take turns; where N does not divide, a rank without a sequence runs one that does not
         count, for every rank must take part in the experts' exchange.
         """
-        mesh, size = self.engine.mesh, self.config.parallel.micro_batch_size
+        mesh, size = self.engine.mesh, self.config.runtime.micro_batch_size
         sums = torch.zeros(3, dtype=torch.float64, device=mesh.device)  # nats, labels, bytes
         for start in range(0, len(self.sequences), size * mesh.world_size):
             places = start + mesh.rank * size + np.arange(size)

@@ -10,9 +10,9 @@ from dsv2.config.schema import (
     LoggingConfig,
     ModelConfig,
     OptimConfig,
-    ParallelConfig,
     Precision,
     RopeScalingConfig,
+    RuntimeConfig,
 )
 from dsv2.errors import UserError
 
@@ -205,6 +205,8 @@ def _validate_moe(model: ModelConfig) -> None:
 
 
 def _validate_optim(optim: OptimConfig) -> None:
+    if optim.name != "adamw":
+        _refuse("optim.name", optim.name, "must be adamw")
     _require_positive("optim", optim, ["total_tokens", "batch_size", "batch_ramp_increment"])
     _require_positive("optim", optim, ["warmup_steps", "weight_decay", "batch_ramp_tokens"], least=0)
     _require_fraction("optim", optim, ["beta1", "beta2", "decay_factor"])
@@ -223,22 +225,22 @@ def _validate_optim(optim: OptimConfig) -> None:
         _refuse("optim.batch_ramp_tokens", 0, "must be above 0 when optim.batch_size_start is given")
 
 
-def _validate_kernels(model: ModelConfig, parallel: ParallelConfig) -> None:
-    if parallel.kernels is Kernels.reference:
+def _validate_kernels(model: ModelConfig, runtime: RuntimeConfig) -> None:
+    if runtime.kernels is Kernels.reference:
         return
-    name = parallel.kernels.value
-    if parallel.precision is not Precision.bf16:
-        _refuse("parallel.kernels", name, "needs parallel.precision=bf16; or use reference")
+    name = runtime.kernels.value
+    if runtime.precision is not Precision.bf16:
+        _refuse("runtime.kernels", name, "needs runtime.precision=bf16; or use reference")
     rope = model.qk_rope_head_dim
     if model.attention is AttentionKind.mla and rope & (rope - 1):
-        right = f"must be a power of 2 with parallel.kernels={name}; or use reference"
+        right = f"must be a power of 2 with runtime.kernels={name}; or use reference"
         _refuse("model.qk_rope_head_dim", rope, right)
     for field in ("hidden_size", "moe_intermediate_size"):
         if (value := getattr(model, field)) % 8:
-            right = f"must be a multiple of 8 with parallel.kernels={name}; or use reference"
+            right = f"must be a multiple of 8 with runtime.kernels={name}; or use reference"
             _refuse(f"model.{field}", value, right)
     if model.attention is AttentionKind.mla:
-        _validate_fused_heads(model, parallel.kernels)
+        _validate_fused_heads(model, runtime.kernels)
 
 
 def _head_widths(model: ModelConfig) -> dict[str, int]:
@@ -258,7 +260,7 @@ def _validate_fused_heads(model: ModelConfig, kernels: Kernels) -> None:
     for field, width in widths.items():
         for fits, right in ((width % 8 == 0, "a multiple of 8"), (width <= too_wide, at_most)):
             if not fits:
-                right = f"must be {right} with parallel.kernels={kernels.value}; or use reference"
+                right = f"must be {right} with runtime.kernels={kernels.value}; or use reference"
                 _refuse(f"model.{field}", width, right)
 
 
@@ -272,22 +274,23 @@ def validate_gpu(config: Config, gpu: str, capability: int) -> None:
     Raises:
         UserError: says which kernels it has.
     """
-    model, kernels = config.model, config.parallel.kernels
+    model, kernels = config.model, config.runtime.kernels
     widest = max(_head_widths(model).values())
     cudnn = capability in (9, 10) or widest <= 128 or model.attention is not AttentionKind.mla
     others = "fused or reference" if cudnn else "reference"
     if kernels is Kernels.fused_cute and capability != 9:
         right = f"needs a Hopper GPU (H100, H800, H200), not {gpu}; or use {others}"
-        _refuse("parallel.kernels", kernels.value, right)
+        _refuse("runtime.kernels", kernels.value, right)
     if kernels is Kernels.fused and not cudnn:
         right = f"cuDNN's attention takes heads of at most 128 on {gpu}, not {widest}; use {others}"
-        _refuse("parallel.kernels", kernels.value, right)
+        _refuse("runtime.kernels", kernels.value, right)
 
 
 def _validate_parallel(config: Config, world_size: int) -> None:
     parallel, model, optim = config.parallel, config.model, config.optim
     ep, stage = parallel.expert_parallel_size, parallel.zero_stage
-    _require_positive("parallel", parallel, ["expert_parallel_size", "micro_batch_size"])
+    _require_positive("parallel", parallel, ["expert_parallel_size"])
+    _require_positive("runtime", config.runtime, ["micro_batch_size"])
     if world_size % ep:
         _refuse(
             "parallel.expert_parallel_size",
@@ -311,21 +314,22 @@ def _validate_parallel(config: Config, world_size: int) -> None:
         )
     if stage not in (0, 1, 2, 3):
         _refuse("parallel.zero_stage", stage, "must be 0, 1, 2 or 3")
-    if stage == 0 and parallel.precision is Precision.bf16:
+    if stage == 0 and config.runtime.precision is Precision.bf16:
         _refuse(
             "parallel.zero_stage",
             stage,
-            "bf16 needs stage 1, 2 or 3, which keep fp32 master weights; or use parallel.precision=fp32",
+            "bf16 needs stage 1, 2 or 3, which keep fp32 master weights; or use runtime.precision=fp32",
         )
-    if parallel.optimizer_states is Precision.bf16 and (stage != 1 or parallel.precision is Precision.fp32):
+    if optim.states is Precision.bf16 and (stage != 1 or config.runtime.precision is Precision.fp32):
         _refuse(
-            "parallel.optimizer_states",
+            "optim.states",
             "bf16",
-            f"needs parallel.zero_stage=1 and parallel.precision=bf16, not {stage} and "
-            f"{parallel.precision.value}; or use fp32",
+            f"needs parallel.zero_stage=1 and runtime.precision=bf16, not {stage} and "
+            f"{config.runtime.precision.value}; or use fp32",
         )
-    _validate_kernels(config.model, parallel)
-    share = parallel.micro_batch_size * world_size
+    _validate_kernels(config.model, config.runtime)
+    micro_batch_size = config.runtime.micro_batch_size
+    share = micro_batch_size * world_size
     sizes = {"optim.batch_size": optim.batch_size}
     if optim.batch_size_start is not None:
         sizes["optim.batch_size_start"] = optim.batch_size_start
@@ -335,6 +339,6 @@ def _validate_parallel(config: Config, world_size: int) -> None:
             _refuse(
                 name,
                 size,
-                f"must be a multiple of {share} = parallel.micro_batch_size={parallel.micro_batch_size} x "
+                f"must be a multiple of {share} = runtime.micro_batch_size={micro_batch_size} x "
                 f"{world_size} processes",
             )

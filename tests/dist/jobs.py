@@ -20,6 +20,7 @@ from dsv2.config.schema import (
     OptimConfig,
     ParallelConfig,
     Precision,
+    RuntimeConfig,
 )
 from tests.dist.traces import COUNTS, SUMS, Trace, kept_pairs
 
@@ -150,20 +151,18 @@ def make_engine(
     from dsv2.training.engine import Engine, build_model
 
     mesh = start_mesh(torch.device("cpu"), rank, world_size, ep)
-    parallel = ParallelConfig(
-        expert_parallel_size=ep,
-        zero_stage=stage,
+    parallel = ParallelConfig(expert_parallel_size=ep, zero_stage=stage)
+    runtime = RuntimeConfig(
         micro_batch_size=micro_batch,
-        activation_checkpointing=recompute,
+        recompute=recompute,
         precision=Precision.bf16 if bf16 else Precision.fp32,
-        optimizer_states=states,
     )
     config = model_config(**changes)
     weights = HFWeights(Path(init_from), config) if init_from else None
-    model = build_model(config, parallel, 0, mesh, weights)
+    model = build_model(config, runtime, 0, mesh, weights)
     if tied:
         tie_routers(model)
-    return Engine(model, OPTIM, parallel, mesh)
+    return Engine(model, replace(OPTIM, states=states), parallel, runtime, mesh)
 
 
 def owned(engine: Any, key: str) -> list[tuple[str, int, int, np.ndarray]]:

@@ -7,7 +7,7 @@ from unittest.mock import patch
 
 import torch
 
-from dsv2.config.schema import Kernels, ParallelConfig
+from dsv2.config.schema import Kernels, RuntimeConfig
 from dsv2.parallel.zero.base import start_mesh
 from dsv2.training.engine import build_model
 from tests.dist import jobs
@@ -34,16 +34,16 @@ def measure(rank: int, world_size: int, micro_batches: int, **layout: Any) -> tu
 
 
 def one_pass(
-    rank: int, world_size: int, sizes: dict[str, int], sequences: int, parallel: ParallelConfig
+    rank: int, world_size: int, sizes: dict[str, int], sequences: int, runtime: RuntimeConfig
 ) -> tuple[int, int]:
     """(bytes a forward keeps for its backward, most bytes during both), without weights and gradients."""
     with contextlib.ExitStack() as stack:
-        if parallel.kernels is not Kernels.reference:
-            cute = parallel.kernels is Kernels.fused_cute
+        if runtime.kernels is not Kernels.reference:
+            cute = runtime.kernels is Kernels.fused_cute
             kernels = stack.enter_context(idle_triton(chunk=8192, cute=cute))
             stack.enter_context(patch("dsv2.training.engine.fused_kernels", lambda **options: kernels))
-        mesh = start_mesh(torch.device("cpu"), rank, world_size, parallel.expert_parallel_size)
-        model = build_model(jobs.model_config(**sizes), parallel, 0, mesh)
+        mesh = start_mesh(torch.device("cpu"), rank, world_size, world_size)
+        model = build_model(jobs.model_config(**sizes), runtime, 0, mesh)
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
         known = [t for p in model.parameters() for t in (p, p.grad) if t is not None]

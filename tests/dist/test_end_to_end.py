@@ -97,7 +97,7 @@ def test_signal_saves_and_exits_0_then_another_layout_continues(command, started
     status = json.loads((tmp_path / "stopped" / "status.json").read_text())
     assert status["state"] == "stopped"
     assert 2 <= status["step"] < 150
-    layout = [*TWO, MANY, "parallel.zero_stage=3", "parallel.micro_batch_size=1"]
+    layout = [*TWO, MANY, "parallel.zero_stage=3", "runtime.micro_batch_size=1"]
     job = started(command("stopped", *layout, "checkpoint.every=0", launcher=TORCHRUN))
     wait_for_step(tmp_path / "stopped", status["step"] + 20)
     job.send_signal(signal.SIGTERM)  # as a scheduler does; torchrun passes it on and reports it by its code
@@ -250,7 +250,7 @@ def test_long_context_stage(command, tmp_path):
     run(command("short", "stop_step=12"))
     source = tmp_path / "short" / "checkpoints" / "step-00000012"
     lr = 1e-4
-    stage = ["experiment=long_context", "model=debug", "parallel=default", f"resume={source}"]
+    stage = ["experiment=long_context", "model=debug", "runtime=default", f"resume={source}"]
     stage += ["model.max_position_embeddings=64", "data.sequence_length=64", "optim.warmup_steps=0"]
     stage += ["model.rope_scaling.original_max_position_embeddings=32", "model.rope_scaling.factor=2"]
     stage += ["optim.total_tokens=4096", f"optim.lr={lr}", "optim.decay_at=[]", "checkpoint.every=1"]

@@ -16,7 +16,7 @@ from data.corpora.base import JsonlSource
 from data.prepare.command import Settings, prepare
 from data.prepared.packing import PackedTokens
 from data.tokenizers.base import Tokenizer, load_tokenizer
-from dsv2.config.schema import Config, EvalConfig, ParallelConfig
+from dsv2.config.schema import Config, EvalConfig, RuntimeConfig
 from dsv2.model.init import init_weights
 from dsv2.model.transformer import DeepseekV2
 from tests.dist import jobs
@@ -54,8 +54,8 @@ def evaluate(rank: int, world_size: int, config: Config, **layout: Any) -> tuple
     from dsv2.training.evaluate import Evaluator
 
     engine = jobs.make_engine(rank, world_size, **layout, **MODEL)
-    parallel = ParallelConfig(micro_batch_size=layout["micro_batch"])
-    evaluator = Evaluator(engine, replace(config, parallel=parallel))
+    runtime = RuntimeConfig(micro_batch_size=layout["micro_batch"])
+    evaluator = Evaluator(engine, replace(config, runtime=runtime))
     return *evaluator.evaluate(), evaluator.sample()
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dsv2.config.schema import Kernels, ParallelConfig, Precision
+from dsv2.config.schema import Kernels, Precision, RuntimeConfig
 from tests.dist import jobs
 from tests.idle_triton import idle_triton
 
@@ -43,14 +43,12 @@ def looks(rank: int, world_size: int, dropping: bool, recompute: bool, kernels: 
 
     real = torch.Tensor.tolist
     mesh = start_mesh(torch.device("cpu"), rank, world_size, world_size)
-    parallel = ParallelConfig(
-        world_size, activation_checkpointing=recompute, kernels=kernels, precision=Precision.bf16
-    )
+    runtime = RuntimeConfig(recompute=recompute, kernels=kernels, precision=Precision.bf16)
     config = jobs.model_config(**SIZES, token_dropping=dropping, capacity_factor=0.8)
     batch = jobs.cut(jobs.global_batch(0), rank * 2, 2)
     with idle_triton(8192, cute=kernels is Kernels.fused_cute) as idle, Looks() as found:
         with patch("dsv2.training.engine.fused_kernels", lambda **options: idle):
-            model = build_model(config, parallel, 0, mesh)
+            model = build_model(config, runtime, 0, mesh)
         del found.seen[:]
 
         def tolist(tensor: torch.Tensor) -> Any:

@@ -53,8 +53,8 @@ def documented() -> dict[str, set[str]]:
 def runs_dir(run_command, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The runs "1" and "2" of so many processes; a dispatch has 4 sequences in both."""
     folder = tmp_path_factory.mktemp("metrics")
-    run(run_command(folder, "1", *OVERRIDES, "parallel.micro_batch_size=4", "logging.wandb=disabled"))
-    run(run_command(folder, "2", *OVERRIDES, *TWO, "parallel.micro_batch_size=2", launcher=TORCHRUN))
+    run(run_command(folder, "1", *OVERRIDES, "runtime.micro_batch_size=4", "logging.wandb=disabled"))
+    run(run_command(folder, "2", *OVERRIDES, *TWO, "runtime.micro_batch_size=2", launcher=TORCHRUN))
     return folder
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from data.config import DataConfig
-from dsv2.config.schema import Config, Kernels, OptimConfig, ParallelConfig, Precision
+from dsv2.config.schema import Config, Kernels, OptimConfig, ParallelConfig, Precision, RuntimeConfig
 from dsv2.planner.activations import activations, head, make_pass
 from dsv2.planner.memory import BUCKET, Memory, memory
 from tests.dist import jobs
@@ -29,15 +29,15 @@ def planned(
     batch: int = 16,
     micro_batch: int = 1,
 ) -> Memory:
-    parallel = ParallelConfig(
-        expert_parallel_size=ep,
-        zero_stage=stage,
-        micro_batch_size=micro_batch,
-        precision=Precision.bf16 if bf16 else Precision.fp32,
-        optimizer_states=states,
+    config = Config(
+        model=jobs.model_config(**SIZES),
+        data=DataConfig(sequence_length=jobs.SEQUENCE),
+        optim=OptimConfig(batch_size=batch, states=states),
+        parallel=ParallelConfig(expert_parallel_size=ep, zero_stage=stage),
+        runtime=RuntimeConfig(
+            micro_batch_size=micro_batch, precision=Precision.bf16 if bf16 else Precision.fp32
+        ),
     )
-    data, optim = DataConfig(sequence_length=jobs.SEQUENCE), OptimConfig(batch_size=batch)
-    config = Config(model=jobs.model_config(**SIZES), data=data, optim=optim, parallel=parallel)
     return memory(config, world_size, gpu=False)
 
 
@@ -125,19 +125,21 @@ def test_experts_elsewhere(pools, world_size, changes, recompute, kernels, preci
         "moe_intermediate_size": 16,
         "num_hidden_layers": 2,
     } | changes
-    parallel = ParallelConfig(
-        expert_parallel_size=world_size,
-        activation_checkpointing=recompute,
+    runtime = RuntimeConfig(
+        recompute=recompute,
         precision=precision,
         micro_batch_size=jobs.BATCH // world_size,
         kernels=kernels,
     )
     done = pools[world_size].run(
-        "tests.dist.memory_jobs:one_pass", sizes=sizes, sequences=parallel.micro_batch_size, parallel=parallel
+        "tests.dist.memory_jobs:one_pass", sizes=sizes, sequences=runtime.micro_batch_size, runtime=runtime
     )
     kept, peak = (sum(values) / world_size for values in zip(*done, strict=True))
     config = Config(
-        model=jobs.model_config(**sizes), data=DataConfig(sequence_length=jobs.SEQUENCE), parallel=parallel
+        model=jobs.model_config(**sizes),
+        data=DataConfig(sequence_length=jobs.SEQUENCE),
+        parallel=ParallelConfig(expert_parallel_size=world_size),
+        runtime=runtime,
     )
     p = make_pass(config, fused_norm=False)
     want = activations(p)

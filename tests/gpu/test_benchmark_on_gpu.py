@@ -12,9 +12,9 @@ pytestmark = pytest.mark.gpu
 @pytest.mark.parametrize("recompute", ["false", "true"])
 def test_kernels_are_attributed_to_parts(recompute, kernels):
     need(kernels)
-    options = ["--steps", "2", "--warmup", "2", "model=small", "parallel=gpu", "data.sequence_length=1024"]
-    options += [f"parallel.kernels={kernels.value}"]
-    row = run_turn([*options, f"parallel.activation_checkpointing={recompute}"])
+    options = ["--steps", "2", "--warmup", "2", "model=small", "runtime=gpu", "data.sequence_length=1024"]
+    options += [f"runtime.kernels={kernels.value}"]
+    row = run_turn([*options, f"runtime.recompute={recompute}"])
     assert "error" not in row, row
     share = {part: found["share"] for part, found in row["parts"].items()}
     assert sum(share.values()) == pytest.approx(1)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsv2.config.schema import Kernels, OptimConfig, ParallelConfig, Precision
+from dsv2.config.schema import Kernels, OptimConfig, ParallelConfig, Precision, RuntimeConfig
 from dsv2.model.init import init_weights
 from dsv2.model.transformer import DeepseekV2
 from dsv2.moe.execution import Execution
@@ -26,9 +26,9 @@ def loss_curve(kernels: Kernels, precision: Precision) -> list[float]:
     from dsv2.training.engine import Engine, build_model
 
     mesh = start_mesh(torch.device("cuda", 0), 0, 1, 1)
-    parallel = ParallelConfig(micro_batch_size=SEQUENCES, precision=precision, kernels=kernels)
-    model = build_model(replace(tiny_config(**SIZES), initializer_range=0.05), parallel, 0, mesh)
-    engine = Engine(model, OptimConfig(lr=2e-3), parallel, mesh)
+    runtime = RuntimeConfig(micro_batch_size=SEQUENCES, precision=precision, kernels=kernels)
+    model = build_model(replace(tiny_config(**SIZES), initializer_range=0.05), runtime, 0, mesh)
+    engine = Engine(model, OptimConfig(lr=2e-3), ParallelConfig(), runtime, mesh)
     generator, losses = torch.Generator().manual_seed(0), []
     for step in range(STEPS):
         start = torch.randint(512, (SEQUENCES, 1), generator=generator)

@@ -54,11 +54,11 @@ def test_bf16_run_learns_stops_and_resumes(tmp_path, stage):
         "300",
     ]
     subprocess.run([sys.executable, *prepare, "--val-fraction", "0.2"], cwd=ROOT, check=True)
-    command = [sys.executable, "train.py", "data=local", f"data.path={tmp_path / 'data'}", "parallel=gpu"]
+    command = [sys.executable, "train.py", "data=local", f"data.path={tmp_path / 'data'}", "runtime=gpu"]
     command += [f"runs_dir={tmp_path}", "data.sequence_length=64", "optim.total_tokens=51200"]
     command += ["optim.lr=3e-3", "optim.warmup_steps=5", "eval.sequences=8", "logging.wandb=disabled"]
-    command += ["model.balance.token_dropping=true", "parallel.activation_checkpointing=true"]
-    command += [f"parallel.zero_stage={stage}", "parallel.micro_batch_size=16"]
+    command += ["model.balance.token_dropping=true", "runtime.recompute=true"]
+    command += [f"parallel.zero_stage={stage}", "runtime.micro_batch_size=16"]
     subprocess.run([*command, "name=whole"], cwd=ROOT, check=True)
     subprocess.run([*command, "name=stopped", "stop_step=20"], cwd=ROOT, check=True)
     subprocess.run([*command, "name=stopped"], cwd=ROOT, check=True)

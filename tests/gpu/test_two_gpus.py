@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsv2.config.schema import Kernels, OptimConfig, ParallelConfig, Precision
+from dsv2.config.schema import Kernels, OptimConfig, ParallelConfig, Precision, RuntimeConfig
 from tests.dist import traces
 from tests.dist.jobs import owned
 from tests.gpu.process import FUSED_KERNELS, SIZES, alone, need, together
@@ -39,10 +39,12 @@ def steps(
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     mesh, own = start_mesh(torch.device("cuda", rank), rank, world_size, ep), SEQUENCES // world_size
     precision = Precision.fp32 if kernels is Kernels.reference else Precision.bf16
-    parallel = ParallelConfig(ep, stage, own, precision, kernels=kernels)
+    parallel = ParallelConfig(ep, stage)
+    runtime = RuntimeConfig(micro_batch_size=own, precision=precision, kernels=kernels)
     config = tiny_config(**SIZES)
     config.initializer_range, config.balance.token_dropping = 0.05, dropping
-    engine = Engine(build_model(config, parallel, 0, mesh), OptimConfig(lr=1e-3, eps=1e-4), parallel, mesh)
+    model = build_model(config, runtime, 0, mesh)
+    engine = Engine(model, OptimConfig(lr=1e-3, eps=1e-4), parallel, runtime, mesh)
     generator, found = torch.Generator().manual_seed(0), []
     moments = []
     for step in range(STEPS):

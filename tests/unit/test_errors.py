@@ -9,7 +9,7 @@ from dsv2.errors import OneRankError
 from dsv2.training.out_of_memory import memory_explained
 from tests.unit.helpers import compose_config
 
-CONFIG = compose_config("data=local", "data.path=nowhere", "parallel.micro_batch_size=3")
+CONFIG = compose_config("data=local", "data.path=nowhere", "runtime.micro_batch_size=3")
 
 
 def test_the_cpus_own_error(monkeypatch):
@@ -21,7 +21,7 @@ def test_the_cpus_own_error(monkeypatch):
         memory_explained(CONFIG),
     ):
         torch.empty(2**60)
-    assert "parallel.micro_batch_size=3 of data.sequence_length=" in str(e.value)
+    assert "runtime.micro_batch_size=3 of data.sequence_length=" in str(e.value)
     assert e.value.of_one_rank
 
 

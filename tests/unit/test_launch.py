@@ -71,7 +71,7 @@ def test_local_without_gpus_starts_two_processes(box):
         ({"GPUS": "4", "CUDA_VISIBLE_DEVICES": "GPU-8a,GPU-9b,GPU-c"}, [], 3, "2"),
         ({"GPUS": "4", "CUDA_VISIBLE_DEVICES": ""}, [], 2, "4"),
         ({"GPUS": "4", "CUDA_VISIBLE_DEVICES": "-1"}, [], 2, "4"),
-        ({"GPUS": "4"}, ["parallel.device=cpu"], 2, "4"),
+        ({"GPUS": "4"}, ["runtime.device=cpu"], 2, "4"),
         ({"GPUS": "4", "NPROC": "3"}, [], 3, "2"),
         ({"NPROC": "16"}, [], 16, "1"),
         ({"OMP_NUM_THREADS": "5"}, [], 2, "5"),
@@ -99,7 +99,7 @@ def test_the_quickstart_starts_as_many_processes_as_fit_its_batch(box, gpus, pro
     done = box.run("launch/local.sh", QUICKSTART, GPUS=str(gpus))
     assert box.recorded("torchrun")[1] == f"--nproc_per_node={processes}"
     assert (f"quickstart: {processes} processes on {gpus} GPUs" in done.stdout) == (processes < gpus)
-    appended = [f"parallel.micro_batch_size={8 // processes}"] if processes > 2 else []
+    appended = [f"runtime.micro_batch_size={8 // processes}"] if processes > 2 else []
     assert [word for word in box.recorded("torchrun") if "micro_batch_size" in word] == appended
 
 

@@ -79,11 +79,10 @@ def check(name: str, config: Config, world_size: int) -> None:
     if wrong := misfit(found.REQUIRES, found.ALONE):
         raise UserError(f"--against {name}: {wrong}")
     check_exportable(config.model)
-    parallel = config.parallel
     for fits, field, value, reason in (
         (world_size == 1, "torchrun", world_size, "peers run as one process"),
         (
-            config.optim.batch_size == parallel.micro_batch_size,
+            config.optim.batch_size == config.runtime.micro_batch_size,
             "optim.batch_size",
             config.optim.batch_size,
             "a peer's step is one micro-batch; leave it out",
@@ -95,8 +94,8 @@ def check(name: str, config: Config, world_size: int) -> None:
             "peers have random tokens; leave it out",
         ),
         (
-            not parallel.activation_checkpointing,
-            "parallel.activation_checkpointing",
+            not config.runtime.recompute,
+            "runtime.recompute",
             "true",
             "peers run without; leave it out",
         ),

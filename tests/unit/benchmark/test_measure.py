@@ -44,14 +44,14 @@ def configuration(*overrides: str) -> Config:
         (["--against", "transformers:0"], "transformers:0 must be a peer and its micro-batch"),
         (["--against", "transformers:x"], "as transformers:6"),
         (["--against", "transformers", "optim.batch_size=8"], "optim.batch_size=8: a peer's step is one"),
-        (["--against", "transformers", "parallel.activation_checkpointing=true"], "peers run without"),
+        (["--against", "transformers", "runtime.recompute=true"], "peers run without"),
         (["--against", "transformers", "model.attention=mha"], "attention=mha"),
         (["--against", "transformers", "--balanced"], "--balanced: peers route as their routers choose"),
         (
             ["--against", "transformers", "data.path=prepared/mine"],
             "data.path=prepared/mine: peers have random",
         ),
-        (["parallel=gpu"], "there is no GPU on this machine"),
+        (["runtime=gpu"], "there is no GPU on this machine"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(capsys, monkeypatch, arguments, said):
@@ -177,7 +177,7 @@ def test_what_a_turn_died_of(last_lines, said):
 
 
 def test_timing_counts_steps_after_warmup_and_one_accounting_of_flops():
-    config = configuration("parallel.micro_batch_size=2", "optim.batch_size=4")
+    config = configuration("runtime.micro_batch_size=2", "optim.batch_size=4")
     seen = []
 
     def step(micro_batches: list[torch.Tensor]) -> float:
@@ -238,7 +238,7 @@ def test_a_comparison_of_all_that_is_here(tmp_path, capsys):
 
 
 def test_the_configuration_is_one_micro_batch_a_rank_unless_given():
-    assert benchmark.configuration(["parallel.micro_batch_size=2"], 3).optim.batch_size == 6
+    assert benchmark.configuration(["runtime.micro_batch_size=2"], 3).optim.batch_size == 6
     assert benchmark.configuration(["optim.batch_size=8"], 1).optim.batch_size == 8
     assert configuration().data.sequence_length == 16
 
@@ -262,7 +262,7 @@ def test_tokens_of_a_prepared_folder(tmp_path):
         (texts / f"{index}.txt").write_text(f"def f{index}(x): return x + {index}\n" * 20)
     prepare = [sys.executable, "-m", "data.prepare", "files", str(texts), "--out", str(data)]
     subprocess.run([*prepare, "--vocab-size", "290", "--quiet"], cwd=REPO, check=True, timeout=120)
-    config = configuration("model.vocab_size=300", f"data.path={data}", "parallel.micro_batch_size=2")
+    config = configuration("model.vocab_size=300", f"data.path={data}", "runtime.micro_batch_size=2")
     mesh = Mesh(0, 1, torch.device("cpu"), 1, 0, None, None)
     first, second = islice(stream_tokens(config, mesh), 2)
     stream = build_stream(config.data, 300, 0, 1, None)

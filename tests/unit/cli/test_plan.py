@@ -58,11 +58,11 @@ def refusal(*words: str) -> str:
         (
             ["gpus=8", "zero=0", "experiment=lite"],
             "parallel.zero_stage=0: bf16 needs stage 1, 2 or 3, which keep fp32 master weights; or use "
-            "parallel.precision=fp32",
+            "runtime.precision=fp32",
         ),
         (
             ["gpus=512", "experiment=v2"],
-            "optim.batch_size_start=2304: must be a multiple of 512 = parallel.micro_batch_size=1 x 512 "
+            "optim.batch_size_start=2304: must be a multiple of 512 = runtime.micro_batch_size=1 x 512 "
             "processes",
         ),
         (["gpus=0"], "gpus=0: must be a number of at least 1"),
@@ -101,22 +101,22 @@ def test_no_data_is_needed(data):
 
 def test_kernels_of_packages_and_gpus_that_are_elsewhere(capsys):
     """fused_cute needs neither here, but the GPU planned for must be one it is made for."""
-    words = ["experiment=lite", "gpus=8", "parallel.kernels=fused_cute"]
+    words = ["experiment=lite", "gpus=8", "runtime.kernels=fused_cute"]
     main([*words, "gpu=h200"])
     assert ", fused_cute kernels" in capsys.readouterr().out.splitlines()[0]
     assert refusal(*words, "gpu=b200") == (
-        "parallel.kernels=fused_cute: needs a Hopper GPU (H100, H800, H200), not B200; or use fused or "
+        "runtime.kernels=fused_cute: needs a Hopper GPU (H100, H800, H200), not B200; or use fused or "
         "reference"
     )
     assert refusal("experiment=lite", "gpus=8", "gpu=a100") == (
-        "parallel.kernels=fused: cuDNN's attention takes heads of at most 128 on A100, not 192; use reference"
+        "runtime.kernels=fused: cuDNN's attention takes heads of at most 128 on A100, not 192; use reference"
     )
-    main(["experiment=lite", "gpus=8", "gpu=a100", "parallel.kernels=reference"])
+    main(["experiment=lite", "gpus=8", "gpu=a100", "runtime.kernels=reference"])
     main(["experiment=lite", "gpus=8", "gpu=a100", "model.qk_nope_head_dim=64"])
 
 
 def test_a_plan_that_fits(capsys):
-    main(["experiment=lite", "gpus=8", "parallel.activation_checkpointing=true"])
+    main(["experiment=lite", "gpus=8", "runtime.recompute=true"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == (
         "lite: 8 x H100, expert parallel 8, ZeRO-1, bf16, micro-batch 1 x 4096 tokens, layers recomputed, "
@@ -170,7 +170,7 @@ def test_search_finds_nothing(capsys):
     main(["experiment=v2", "gpus=8", "--search"])
     found, advice = capsys.readouterr().out.split("; ")
     assert found == "v2 on 8 x H100: 0 layouts fit 71.1 GiB"
-    assert advice.startswith("it would with gpus=64 ep=16 zero=3 parallel.activation_checkpointing=true (")
+    assert advice.startswith("it would with gpus=64 ep=16 zero=3 runtime.recompute=true (")
 
 
 def test_search_does_not_ask_for_the_layout_it_looks_for(capsys):

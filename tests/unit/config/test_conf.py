@@ -57,11 +57,11 @@ def test_long_context_is_the_papers_stage():
 
 
 def test_shipped_values_arrive():
-    config = compose_config("model=v2", "data=hf_stream", *NEEDED["data=hf_stream"], "parallel=gpu")
+    config = compose_config("model=v2", "data=hf_stream", *NEEDED["data=hf_stream"], "runtime=gpu")
     assert config.model.routed_scaling_factor == 16.0
     assert config.model.balance.token_dropping is True
     assert config.data.source is DataSource.hf_stream
-    assert config.parallel.precision is Precision.bf16
+    assert config.runtime.precision is Precision.bf16
     assert compose_config("optim.decay_at=[0.8,0.9]").optim.decay_at == [0.8, 0.9]
 
 
@@ -105,5 +105,5 @@ def test_quickstart_fits_as_many_gpus(processes):
     """launch/local.sh asks one process for EP 1, and 4 or 8 processes for smaller micro-batches."""
     overrides = ["parallel.expert_parallel_size=1"] if processes == 1 else []
     if processes > 2:
-        overrides = [f"parallel.micro_batch_size={8 // processes}"]
+        overrides = [f"runtime.micro_batch_size={8 // processes}"]
     validate(compose_config("experiment=quickstart", *overrides), processes)

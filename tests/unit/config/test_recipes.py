@@ -41,7 +41,7 @@ def test_values_of_the_paper(name, peak, tokens, decays, alphas, dropping):
     assert balance.token_dropping is dropping
     assert (balance.capacity_factor, balance.exempt_fraction) == (1.0, 0.1)
     assert (parallel.expert_parallel_size, parallel.zero_stage) == (8, 1)
-    assert parallel.precision is Precision.bf16
+    assert config.runtime.precision is Precision.bf16
     assert config.name == name
 
 

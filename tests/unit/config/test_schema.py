@@ -38,7 +38,7 @@ AT_LEAST_ONE = [
     "optim.batch_size",
     "optim.batch_ramp_increment",
     "parallel.expert_parallel_size",
-    "parallel.micro_batch_size",
+    "runtime.micro_batch_size",
     "logging.every",
     "logging.maps_every",
     "logging.alert_windows",
@@ -242,18 +242,18 @@ def test_a_moment_that_never_moves(name):
         ),
         ([("parallel.zero_stage", 4)], "parallel.zero_stage=4: must be 0, 1, 2 or 3"),
         (
-            [("parallel.optimizer_states", Precision.bf16)],
-            "parallel.optimizer_states=bf16: needs parallel.zero_stage=1 and parallel.precision=bf16, not 1 "
+            [("optim.states", Precision.bf16)],
+            "optim.states=bf16: needs parallel.zero_stage=1 and runtime.precision=bf16, not 1 "
             "and fp32; or use fp32",
         ),
         (
-            [("parallel.zero_stage", 0), ("parallel.precision", Precision.bf16)],
+            [("parallel.zero_stage", 0), ("runtime.precision", Precision.bf16)],
             "parallel.zero_stage=0: bf16 needs stage 1, 2 or 3, which keep fp32 master weights; or use "
-            "parallel.precision=fp32",
+            "runtime.precision=fp32",
         ),
         (
             [("optim.batch_size", 18)],
-            "optim.batch_size=18: must be a multiple of 4 = parallel.micro_batch_size=4 x 1 processes",
+            "optim.batch_size=18: must be a multiple of 4 = runtime.micro_batch_size=4 x 1 processes",
         ),
         (
             [("logging.alert_max_vio", -1.0)],
@@ -300,17 +300,17 @@ def test_impossible_combinations(changes, message):
         (
             3,
             [("optim.batch_size", 16)],
-            "optim.batch_size=16: must be a multiple of 12 = parallel.micro_batch_size=4 x 3 processes",
+            "optim.batch_size=16: must be a multiple of 12 = runtime.micro_batch_size=4 x 3 processes",
         ),
         (
             2,
             [("optim.batch_size_start", 4), ("optim.batch_ramp_tokens", 9)],
-            "optim.batch_size_start=4: must be a multiple of 8 = parallel.micro_batch_size=4 x 2 processes",
+            "optim.batch_size_start=4: must be a multiple of 8 = runtime.micro_batch_size=4 x 2 processes",
         ),
         (
             2,
             [("optim.batch_size_start", 8), ("optim.batch_ramp_tokens", 9)],
-            "optim.batch_ramp_increment=1: must be a multiple of 8 = parallel.micro_batch_size=4 x 2 "
+            "optim.batch_ramp_increment=1: must be a multiple of 8 = runtime.micro_batch_size=4 x 2 "
             "processes",
         ),
     ],
@@ -349,9 +349,9 @@ def test_a_new_stage_needs_a_checkpoint(resume):
 
 
 def test_plain_and_yaml_forms_hold_every_field():
-    config = compose_config("parallel.precision=bf16", "rope_scaling=yarn")
+    config = compose_config("runtime.precision=bf16", "rope_scaling=yarn")
     plain = to_plain(config)
-    assert plain["parallel"]["precision"] == "bf16"
+    assert plain["runtime"]["precision"] == "bf16"
     assert plain["model"]["balance"]["alpha_expert"] == 0.003
     assert plain["optim"]["decay_at"] == [0.6, 0.9]
     leaves = [name for name, hint in field_types().items() if not dataclasses.is_dataclass(hint)]

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from dsv2.config.schema import AttentionKind, Config, Kernels, ParallelConfig, Precision
+from dsv2.config.schema import AttentionKind, Config, Kernels, Precision, RuntimeConfig
 from dsv2.errors import UserError
 from dsv2.training.validate import validate
 
@@ -14,8 +14,8 @@ PUBLISHED = "at most 128, or 192 beside model.v_head_dim=128,"
 
 
 def config(kernels: Kernels, precision: Precision = Precision.bf16, **model: object) -> Config:
-    parallel = ParallelConfig(kernels=kernels, precision=precision)
-    return Config(model=replace(Config().model, **model), parallel=parallel)
+    runtime = RuntimeConfig(kernels=kernels, precision=precision)
+    return Config(model=replace(Config().model, **model), runtime=runtime)
 
 
 @pytest.mark.parametrize("kernels", [FUSED, CUTE])
@@ -23,7 +23,7 @@ def test_they_are_for_bf16(kernels):
     with pytest.raises(UserError) as refusal:
         validate(config(kernels, Precision.fp32), 1)
     name = kernels.value
-    assert str(refusal.value) == f"parallel.kernels={name}: needs parallel.precision=bf16; or use reference"
+    assert str(refusal.value) == f"runtime.kernels={name}: needs runtime.precision=bf16; or use reference"
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_widths_that_they_do_not_take(kernels, name, value, right):
     given = value - Config().model.qk_rope_head_dim if name == KEYS else value
     with pytest.raises(UserError) as refusal:
         validate(config(kernels, **{name.split()[0]: given}), 1)
-    wrong = f"model.{name}={value}: must be {right} with parallel.kernels={kernels.value}; or use reference"
+    wrong = f"model.{name}={value}: must be {right} with runtime.kernels={kernels.value}; or use reference"
     assert str(refusal.value) == wrong
 
 

@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from dsv2 import packages
-from dsv2.config.schema import Config, Device, Kernels, ParallelConfig
+from dsv2.config.schema import Config, Device, Kernels, RuntimeConfig
 from dsv2.errors import UserError
 from dsv2.parallel.mesh import pick_device
 from tests.unit.helpers import tiny_config
 
 
-def job(**parallel: Any) -> Config:
-    return Config(model=tiny_config(), parallel=ParallelConfig(**parallel))
+def job(**runtime: Any) -> Config:
+    return Config(model=tiny_config(), runtime=RuntimeConfig(**runtime))
 
 
 @pytest.fixture
@@ -47,21 +47,19 @@ def test_cuda_without_a_gpu(machine):
     machine(gpus=0)
     with pytest.raises(UserError) as refusal:
         pick_device(job(device=Device.cuda), 1)
-    assert str(refusal.value) == (
-        "parallel.device=cuda: there is no GPU on this machine; use parallel=default"
-    )
+    assert str(refusal.value) == ("runtime.device=cuda: there is no GPU on this machine; use runtime=default")
 
 
 @pytest.mark.parametrize(("gpus", "device"), [(1, Device.auto), (1, Device.cuda)])
 def test_more_processes_than_gpus(machine, gpus, device):
     machine(gpus)
-    with pytest.raises(UserError, match=rf"parallel.device={device.value}: 2 processes .* has {gpus} GPUs"):
+    with pytest.raises(UserError, match=rf"runtime.device={device.value}: 2 processes .* has {gpus} GPUs"):
         pick_device(job(device=device), 2)
 
 
 def test_fused_kernels_want_a_gpu(machine):
     machine(gpus=0)
-    with pytest.raises(UserError, match=r"parallel.kernels=fused: needs an NVIDIA GPU; on the CPU"):
+    with pytest.raises(UserError, match=r"runtime.kernels=fused: needs an NVIDIA GPU; on the CPU"):
         pick_device(job(kernels=Kernels.fused), 1)
     machine(gpus=1)
     assert str(pick_device(job(kernels=Kernels.fused), 1)) == "cuda:0"
@@ -73,7 +71,7 @@ CUTE = {"flash-attn-4": "4.0.0b36", "quack-kernels": "0.6.5"}
 @pytest.mark.parametrize(
     ("gpus", "capability", "installed", "said"),
     [
-        (0, 9, CUTE, "needs an NVIDIA GPU; on the CPU use parallel.kernels=reference"),
+        (0, 9, CUTE, "needs an NVIDIA GPU; on the CPU use runtime.kernels=reference"),
         (1, 8, CUTE, r"needs a Hopper GPU \(H100, H800, H200\), not NVIDIA Test; or use fused or reference$"),
         (1, 10, {}, "needs a Hopper GPU"),
         (1, 9, {}, r"flash-attn-4 is not installed; .* -m pip install flash-attn-4==4.0.0b36 quack-k.*=="),
@@ -91,7 +89,7 @@ def test_fused_cute_wants_a_hopper_gpu_and_its_packages(
     if said is None:
         assert str(pick_device(config, 1)) == "cuda:0"
     else:
-        with pytest.raises(UserError, match=f"^parallel.kernels=fused_cute: .*{said}"):
+        with pytest.raises(UserError, match=f"^runtime.kernels=fused_cute: .*{said}"):
             pick_device(config, 1)
 
 
@@ -106,6 +104,6 @@ def test_fused_wants_a_gpu_whose_cudnn_takes_the_heads(machine, capability, widt
         with pytest.raises(UserError) as refusal:
             pick_device(config, 1)
         assert str(refusal.value) == (
-            "parallel.kernels=fused: cuDNN's attention takes heads of at most 128 on NVIDIA Test, not 192; "
+            "runtime.kernels=fused: cuDNN's attention takes heads of at most 128 on NVIDIA Test, not 192; "
             "use reference"
         )

@@ -54,7 +54,8 @@ def test_command_line():
         "-X",
         "importtime",
         "-m",
-        "dsv2.planner.cache",
+        "dsv2",
+        "cache",
         "model=v2",
         "model.v_head_dim=128",
     ]

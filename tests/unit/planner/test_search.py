@@ -11,7 +11,7 @@ from dsv2.training.validate import validate
 from tests.unit.helpers import compose_config
 
 LITE = compose_config("experiment=lite", "data.path=none")
-CROWDED = replace(LITE, parallel=replace(LITE.parallel, micro_batch_size=4))
+CROWDED = replace(LITE, runtime=replace(LITE.runtime, micro_batch_size=4))
 EIGHT = Machines(8, GPUS["h100"])
 
 
@@ -42,11 +42,11 @@ def test_what_cannot_train_is_not_listed():
     found = search(LITE, with_memory(LITE, EIGHT, 100))
     layouts = {(p.expert_parallel_size, p.zero_stage) for p in (one.config.parallel for one in found)}
     assert layouts == {(ep, stage) for ep in (1, 2, 4, 8) for stage in (1, 2, 3)}, "ZeRO-0 not in bf16"
-    micro_batches = {one.config.parallel.micro_batch_size for one in found}
+    micro_batches = {one.config.runtime.micro_batch_size for one in found}
     assert micro_batches == {2**n for n in range(7)}, "4608 / 8 = 576 = 64 x 9"
     assert len(found) == len(layouts) * len(micro_batches) * 2
     in_fp32 = replace(
-        LITE, parallel=replace(LITE.parallel, precision=Precision.fp32, kernels=Kernels.reference)
+        LITE, runtime=replace(LITE.runtime, precision=Precision.fp32, kernels=Kernels.reference)
     )
     stages = {one.config.parallel.zero_stage for one in search(in_fp32, with_memory(LITE, EIGHT, 100))}
     assert stages == {0, 1, 2, 3}

@@ -6,7 +6,7 @@ from itertools import combinations
 import pytest
 
 from data.config import DataConfig
-from dsv2.config.schema import Config, OptimConfig, ParallelConfig, Precision
+from dsv2.config.schema import Config, OptimConfig, ParallelConfig, Precision, RuntimeConfig
 from dsv2.model.sizes import flops_per_token
 from dsv2.moe.reach import mean_ranks
 from dsv2.parallel.gpus import GPUS, Gpu
@@ -20,12 +20,12 @@ SLOW = Gpu("H100", memory=1e9, node_bandwidth=4e6, network_bandwidth=1e6, capabi
 
 def config(ep: int, stage: int = 1, recompute: bool = False) -> Config:
     """12 experts in 4 groups, 32 sequences of 16 tokens."""
-    parallel = ParallelConfig(ep, stage, 2, Precision.bf16, activation_checkpointing=recompute)
     return Config(
         model=tiny_config(),
         data=DataConfig(sequence_length=16),
         optim=OptimConfig(batch_size=32),
-        parallel=parallel,
+        parallel=ParallelConfig(ep, stage),
+        runtime=RuntimeConfig(micro_batch_size=2, precision=Precision.bf16, recompute=recompute),
     )
 
 

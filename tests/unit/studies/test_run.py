@@ -119,7 +119,7 @@ def test_tables_have_mean_and_spread_over_seeds(tmp_path, monkeypatch, capsys):
                 "balance",
                 "--out",
                 str(out),
-                "parallel.device=cpu",
+                "runtime.device=cpu",
                 "optim.lr=1e-3",
             ]
         )
@@ -146,7 +146,7 @@ def test_tables_have_mean_and_spread_over_seeds(tmp_path, monkeypatch, capsys):
     ran.clear()
     trains_as(monkeypatch, lambda job, gpu: ran.append(job.config.name) or made_up(job, 2.0))
     shutil.move(out, tmp_path / "moved")
-    again = ["balance", "--out", str(tmp_path / "moved"), "parallel.device=cpu", "optim.lr=1e-3"]
+    again = ["balance", "--out", str(tmp_path / "moved"), "runtime.device=cpu", "optim.lr=1e-3"]
     assert study.main(again) == 0
     assert ran == ["expert-s1"]
 
@@ -160,7 +160,7 @@ def test_runs_at_once(tmp_path, monkeypatch):
         return made_up(job, 1.0 + job.seed)
 
     trains_as(monkeypatch, train)
-    arguments = ["attention", "--at-once", "3", "--out", str(tmp_path), "parallel.device=cpu"]
+    arguments = ["attention", "--at-once", "3", "--out", str(tmp_path), "runtime.device=cpu"]
     assert study.main(arguments) == 0
     result = json.loads((tmp_path / "table.json").read_text())
     assert result["runs_at_once"] == 3
@@ -176,7 +176,7 @@ def test_each_run_has_a_gpu_in_turns(tmp_path, monkeypatch):
 
     trains_as(monkeypatch, train)
     monkeypatch.setattr(study, "gpus", lambda config: ["0", "1"])
-    assert study.main(["attention", "--seeds", "1", "--out", str(tmp_path), "parallel.device=cpu"]) == 0
+    assert study.main(["attention", "--seeds", "1", "--out", str(tmp_path), "runtime.device=cpu"]) == 0
     assert list(taken.values()) == ["0", "1", "0", "1"]
 
 
@@ -185,7 +185,7 @@ def test_a_run_sees_its_gpu_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(
         study.subprocess, "run", lambda *a, env, **k: seen.append(env) or subprocess.CompletedProcess(a, 0)
     )
-    job = study.plan("attention", 1, tmp_path, ["parallel.device=cpu"])[0]
+    job = study.plan("attention", 1, tmp_path, ["runtime.device=cpu"])[0]
     assert study.run(job, "1") == study.run(job, None) == 0
     assert seen[0]["CUDA_VISIBLE_DEVICES"] == "1"
     assert seen[1].get("CUDA_VISIBLE_DEVICES") == os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -193,7 +193,7 @@ def test_a_run_sees_its_gpu_alone(tmp_path, monkeypatch):
 
 def test_runs_of_another_configuration_are_not_mixed_in(tmp_path, monkeypatch, capsys):
     trains_as(monkeypatch, lambda job, gpu: made_up(job, 1.0))
-    arguments = ["attention", "--seeds", "1", "--out", str(tmp_path), "parallel.device=cpu"]
+    arguments = ["attention", "--seeds", "1", "--out", str(tmp_path), "runtime.device=cpu"]
     assert study.main(arguments) == 0
     assert "| mla | 52.7M | 24.6M | 800 | 1.0000 | " in (tmp_path / "table.md").read_text()
     capsys.readouterr()
@@ -209,7 +209,7 @@ def test_what_every_run_would_refuse_is_said_once(tmp_path, capfd, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setattr(study, "run", lambda job, gpu: pytest.fail("something ran"))
     assert study.main(["balance", "--out", str(tmp_path / "out")]) == 2
-    refusal = "error: parallel.device=cuda: there is no GPU on this machine; use parallel=default\n"
+    refusal = "error: runtime.device=cuda: there is no GPU on this machine; use runtime=default\n"
     assert capfd.readouterr() == ("", refusal)
     assert not (tmp_path / "out").exists()
 
@@ -237,12 +237,12 @@ def test_mistakes_are_found_before_anything_runs(tmp_path, capsys, arguments, me
 
 
 SMALL = [
-    "parallel.device=cpu",
-    "parallel.precision=fp32",
-    "parallel.micro_batch_size=4",
+    "runtime.device=cpu",
+    "runtime.precision=fp32",
+    "runtime.micro_batch_size=4",
     "model.hidden_size=32",
     "model.num_hidden_layers=2",
-    "parallel.kernels=reference",
+    "runtime.kernels=reference",
     "model.intermediate_size=48",
     "model.vocab_size=300",
     "model.kv_lora_rank=16",

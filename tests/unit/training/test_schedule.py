@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsv2.config.schema import Config, OptimConfig, ParallelConfig
+from dsv2.config.schema import Config, OptimConfig, RuntimeConfig
 from dsv2.training.schedule import batch_size_at, count_steps, lr_at, plan_steps
 from dsv2.training.validate import validate
 from tests.unit.helpers import properties
@@ -138,7 +138,7 @@ def test_recipe_of_lite():
 def test_every_size_on_the_ramp_fits_the_layout(increment, micro_batch, world):
     """What validate() accepts never meets a batch that the ranks cannot share."""
     optim = replace(V2, batch_ramp_increment=increment)
-    config = Config(optim=optim, parallel=ParallelConfig(micro_batch_size=micro_batch))
+    config = Config(optim=optim, runtime=RuntimeConfig(micro_batch_size=micro_batch))
     validate(config, world)
     sizes = {batch_size_at(optim, tokens) for tokens in range(0, 230_000_000_000, 10**9)}
     assert len(sizes) > 20

@@ -1,0 +1,25 @@
+"""Fields and options that have moved: their new names, for messages and for configurations saved before."""
+
+from copy import deepcopy
+from typing import Any
+
+FIELDS = {
+    "parallel.device": "runtime.device",
+    "parallel.precision": "runtime.precision",
+    "parallel.kernels": "runtime.kernels",
+    "parallel.micro_batch_size": "runtime.micro_batch_size",
+    "parallel.activation_checkpointing": "runtime.recompute",
+    "parallel.optimizer_states": "optim.states",
+}
+OPTIONS = {"parallel=gpu": "runtime=gpu", "parallel=default": "runtime=default"}
+
+
+def with_new_names(plain: dict[str, Any]) -> dict[str, Any]:
+    """Return a saved plain configuration with every moved field under its new name."""
+    renamed = deepcopy(plain)
+    for old, new in FIELDS.items():
+        old_section, old_name = old.split(".")
+        new_section, new_name = new.split(".")
+        if old_name in renamed.get(old_section, {}):
+            renamed.setdefault(new_section, {})[new_name] = renamed[old_section].pop(old_name)
+    return renamed
