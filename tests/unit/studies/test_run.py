@@ -285,8 +285,8 @@ def test_a_small_study_from_training_to_table(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.count("finished before") == 2
 
 
-def test_as_a_command_from_anywhere(tmp_path):
+def test_as_a_command():
     command = [sys.executable, "-m", "dsv2", "study", "balanc"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: balanc: there is no such study; one of balance, granularity, attention\n"
