@@ -18,7 +18,7 @@ from dsv2.config.schema import LoggingConfig, WandbMode
 from dsv2.monitoring.panels import SECTIONS
 from dsv2.monitoring.report import run as report
 from dsv2.monitoring.tracker import HEAT_COLOURS, heat_map, open_tracker, read_maps, read_metrics
-from tests.unit.helpers import compose_config
+from tests.unit.helpers import REPO, compose_config
 
 LAYERS, EXPERTS, GROUPS = 3, 16, 4  # of model=debug
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
