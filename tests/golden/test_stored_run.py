@@ -1,0 +1,43 @@
+"""A run that an older version left behind goes on as that version would have.
+
+`stored_run/` was written by commit 297f927 on a CPU: a prepared corpus, a run stopped after step 8 of 16, and the
+losses of its other steps as that commit computed them. Its configuration has fields under their old names.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dsv2.monitoring.tracker import read_metrics
+from tests.unit.helpers import REPO
+
+STORED = Path(__file__).with_name("stored_run")
+TOLERANCE = 1e-4  # relative, as for the golden curves: other CPUs sum in another order
+
+
+def test_a_stored_run_resumes(tmp_path):
+    expected = json.loads((STORED / "expected.json").read_text())
+    corpus = STORED / "corpus"
+    run_dir = tmp_path / "stored"
+    shutil.copytree(STORED / "run", run_dir)
+    where = [f"data.path={corpus}", f"runs_dir={tmp_path}", "name=stored"]
+    moved = ["runtime.micro_batch_size=2", "runtime.recompute=true"]
+    done = subprocess.run(
+        [sys.executable, "train.py", *expected["overrides"], *moved, *where],
+        cwd=REPO,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "resumed after step 8" in done.stdout
+    changed = next(line for line in done.stdout.splitlines() if line.startswith("note: changed since"))
+    assert changed.endswith(f"checkpoint: data.path /tmp/fix/prepared -> {corpus}")  # and nothing else
+    rows = read_metrics(run_dir)
+    losses = {str(row["step"]): row["train/loss"] for row in rows if "train/loss" in row and row["step"] > 8}
+    assert losses == pytest.approx(expected["losses"], rel=TOLERANCE)
+    assert rows[-1]["val/loss"] == pytest.approx(expected["val_loss"], rel=TOLERANCE)
