@@ -21,14 +21,12 @@ from dsv2.config.compose import (
     check_command_line,
     check_shown,
     explain,
-    launched_ranks,
-    local_processes,
     register_schema,
     to_config,
 )
 from dsv2.config.schema import Config
 from dsv2.errors import CheckpointError, Diverged, UserError
-from dsv2.monitoring.console import without_warnings_logged
+from dsv2.parallel.environment import launched_ranks, local_processes, without_warnings_logged
 from dsv2.training.out_of_memory import memory_explained
 from dsv2.training.rundir import claim
 from dsv2.training.validate import validate

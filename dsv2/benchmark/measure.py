@@ -25,10 +25,10 @@ from typing import Any
 
 from dsv2.benchmark.compare import OURS, alternate, run_turn, summary, table
 from dsv2.benchmark.peers import NO_DATA, Work, adapter, check_peers
-from dsv2.config.compose import compose_config, launched_ranks, local_processes
+from dsv2.config.compose import compose_config
 from dsv2.config.schema import Config, Precision
 from dsv2.errors import UserError
-from dsv2.monitoring.console import without_warnings_logged
+from dsv2.parallel.environment import launched_ranks, local_processes, without_warnings_logged
 from dsv2.training.out_of_memory import memory_explained
 from dsv2.training.validate import validate
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import difflib
-import os
 import re
 import typing
 from collections.abc import Collection
@@ -22,16 +21,6 @@ from dsv2.errors import UserError
 CONF = Path(__file__).parents[2] / "conf"
 # What a value that must be given looks like.
 _WANTED = {"data.path": "FOLDER with a folder that `python -m data.prepare` wrote"}
-
-
-def launched_ranks() -> tuple[int, int]:
-    """(rank, number of processes) that torchrun gave this process; (0, 1) without torchrun."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def local_processes() -> int:
-    """Number of the job's processes on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def register_schema() -> None:

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from dsv2.config.schema import AttentionKind, ModelConfig
 from dsv2.errors import UserError
-from dsv2.monitoring.console import fmt_count
+from dsv2.formats import fmt_count
 from dsv2.planner.cache import elements_per_token, mha_heads_of_as_many_parameters
 
 GROUPS = 8  # of the paper's GQA (appendix D.1), where the configuration names none

@@ -1,6 +1,7 @@
 """A plan as lines to read."""
 
 from dsv2.config.schema import Config, Precision
+from dsv2.formats import short
 from dsv2.model.sizes import count_parameters, flops_per_token
 from dsv2.planner.memory import Memory
 from dsv2.planner.parameters import rank_parameters
@@ -8,15 +9,6 @@ from dsv2.planner.search import MORE_GPUS, USABLE, Machines, Planned, changes, p
 from dsv2.planner.speed import ARITHMETIC, LINKS, traffic
 
 GIB, MIB = 2**30, 2**20
-
-
-def short(number: float) -> str:
-    """Such as 37.7M or 8.10T."""
-    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if number >= size:
-            digits = 2 if number < 10 * size else 1
-            return f"{number / size:.{digits}f}{unit}"
-    return f"{number:.0f}"
 
 
 def _words(words: dict[str, object]) -> str:

@@ -28,8 +28,8 @@ from omegaconf import OmegaConf
 from dsv2.config.compose import compose_config, to_plain
 from dsv2.config.schema import Config, Device
 from dsv2.errors import UserError
+from dsv2.formats import fmt_count
 from dsv2.model.sizes import count_parameters
-from dsv2.monitoring.console import fmt_count
 from dsv2.planner.cache import elements_per_token
 from dsv2.training.rundir import read_status
 from dsv2.training.validate import validate

@@ -4,9 +4,9 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from dsv2.config.compose import launched_ranks
 from dsv2.config.schema import Config
 from dsv2.errors import OneRankError
+from dsv2.parallel.environment import launched_ranks
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import math
 
 from data.config import DataSource
+from dsv2.config.rules import divisors, refuse, require_above_0, require_fraction, require_positive
 from dsv2.config.schema import (
     AttentionKind,
     Config,
@@ -14,35 +15,6 @@ from dsv2.config.schema import (
     RopeScalingConfig,
     RuntimeConfig,
 )
-from dsv2.errors import UserError
-
-
-def _refuse(field_name: str, value: object, right: str) -> None:
-    raise UserError(f"{field_name}={value}: {right}")
-
-
-def _divisors(number: int) -> str:
-    return ", ".join(str(d) for d in range(1, number + 1) if number % d == 0)
-
-
-def _require_positive(section: str, values: object, names: list[str], least: float = 1) -> None:
-    for name in names:
-        value = getattr(values, name)
-        if not least <= value < math.inf:
-            _refuse(f"{section}.{name}", value, f"must be at least {least}")
-
-
-def _require_above_0(section: str, values: object, names: list[str]) -> None:
-    for name in names:
-        value = getattr(values, name)
-        if not 0 < value < math.inf:
-            _refuse(f"{section}.{name}", value, "must be above 0 and finite")
-
-
-def _require_fraction(section: str, values: object, names: list[str]) -> None:
-    for name in names:
-        if not 0 <= (value := getattr(values, name)) <= 1:
-            _refuse(f"{section}.{name}", value, "must lie between 0 and 1")
 
 
 def validate(config: Config, world_size: int) -> None:
@@ -59,40 +31,40 @@ def validate(config: Config, world_size: int) -> None:
     _validate_moe(config.model)
     _validate_optim(config.optim)
     _validate_parallel(config, world_size)
-    _require_positive("data", config.data, ["sequence_length", "lanes", "shuffle_window", "vocab_size"])
-    _require_positive("data", config.data, ["seed"], least=0)
+    require_positive("data", config.data, ["sequence_length", "lanes", "shuffle_window", "vocab_size"])
+    require_positive("data", config.data, ["seed"], least=0)
     if config.data.source is DataSource.hf_stream:
         for name in ("dataset", "tokenizer"):
             if not getattr(config.data, name):
-                _refuse(f"data.{name}", getattr(config.data, name), "must be given for data=hf_stream")
+                refuse(f"data.{name}", getattr(config.data, name), "must be given for data=hf_stream")
     if config.data.sequence_length > config.model.max_position_embeddings:
-        _refuse(
+        refuse(
             "data.sequence_length",
             config.data.sequence_length,
             f"must be at most model.max_position_embeddings={config.model.max_position_embeddings}",
         )
     _validate_logging(config.logging)
-    _require_positive("eval", config.eval, ["every", "sequences"])
-    _require_positive("eval", config.eval, ["sample_tokens"], least=0)
-    _require_positive("checkpoint", config.checkpoint, ["every"], least=0)
-    _require_positive("checkpoint", config.checkpoint, ["keep"])
+    require_positive("eval", config.eval, ["every", "sequences"])
+    require_positive("eval", config.eval, ["sample_tokens"], least=0)
+    require_positive("checkpoint", config.checkpoint, ["every"], least=0)
+    require_positive("checkpoint", config.checkpoint, ["keep"])
     if not config.name or "/" in config.name or config.name.startswith("."):
-        _refuse("name", repr(config.name), "must be a plain folder name, such as my-run")
+        refuse("name", repr(config.name), "must be a plain folder name, such as my-run")
     if config.new_stage and config.resume in ("auto", "never"):
-        _refuse("resume", config.resume, "must be the path of a checkpoint to start from with new_stage=true")
+        refuse("resume", config.resume, "must be the path of a checkpoint to start from with new_stage=true")
     if config.stop_step is not None and config.stop_step < 1:
-        _refuse("stop_step", config.stop_step, "must be at least 1, or null")
+        refuse("stop_step", config.stop_step, "must be at least 1, or null")
 
 
 def _validate_logging(logging: LoggingConfig) -> None:
     names = ["every", "maps_every", "alert_windows", "alert_spike_steps"]
-    _require_positive("logging", logging, names)
+    require_positive("logging", logging, names)
     for name in ("alert_max_vio", "alert_dead", "alert_spike"):
         value = getattr(logging, name)
         if value is not None and not 0 <= value < math.inf:
-            _refuse(f"logging.{name}", value, "must be at least 0 and finite; 0 or null: no such alert")
+            refuse(f"logging.{name}", value, "must be at least 0 and finite; 0 or null: no such alert")
     if logging.alert_dead is not None and logging.alert_dead > 1:
-        _refuse("logging.alert_dead", logging.alert_dead, "must be a share of the experts, at most 1")
+        refuse("logging.alert_dead", logging.alert_dead, "must be a share of the experts, at most 1")
 
 
 def _validate_model(model: ModelConfig) -> None:
@@ -109,16 +81,16 @@ def _validate_model(model: ModelConfig) -> None:
         "num_experts_per_tok",
         "max_position_embeddings",
     ]
-    _require_positive("model", model, sizes)
-    _require_positive("model", model, ["n_shared_experts"], least=0)
+    require_positive("model", model, sizes)
+    require_positive("model", model, ["n_shared_experts"], least=0)
     if model.q_lora_rank is not None and model.q_lora_rank < 1:
-        _refuse("model.q_lora_rank", model.q_lora_rank, "must be at least 1, or null for none")
+        refuse("model.q_lora_rank", model.q_lora_rank, "must be at least 1, or null for none")
     if model.qk_rope_head_dim % 2:
-        _refuse("model.qk_rope_head_dim", model.qk_rope_head_dim, "must be even: RoPE turns pairs")
+        refuse("model.qk_rope_head_dim", model.qk_rope_head_dim, "must be even: RoPE turns pairs")
     above_0 = ["rms_norm_eps", "rope_theta", "initializer_range", "routed_scaling_factor"]
-    _require_above_0("model", model, above_0)
+    require_above_0("model", model, above_0)
     if not 0 <= model.first_k_dense_replace < model.num_hidden_layers:
-        _refuse(
+        refuse(
             "model.first_k_dense_replace",
             model.first_k_dense_replace,
             f"must leave at least one MoE layer of model.num_hidden_layers={model.num_hidden_layers}",
@@ -132,25 +104,25 @@ def _validate_attention(model: ModelConfig) -> None:
     kind, heads, groups = model.attention, model.num_attention_heads, model.num_key_value_heads
     if kind is AttentionKind.gqa:
         if groups is None or groups < 1 or heads % groups:
-            _refuse(
+            refuse(
                 "model.num_key_value_heads",
                 groups,
                 f"must divide model.num_attention_heads={heads} with model.attention=gqa: "
-                f"one of {_divisors(heads)}",
+                f"one of {divisors(heads)}",
             )
     elif groups is not None:
-        _refuse("model.num_key_value_heads", groups, "must be null but with model.attention=gqa")
+        refuse("model.num_key_value_heads", groups, "must be null but with model.attention=gqa")
     if kind is AttentionKind.mla:
         return
     if model.v_head_dim != model.qk_nope_head_dim:
-        _refuse(
+        refuse(
             "model.v_head_dim",
             model.v_head_dim,
             f"must be model.qk_nope_head_dim={model.qk_nope_head_dim} with model.attention={kind.value}: "
             "its heads have one width",
         )
     if model.qk_nope_head_dim % 2:
-        _refuse(
+        refuse(
             "model.qk_nope_head_dim",
             model.qk_nope_head_dim,
             f"must be even with model.attention={kind.value}: RoPE turns pairs of the whole head",
@@ -159,20 +131,20 @@ def _validate_attention(model: ModelConfig) -> None:
 
 def _validate_rope_scaling(model: ModelConfig, scaling: RopeScalingConfig) -> None:
     section, original = "model.rope_scaling", scaling.original_max_position_embeddings
-    _require_positive(section, scaling, ["factor"])
-    _require_above_0(section, scaling, ["beta_slow", "mscale", "mscale_all_dim"])
+    require_positive(section, scaling, ["factor"])
+    require_above_0(section, scaling, ["beta_slow", "mscale", "mscale_all_dim"])
     if not scaling.beta_slow < scaling.beta_fast < math.inf:
-        _refuse(f"{section}.beta_fast", scaling.beta_fast, f"must be above beta_slow={scaling.beta_slow}")
+        refuse(f"{section}.beta_fast", scaling.beta_fast, f"must be above beta_slow={scaling.beta_slow}")
     if original < (least := math.ceil(2 * math.pi * scaling.beta_slow)):
-        _refuse(
+        refuse(
             f"{section}.original_max_position_embeddings",
             original,
             f"must be at least {least}, where the fastest pair turns beta_slow={scaling.beta_slow} times",
         )
     if model.rope_theta <= 1:
-        _refuse("model.rope_theta", model.rope_theta, "must be above 1 with model.rope_scaling")
+        refuse("model.rope_theta", model.rope_theta, "must be above 1 with model.rope_scaling")
     if model.max_position_embeddings > scaling.factor * original:
-        _refuse(
+        refuse(
             "model.max_position_embeddings",
             model.max_position_embeddings,
             f"must be at most {scaling.factor * original:g} = {section}.factor x "
@@ -182,47 +154,47 @@ def _validate_rope_scaling(model: ModelConfig, scaling: RopeScalingConfig) -> No
 
 def _validate_moe(model: ModelConfig) -> None:
     experts, groups, limit = model.n_routed_experts, model.n_group, model.topk_group
-    _require_positive("model", model, ["n_routed_experts", "n_group", "topk_group"])
+    require_positive("model", model, ["n_routed_experts", "n_group", "topk_group"])
     if experts % groups:
-        _refuse(
+        refuse(
             "model.n_group",
             groups,
-            f"must divide model.n_routed_experts={experts}: one of {_divisors(experts)}",
+            f"must divide model.n_routed_experts={experts}: one of {divisors(experts)}",
         )
     if limit > groups:
-        _refuse("model.topk_group", limit, f"must be at most model.n_group={groups}")
+        refuse("model.topk_group", limit, f"must be at most model.n_group={groups}")
     if model.num_experts_per_tok > limit * experts // groups:
-        _refuse(
+        refuse(
             "model.num_experts_per_tok",
             model.num_experts_per_tok,
             f"must be at most {limit * experts // groups}, the experts that model.topk_group={limit} of "
             f"model.n_group={groups} groups hold",
         )
     balance = model.balance
-    _require_positive("model.balance", balance, ["alpha_expert", "alpha_device", "alpha_comm"], least=0)
-    _require_fraction("model.balance", balance, ["exempt_fraction"])
-    _require_above_0("model.balance", balance, ["capacity_factor"])
+    require_positive("model.balance", balance, ["alpha_expert", "alpha_device", "alpha_comm"], least=0)
+    require_fraction("model.balance", balance, ["exempt_fraction"])
+    require_above_0("model.balance", balance, ["capacity_factor"])
 
 
 def _validate_optim(optim: OptimConfig) -> None:
     if optim.name != "adamw":
-        _refuse("optim.name", optim.name, "must be adamw")
-    _require_positive("optim", optim, ["total_tokens", "batch_size", "batch_ramp_increment"])
-    _require_positive("optim", optim, ["warmup_steps", "weight_decay", "batch_ramp_tokens"], least=0)
-    _require_fraction("optim", optim, ["beta1", "beta2", "decay_factor"])
+        refuse("optim.name", optim.name, "must be adamw")
+    require_positive("optim", optim, ["total_tokens", "batch_size", "batch_ramp_increment"])
+    require_positive("optim", optim, ["warmup_steps", "weight_decay", "batch_ramp_tokens"], least=0)
+    require_fraction("optim", optim, ["beta1", "beta2", "decay_factor"])
     for name in ("beta1", "beta2"):
         if getattr(optim, name) == 1:
-            _refuse(f"optim.{name}", getattr(optim, name), "must be below 1")
-    _require_above_0("optim", optim, ["lr", "eps", "grad_clip"])
+            refuse(f"optim.{name}", getattr(optim, name), "must be below 1")
+    require_above_0("optim", optim, ["lr", "eps", "grad_clip"])
     if optim.decay_at != sorted(set(optim.decay_at)) or not all(0 < f < 1 for f in optim.decay_at):
-        _refuse("optim.decay_at", optim.decay_at, "must be rising shares of the tokens, such as [0.6, 0.9]")
+        refuse("optim.decay_at", optim.decay_at, "must be rising shares of the tokens, such as [0.6, 0.9]")
     start = optim.batch_size_start
     if start is not None and not 1 <= start <= optim.batch_size:
-        _refuse("optim.batch_size_start", start, f"must be from 1 to optim.batch_size={optim.batch_size}")
+        refuse("optim.batch_size_start", start, f"must be from 1 to optim.batch_size={optim.batch_size}")
     if start is None and optim.batch_ramp_tokens > 0:
-        _refuse("optim.batch_size_start", None, "must be given when optim.batch_ramp_tokens is")
+        refuse("optim.batch_size_start", None, "must be given when optim.batch_ramp_tokens is")
     if start is not None and optim.batch_ramp_tokens == 0:
-        _refuse("optim.batch_ramp_tokens", 0, "must be above 0 when optim.batch_size_start is given")
+        refuse("optim.batch_ramp_tokens", 0, "must be above 0 when optim.batch_size_start is given")
 
 
 def _validate_kernels(model: ModelConfig, runtime: RuntimeConfig) -> None:
@@ -230,15 +202,15 @@ def _validate_kernels(model: ModelConfig, runtime: RuntimeConfig) -> None:
         return
     name = runtime.kernels.value
     if runtime.precision is not Precision.bf16:
-        _refuse("runtime.kernels", name, "needs runtime.precision=bf16; or use reference")
+        refuse("runtime.kernels", name, "needs runtime.precision=bf16; or use reference")
     rope = model.qk_rope_head_dim
     if model.attention is AttentionKind.mla and rope & (rope - 1):
         right = f"must be a power of 2 with runtime.kernels={name}; or use reference"
-        _refuse("model.qk_rope_head_dim", rope, right)
+        refuse("model.qk_rope_head_dim", rope, right)
     for field in ("hidden_size", "moe_intermediate_size"):
         if (value := getattr(model, field)) % 8:
             right = f"must be a multiple of 8 with runtime.kernels={name}; or use reference"
-            _refuse(f"model.{field}", value, right)
+            refuse(f"model.{field}", value, right)
     if model.attention is AttentionKind.mla:
         _validate_fused_heads(model, runtime.kernels)
 
@@ -261,7 +233,7 @@ def _validate_fused_heads(model: ModelConfig, kernels: Kernels) -> None:
         for fits, right in ((width % 8 == 0, "a multiple of 8"), (width <= too_wide, at_most)):
             if not fits:
                 right = f"must be {right} with runtime.kernels={kernels.value}; or use reference"
-                _refuse(f"model.{field}", width, right)
+                refuse(f"model.{field}", width, right)
 
 
 def validate_gpu(config: Config, gpu: str, capability: int) -> None:
@@ -280,48 +252,48 @@ def validate_gpu(config: Config, gpu: str, capability: int) -> None:
     others = "fused or reference" if cudnn else "reference"
     if kernels is Kernels.fused_cute and capability != 9:
         right = f"needs a Hopper GPU (H100, H800, H200), not {gpu}; or use {others}"
-        _refuse("runtime.kernels", kernels.value, right)
+        refuse("runtime.kernels", kernels.value, right)
     if kernels is Kernels.fused and not cudnn:
         right = f"cuDNN's attention takes heads of at most 128 on {gpu}, not {widest}; use {others}"
-        _refuse("runtime.kernels", kernels.value, right)
+        refuse("runtime.kernels", kernels.value, right)
 
 
 def _validate_parallel(config: Config, world_size: int) -> None:
     parallel, model, optim = config.parallel, config.model, config.optim
     ep, stage = parallel.expert_parallel_size, parallel.zero_stage
-    _require_positive("parallel", parallel, ["expert_parallel_size"])
-    _require_positive("runtime", config.runtime, ["micro_batch_size"])
+    require_positive("parallel", parallel, ["expert_parallel_size"])
+    require_positive("runtime", config.runtime, ["micro_batch_size"])
     if world_size % ep:
-        _refuse(
+        refuse(
             "parallel.expert_parallel_size",
             ep,
-            f"must divide the number of processes, {world_size}: one of {_divisors(world_size)}; "
+            f"must divide the number of processes, {world_size}: one of {divisors(world_size)}; "
             "or start others (NPROC=N launch/local.sh, torchrun --nproc_per_node=N; a plan: gpus=N)",
         )
     if model.n_routed_experts % ep:
-        _refuse(
+        refuse(
             "parallel.expert_parallel_size",
             ep,
             f"must divide model.n_routed_experts={model.n_routed_experts}: "
-            f"one of {_divisors(model.n_routed_experts)}",
+            f"one of {divisors(model.n_routed_experts)}",
         )
     if ep % model.n_group and model.n_group % ep:
-        _refuse(
+        refuse(
             "parallel.expert_parallel_size",
             ep,
             f"must divide model.n_group={model.n_group} or be a multiple of it, so that a group lives on "
             "whole ranks",
         )
     if stage not in (0, 1, 2, 3):
-        _refuse("parallel.zero_stage", stage, "must be 0, 1, 2 or 3")
+        refuse("parallel.zero_stage", stage, "must be 0, 1, 2 or 3")
     if stage == 0 and config.runtime.precision is Precision.bf16:
-        _refuse(
+        refuse(
             "parallel.zero_stage",
             stage,
             "bf16 needs stage 1, 2 or 3, which keep fp32 master weights; or use runtime.precision=fp32",
         )
     if optim.states is Precision.bf16 and (stage != 1 or config.runtime.precision is Precision.fp32):
-        _refuse(
+        refuse(
             "optim.states",
             "bf16",
             f"needs parallel.zero_stage=1 and runtime.precision=bf16, not {stage} and "
@@ -336,7 +308,7 @@ def _validate_parallel(config: Config, world_size: int) -> None:
         sizes["optim.batch_ramp_increment"] = optim.batch_ramp_increment
     for name, size in sizes.items():
         if size % share:
-            _refuse(
+            refuse(
                 name,
                 size,
                 f"must be a multiple of {share} = runtime.micro_batch_size={micro_batch_size} x "

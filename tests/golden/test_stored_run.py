@@ -1,7 +1,7 @@
 """A run that an older version left behind goes on as that version would have.
 
-`stored_run/` was written by commit 297f927 on a CPU: a prepared corpus, a run stopped after step 8 of 16, and the
-losses of its other steps as that commit computed them. Its configuration has fields under their old names.
+Commit 297f927 wrote `stored_run/` on a CPU: a prepared corpus, a run stopped after step 8 of 16, and the
+losses of its other steps. The stored configuration has fields under their old names.
 """
 
 import json

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dsv2.errors import UserError
-from dsv2.monitoring.console import fmt_count
+from dsv2.formats import fmt_count
 from dsv2.monitoring.panels import LAYER_SUFFIX, SECTIONS, Panel, Section
 
 PAGE = Path(__file__).parent

@@ -10,9 +10,9 @@ import pytest
 
 from dsv2.cli.plan import load, main, read
 from dsv2.errors import UserError
+from dsv2.formats import short
 from dsv2.parallel.gpus import GPUS
 from dsv2.planner.search import Machines
-from dsv2.planner.text import short
 from tests.unit.helpers import REPO
 
 

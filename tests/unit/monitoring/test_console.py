@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from dsv2.monitoring.console import end_lines, eval_line, fmt_count, fmt_time, start_lines, step_line
+from dsv2.formats import fmt_count, fmt_time
+from dsv2.monitoring.console import end_lines, eval_line, start_lines, step_line
 
 STEP = {
     "step": 120,
