@@ -18,7 +18,7 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from dsv2.kernels.reference.router import route
-from dsv2.kernels.sets import KernelSet, fused_kernels
+from dsv2.kernels.sets import KernelSet, load_kernels
 
 FUSED = "dsv2.kernels.fused"
 
@@ -132,21 +132,21 @@ class _FlashAttention4(torch.autograd.Function):
 
 
 @contextmanager
-def idle_triton(chunk: int, cute: bool = False) -> Iterator[KernelSet]:
-    """The fused kernels on a CPU, their values nonsense; the head takes `chunk` tokens at a time."""
+def idle_triton(name: str, chunk: int) -> Iterator[KernelSet]:
+    """Yield a fused kernel set on a CPU. Its values are nonsense; its head takes `chunk` tokens at a time."""
     triton: Any = ModuleType("triton")
     triton.language = ModuleType("triton.language")
     triton.language.constexpr = int
     triton.jit, triton.cdiv = _jit, lambda a, b: -(-a // b)
     triton.next_power_of_2 = lambda n: 1 << (n - 1).bit_length()
-    modules = {name: module for name, module in sys.modules.items() if not name.startswith(FUSED)}
+    modules = {path: module for path, module in sys.modules.items() if not path.startswith(FUSED)}
     modules |= {"triton": triton, "triton.language": triton.language}
-    if cute:
+    if name == "fused_cute":
         modules |= _quack()
     with patch.dict(sys.modules, modules, clear=True):  # torch itself must not meet this Triton
-        kernels = fused_kernels(cute)
-        attention, head = (sys.modules[f"{FUSED}.{name}"] for name in ("attention", "head"))
-        if cute:  # no spare rows, which would be more than there are
+        kernels = load_kernels(name)
+        attention, head = (sys.modules[f"{FUSED}.{module}"] for module in ("attention", "head"))
+        if name == "fused_cute":  # no spare rows, which would be more than there are
             sys.modules[f"{FUSED}.experts_cute"].__dict__["SPARE"] = 1
             attend = partial(attention._latent_attention, _FlashAttention4.apply)
             kernels = replace(kernels, latent_attention=attend)

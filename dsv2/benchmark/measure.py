@@ -100,7 +100,7 @@ def measure(config: Config, device: Any, arguments: argparse.Namespace) -> dict[
     precision = f"{config.runtime.precision.value}/{config.optim.states.value}"
     figures = row(config, device, timing, world_size, precision)
     figures |= {
-        "kernels": config.runtime.kernels.value,
+        "kernels": config.runtime.kernels,
         "routing": "balanced" if arguments.balanced else "learned",
         "data": "random" if random else config.data.path,
     }

@@ -12,10 +12,11 @@ import sys
 from dsv2.config.compose import SHORT, compose_overrides, field_types, to_config, unknown_key
 from dsv2.config.schema import Config
 from dsv2.errors import UserError
+from dsv2.kernels.specs import find_spec, latent_heads
 from dsv2.parallel.gpus import GPUS, find_gpu
 from dsv2.planner.search import Machines, plan, search
 from dsv2.planner.text import plan_lines, search_lines
-from dsv2.training.validate import validate, validate_gpu
+from dsv2.training.validate import validate
 
 OWN = ("gpus", "gpu", "gpus_per_node", "mfu")
 
@@ -75,7 +76,8 @@ def load(overrides: list[str], machines: Machines, any_layout: bool = False) -> 
         config.parallel.expert_parallel_size = 1
         config.runtime.micro_batch_size = 1
     validate(config, machines.gpus)
-    validate_gpu(config, machines.gpu.name, machines.gpu.capability)
+    kernels = find_spec(config.runtime.kernels)
+    kernels.check_gpu(machines.gpu.name, machines.gpu.capability, latent_heads(config.model))
     return config
 
 

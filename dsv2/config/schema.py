@@ -31,12 +31,6 @@ class WandbMode(enum.Enum):
     disabled = "disabled"  # metrics.jsonl only
 
 
-class Kernels(enum.Enum):
-    reference = "reference"  # plain torch, on anything
-    fused = "fused"  # Triton, grouped products and cuDNN attention: NVIDIA GPUs, bf16
-    fused_cute = "fused_cute"  # the same with FlashAttention-4 and quack's products, written in CuTe: Hopper
-
-
 class Device(enum.Enum):
     auto = "auto"  # CUDA if there is a GPU
     cpu = "cpu"
@@ -136,7 +130,7 @@ class RuntimeConfig:
 
     device: Device = Device.auto
     precision: Precision = Precision.fp32
-    kernels: Kernels = Kernels.reference  # how the costly operations are computed
+    kernels: str = "reference"  # how the costly operations are computed; dsv2/kernels/specs.py lists the sets
     recompute: bool = False  # recompute each layer's activations in the backward pass
     micro_batch_size: int = 4  # sequences per forward pass of a rank
 

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -37,36 +37,6 @@ class KernelSet:
     sum_of_squares: Callable[[list[Tensor]], Tensor]
 
 
-def fused_kernels(cute: bool = False) -> KernelSet:
-    """The same for an NVIDIA GPU, bf16 only. Needs Triton.
-
-    Args:
-        cute: attention by FlashAttention-4 and not by cuDNN, experts by quack's products and not by torch's.
-    """
-    from dsv2.kernels.fused import adamw, attention, experts, head, linear, norm, router, rows, swiglu
-
-    if cute:
-        warnings.filterwarnings("ignore", "Argument aux_data", UserWarning)  # FlashAttention-4, of its own
-        from dsv2.kernels.fused import experts_cute as experts
-
-    return KernelSet(
-        rms_norm=norm.rms_norm,
-        add_rms_norm=norm.add_rms_norm,
-        add_up=norm.add_up,
-        linears=linear.linears,
-        latent_attention=attention.latent_attention_flash4 if cute else attention.latent_attention,
-        swiglu=swiglu.swiglu,
-        route=router.route,
-        sequence_sums=router.sequence_sums,
-        routed_experts=experts.routed_experts,
-        gather_rows=rows.gather_rows,
-        sum_rows=rows.sum_rows,
-        head_loss=head.head_loss,
-        adamw=adamw.adamw,
-        sum_of_squares=adamw.sum_of_squares,
-    )
-
-
 REFERENCE = KernelSet(
     rms_norm=rms_norm,
     add_rms_norm=add_rms_norm,
@@ -83,3 +53,50 @@ REFERENCE = KernelSet(
     adamw=adamw,
     sum_of_squares=sum_of_squares,
 )
+
+
+def _fused() -> KernelSet:
+    """Needs Triton, which only machines with an NVIDIA GPU have."""
+    from dsv2.kernels.fused import adamw, attention, experts, head, linear, norm, router, rows, swiglu
+
+    return KernelSet(
+        rms_norm=norm.rms_norm,
+        add_rms_norm=norm.add_rms_norm,
+        add_up=norm.add_up,
+        linears=linear.linears,
+        latent_attention=attention.latent_attention,
+        swiglu=swiglu.swiglu,
+        route=router.route,
+        sequence_sums=router.sequence_sums,
+        routed_experts=experts.routed_experts,
+        gather_rows=rows.gather_rows,
+        sum_rows=rows.sum_rows,
+        head_loss=head.head_loss,
+        adamw=adamw.adamw,
+        sum_of_squares=adamw.sum_of_squares,
+    )
+
+
+def _fused_cute() -> KernelSet:
+    """Needs FlashAttention-4 and quack too. They replace cuDNN's attention and torch's grouped products."""
+    # FlashAttention-4 warns of its own call.
+    warnings.filterwarnings("ignore", "Argument aux_data", UserWarning)
+    from dsv2.kernels.fused import attention, experts_cute
+
+    return replace(
+        _fused(),
+        latent_attention=attention.latent_attention_flash4,
+        routed_experts=experts_cute.routed_experts,
+    )
+
+
+BUILDERS: dict[str, Callable[[], KernelSet]] = {
+    "reference": lambda: REFERENCE,
+    "fused": _fused,
+    "fused_cute": _fused_cute,
+}
+
+
+def load_kernels(name: str) -> KernelSet:
+    """Return the set that runtime.kernels names. dsv2/kernels/specs.py says what each one needs."""
+    return BUILDERS[name]()

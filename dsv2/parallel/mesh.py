@@ -13,11 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dsv2.config.schema import Config, Device, Kernels
+from dsv2.config.schema import Config, Device
 from dsv2.errors import UserError
+from dsv2.kernels.specs import find_spec, latent_heads
 from dsv2.moe.execution import WaitClock
-from dsv2.packages import CUTE, misfit
-from dsv2.training.validate import validate_gpu
 
 
 @dataclass(frozen=True)
@@ -51,14 +50,11 @@ def pick_device(config: Config, processes: int) -> torch.device:
     Raises:
         UserError: more processes on this machine than GPUs, or kernels that they or the packages here lack.
     """
-    kernels = config.runtime.kernels
+    kernels = find_spec(config.runtime.kernels)
     gpus = torch.cuda.device_count()
     on_cpu = config.runtime.device is Device.cpu or (config.runtime.device is Device.auto and gpus == 0)
-    if on_cpu and kernels is not Kernels.reference:
-        raise UserError(
-            f"runtime.kernels={kernels.value}: needs an NVIDIA GPU; on the CPU use runtime.kernels=reference"
-        )
     if on_cpu:
+        kernels.check_cpu()
         return torch.device("cpu")
     if gpus == 0:
         raise UserError("runtime.device=cuda: there is no GPU on this machine; use runtime=default")
@@ -69,10 +65,10 @@ def pick_device(config: Config, processes: int) -> torch.device:
             "use runtime.device=cpu"
         )
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    if kernels is not Kernels.reference:
-        validate_gpu(config, torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)[0])
-    if kernels is Kernels.fused_cute and (wrong := misfit(CUTE)):
-        raise UserError(f"runtime.kernels={kernels.value}: {wrong}; or use fused")
+    if kernels.needs_gpu:
+        name = torch.cuda.get_device_name(device)
+        kernels.check_gpu(name, torch.cuda.get_device_capability(device)[0], latent_heads(config.model))
+        kernels.check_packages()
     return device
 
 

@@ -9,8 +9,8 @@ come to a rank as leave it.
 
 from typing import NamedTuple
 
-from dsv2.config.schema import AttentionKind, Config, Kernels, ModelConfig, Precision
-from dsv2.kernels import HEAD_CHUNK
+from dsv2.config.schema import AttentionKind, Config, ModelConfig, Precision
+from dsv2.kernels.specs import HEAD_CHUNK, KernelSpec, find_spec
 from dsv2.moe.reach import mean_ranks
 
 Table = dict[str, float]  # tensor: bytes
@@ -26,15 +26,11 @@ class Pass(NamedTuple):
     ep_size: int
     recompute: bool
     fused_norm: bool  # CUDA's one kernel; on CPU torch takes RMSNorm apart and keeps more
-    kernels: Kernels = Kernels.reference
+    kernels: KernelSpec = find_spec("reference")
 
     @property
     def fused(self) -> bool:
-        return self.kernels is not Kernels.reference
-
-    @property
-    def cute(self) -> bool:
-        return self.kernels is Kernels.fused_cute
+        return self.kernels.is_fused
 
     @property
     def whole_norm(self) -> bool:
@@ -73,7 +69,7 @@ def make_pass(config: Config, fused_norm: bool = True) -> Pass:
         ep_size=parallel.expert_parallel_size,
         recompute=config.runtime.recompute,
         fused_norm=fused_norm,
-        kernels=config.runtime.kernels,
+        kernels=find_spec(config.runtime.kernels),
     )
 
 
@@ -163,7 +159,7 @@ def _fused_experts(p: Pass) -> Table:
         "experts: indices": p.pairs * INT64 + slots * INT32,
         "experts: rows": p.pairs * p.row,
         "experts: gate and up": 2 * p.pairs * m.moe_intermediate_size * p.itemsize,
-        "experts: weights": (slots + (0 if p.cute else p.pairs)) * FP32,
+        "experts: weights": (slots + p.kernels.keeps_pair_weights * p.pairs) * FP32,
     }
 
 
@@ -214,7 +210,7 @@ def _attention_workspace(p: Pass) -> float:
         kv = 0
     each = p.tokens * m.num_attention_heads
     if p.fused and m.attention is AttentionKind.mla:
-        return each * (2 * (qk + v) * p.itemsize + p.cute * qk * FP32)
+        return each * (2 * (qk + v) * p.itemsize + p.kernels.sums_query_gradients_in_fp32 * qk * FP32)
     return each * (3 * qk + v + kv) * p.itemsize
 
 
@@ -301,7 +297,7 @@ def _fused_workspace(p: Pass) -> float:
     width = p.pairs * p.model.moe_intermediate_size * p.itemsize
     matrix, pairs, rows = _expert_matrices(p), p.pairs * p.row, p.rows * p.row
     fullest = max(pairs + width + matrix, pairs + rows + 3 * matrix)
-    fullest += 2 * width if p.cute else 0
+    fullest += 0 if p.kernels.overwrites_gate_and_up else 2 * width
     return fullest + (0 if p.ep_size == 1 else rows)  # with the gradient that came
 
 

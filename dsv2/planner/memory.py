@@ -15,7 +15,8 @@ What DeepSpeed does with the settings of `deepspeed_config`:
 
 from typing import NamedTuple
 
-from dsv2.config.schema import Config, Kernels, Precision
+from dsv2.config.schema import Config, Precision
+from dsv2.kernels.specs import find_spec
 from dsv2.planner.activations import FP32, Activations, activations, make_pass
 from dsv2.planner.parameters import Group, RankParameters, rank_parameters
 
@@ -52,7 +53,7 @@ def _layout(config: Config, world_size: int) -> Layout:
         bf16=config.runtime.precision is Precision.bf16,
         states=2 if config.optim.states is Precision.bf16 else FP32,
         sums=config.optim.batch_size > config.runtime.micro_batch_size,
-        fused=config.runtime.kernels is not Kernels.reference,
+        fused=find_spec(config.runtime.kernels).is_fused,
     )
 
 

@@ -23,7 +23,7 @@ def _title(planned: Planned) -> str:
         f"{config.name}: {machines.gpus} x {machines.gpu.name}, expert parallel "
         f"{parallel.expert_parallel_size}, ZeRO-{parallel.zero_stage}, {config.runtime.precision.value}, "
         f"micro-batch {config.runtime.micro_batch_size} x {config.data.sequence_length} tokens, {layers}, "
-        f"{config.runtime.kernels.value} kernels"
+        f"{config.runtime.kernels} kernels"
     )
 
 

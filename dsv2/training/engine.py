@@ -16,9 +16,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from data.streams.stream import Batch, Stream
-from dsv2.config.schema import Kernels, ModelConfig, OptimConfig, ParallelConfig, Precision, RuntimeConfig
+from dsv2.config.schema import ModelConfig, OptimConfig, ParallelConfig, Precision, RuntimeConfig
 from dsv2.hf.init_from import HFWeights
-from dsv2.kernels.sets import REFERENCE, fused_kernels
+from dsv2.kernels.sets import REFERENCE, load_kernels
 from dsv2.model.init import init_weights
 from dsv2.model.transformer import DeepseekV2, ModelOutput
 from dsv2.moe.balance import BalanceLosses
@@ -85,9 +85,7 @@ def build_model(
     weights: HFWeights | None = None,
 ) -> DeepseekV2:
     """This rank's share of the model on its device, in its precision: fresh, or with the weights given."""
-    kernels = REFERENCE
-    if runtime.kernels is not Kernels.reference:
-        kernels = fused_kernels(cute=runtime.kernels is Kernels.fused_cute)
+    kernels = load_kernels(runtime.kernels)
     with torch.device("meta"):  # so that memory is taken once, and in the precision it is used in
         execution = Execution(mesh.ep_group, runtime.recompute, kernels, mesh.clock)
         model = DeepseekV2(config, execution)

@@ -7,7 +7,6 @@ from dsv2.config.rules import divisors, refuse, require_above_0, require_fractio
 from dsv2.config.schema import (
     AttentionKind,
     Config,
-    Kernels,
     LoggingConfig,
     ModelConfig,
     OptimConfig,
@@ -15,6 +14,7 @@ from dsv2.config.schema import (
     RopeScalingConfig,
     RuntimeConfig,
 )
+from dsv2.kernels.specs import find_spec, latent_heads
 
 
 def validate(config: Config, world_size: int) -> None:
@@ -198,64 +198,10 @@ def _validate_optim(optim: OptimConfig) -> None:
 
 
 def _validate_kernels(model: ModelConfig, runtime: RuntimeConfig) -> None:
-    if runtime.kernels is Kernels.reference:
-        return
-    name = runtime.kernels.value
-    if runtime.precision is not Precision.bf16:
-        refuse("runtime.kernels", name, "needs runtime.precision=bf16; or use reference")
-    rope = model.qk_rope_head_dim
-    if model.attention is AttentionKind.mla and rope & (rope - 1):
-        right = f"must be a power of 2 with runtime.kernels={name}; or use reference"
-        refuse("model.qk_rope_head_dim", rope, right)
-    for field in ("hidden_size", "moe_intermediate_size"):
-        if (value := getattr(model, field)) % 8:
-            right = f"must be a multiple of 8 with runtime.kernels={name}; or use reference"
-            refuse(f"model.{field}", value, right)
-    if model.attention is AttentionKind.mla:
-        _validate_fused_heads(model, runtime.kernels)
-
-
-def _head_widths(model: ModelConfig) -> dict[str, int]:
-    keys = model.qk_nope_head_dim + model.qk_rope_head_dim
-    return {"qk_nope_head_dim + qk_rope_head_dim": keys, "v_head_dim": model.v_head_dim}
-
-
-def _validate_fused_heads(model: ModelConfig, kernels: Kernels) -> None:
-    """MLA's widths that cuDNN's attention takes on Hopper, backward too; or FlashAttention-4."""
-    widths = _head_widths(model)
-    too_wide = 256 if kernels is Kernels.fused_cute else 128
-    at_most = f"at most {too_wide}"
-    if kernels is Kernels.fused:
-        at_most += ", or 192 beside model.v_head_dim=128,"
-        if tuple(widths.values()) == (192, 128):
-            return
-    for field, width in widths.items():
-        for fits, right in ((width % 8 == 0, "a multiple of 8"), (width <= too_wide, at_most)):
-            if not fits:
-                right = f"must be {right} with runtime.kernels={kernels.value}; or use reference"
-                refuse(f"model.{field}", width, right)
-
-
-def validate_gpu(config: Config, gpu: str, capability: int) -> None:
-    """Refuse kernels that this kind of GPU has not.
-
-    Args:
-        gpu: its name.
-        capability: its major compute capability: 8 is Ampere, 9 Hopper, 10 Blackwell.
-
-    Raises:
-        UserError: says which kernels it has.
-    """
-    model, kernels = config.model, config.runtime.kernels
-    widest = max(_head_widths(model).values())
-    cudnn = capability in (9, 10) or widest <= 128 or model.attention is not AttentionKind.mla
-    others = "fused or reference" if cudnn else "reference"
-    if kernels is Kernels.fused_cute and capability != 9:
-        right = f"needs a Hopper GPU (H100, H800, H200), not {gpu}; or use {others}"
-        refuse("runtime.kernels", kernels.value, right)
-    if kernels is Kernels.fused and not cudnn:
-        right = f"cuDNN's attention takes heads of at most 128 on {gpu}, not {widest}; use {others}"
-        refuse("runtime.kernels", kernels.value, right)
+    spec = find_spec(runtime.kernels)
+    spec.check(model, runtime.precision)
+    if heads := latent_heads(model):
+        spec.check_heads(heads)
 
 
 def _validate_parallel(config: Config, world_size: int) -> None:

@@ -7,7 +7,7 @@ from unittest.mock import patch
 
 import torch
 
-from dsv2.config.schema import Kernels, RuntimeConfig
+from dsv2.config.schema import RuntimeConfig
 from dsv2.parallel.zero.base import start_mesh
 from dsv2.training.engine import build_model
 from tests.dist import jobs
@@ -38,10 +38,9 @@ def one_pass(
 ) -> tuple[int, int]:
     """(bytes a forward keeps for its backward, most bytes during both), without weights and gradients."""
     with contextlib.ExitStack() as stack:
-        if runtime.kernels is not Kernels.reference:
-            cute = runtime.kernels is Kernels.fused_cute
-            kernels = stack.enter_context(idle_triton(chunk=8192, cute=cute))
-            stack.enter_context(patch("dsv2.training.engine.fused_kernels", lambda **options: kernels))
+        if runtime.kernels != "reference":
+            kernels = stack.enter_context(idle_triton(runtime.kernels, chunk=8192))
+            stack.enter_context(patch("dsv2.training.engine.load_kernels", lambda name: kernels))
         mesh = start_mesh(torch.device("cpu"), rank, world_size, world_size)
         model = build_model(jobs.model_config(**sizes), runtime, 0, mesh)
         for parameter in model.parameters():

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dsv2.config.schema import Kernels, Precision, RuntimeConfig
+from dsv2.config.schema import Precision, RuntimeConfig
 from tests.dist import jobs
 from tests.idle_triton import idle_triton
 
@@ -36,7 +36,7 @@ class Looks(TorchDispatchMode):
         return out.zero_() if name in ("empty", "new_empty", "empty_like") else out
 
 
-def looks(rank: int, world_size: int, dropping: bool, recompute: bool, kernels: Kernels) -> tuple[list, list]:
+def looks(rank: int, world_size: int, dropping: bool, recompute: bool, kernels: str) -> tuple[list, list]:
     """Of a forward, and of its backward."""
     from dsv2.parallel.zero.base import start_mesh
     from dsv2.training.engine import build_model
@@ -46,8 +46,8 @@ def looks(rank: int, world_size: int, dropping: bool, recompute: bool, kernels: 
     runtime = RuntimeConfig(recompute=recompute, kernels=kernels, precision=Precision.bf16)
     config = jobs.model_config(**SIZES, token_dropping=dropping, capacity_factor=0.8)
     batch = jobs.cut(jobs.global_batch(0), rank * 2, 2)
-    with idle_triton(8192, cute=kernels is Kernels.fused_cute) as idle, Looks() as found:
-        with patch("dsv2.training.engine.fused_kernels", lambda **options: idle):
+    with idle_triton(kernels, chunk=8192) as idle, Looks() as found:
+        with patch("dsv2.training.engine.load_kernels", lambda name: idle):
             model = build_model(config, runtime, 0, mesh)
         del found.seen[:]
 
@@ -62,7 +62,7 @@ def looks(rank: int, world_size: int, dropping: bool, recompute: bool, kernels: 
     return forward, found.seen[len(forward) :]
 
 
-@pytest.mark.parametrize("kernels", [Kernels.fused, Kernels.fused_cute])
+@pytest.mark.parametrize("kernels", ["fused", "fused_cute"])
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("dropping", [False, True])
 @pytest.mark.parametrize("world_size", [1, 2])

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from dsv2.config.schema import Kernels
-from dsv2.kernels.sets import KernelSet, fused_kernels
-from dsv2.packages import CUTE, misfit
+from dsv2.errors import UserError
+from dsv2.kernels.sets import KernelSet, load_kernels
+from dsv2.kernels.specs import find_spec
 
 SIZES = {
     "vocab_size": 512,
@@ -30,24 +30,25 @@ SIZES = {
 FUSED_KERNELS = pytest.mark.parametrize(
     "kernels",
     [
-        pytest.param(Kernels.fused, id="fused"),
-        pytest.param(Kernels.fused_cute, id="cute", marks=pytest.mark.filterwarnings("ignore")),
+        pytest.param("fused", id="fused"),
+        pytest.param("fused_cute", id="cute", marks=pytest.mark.filterwarnings("ignore")),
     ],
 )
 
 
-def need(kernels: Kernels) -> None:
-    """Skip the test where `fused_cute` would be refused."""
-    if kernels is Kernels.fused_cute:
-        if torch.cuda.get_device_capability()[0] != 9:
-            pytest.skip("no Hopper GPU")
-        if wrong := misfit(CUTE):
-            pytest.skip(wrong)
+def need(kernels: str) -> None:
+    """Skip the test if this GPU or the installed packages do not suit the kernel set."""
+    spec = find_spec(kernels)
+    try:
+        spec.check_gpu(torch.cuda.get_device_name(), torch.cuda.get_device_capability()[0], heads=None)
+        spec.check_packages()
+    except UserError as refusal:
+        pytest.skip(str(refusal))
 
 
-def kernel_set(kernels: Kernels) -> KernelSet:
+def kernel_set(kernels: str) -> KernelSet:
     need(kernels)
-    return fused_kernels(cute=kernels is Kernels.fused_cute)
+    return load_kernels(kernels)
 
 
 def alone(function: Callable[..., Any], *arguments: Any) -> Any:

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.gpu
 def test_kernels_are_attributed_to_parts(recompute, kernels):
     need(kernels)
     options = ["--steps", "2", "--warmup", "2", "model=small", "runtime=gpu", "data.sequence_length=1024"]
-    options += [f"runtime.kernels={kernels.value}"]
+    options += [f"runtime.kernels={kernels}"]
     row = run_turn([*options, f"runtime.recompute={recompute}"])
     assert "error" not in row, row
     share = {part: found["share"] for part, found in row["parts"].items()}

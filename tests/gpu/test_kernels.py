@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsv2.config.schema import Kernels
 from dsv2.kernels.reference.adamw import AdamWStep
 from dsv2.kernels.sets import REFERENCE, KernelSet
 from tests.gpu.process import FUSED_KERNELS, kernel_set
@@ -17,7 +16,7 @@ DEVICE = "cuda"
 
 @pytest.fixture(scope="module")
 def fused() -> KernelSet:
-    return kernel_set(Kernels.fused)
+    return kernel_set("fused")
 
 
 def normal(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:

@@ -33,7 +33,6 @@ TO_BE_MOVED = {  # imports that run upwards; this list only loses lines
     "dsv2.checkpoint.store: dsv2.training",
     "dsv2.parallel.gpus: dsv2.model",
     "dsv2.parallel.mesh: dsv2.moe",
-    "dsv2.parallel.mesh: dsv2.training",
     "dsv2.parallel.zero.base: dsv2.moe",
     "dsv2.training.evaluate: dsv2.monitoring",
 }

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsv2.kernels import HEAD_CHUNK
+from dsv2.kernels.specs import HEAD_CHUNK
 
 
 @triton.jit

@@ -13,7 +13,6 @@ from dsv2.config.renamed import FIELDS, OPTIONS
 from dsv2.config.schema import (
     Config,
     Device,
-    Kernels,
     OptimConfig,
     ParallelConfig,
     Precision,
@@ -174,7 +173,7 @@ def test_a_configuration_saved_under_old_names_is_read():
     saved["parallel"] = parallel | {"optimizer_states": "bf16"}
     del saved["runtime"], saved["optim"]["name"], saved["optim"]["states"]
     config = from_plain(saved)
-    assert config.runtime == RuntimeConfig(Device.cpu, Precision.bf16, Kernels.fused, True, 7)
+    assert config.runtime == RuntimeConfig(Device.cpu, Precision.bf16, "fused", True, 7)
     assert config.optim == OptimConfig(states=Precision.bf16)
     assert config.parallel == ParallelConfig(2, 3)
     assert differences(saved, to_plain(config)) == []

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dsv2 import packages
-from dsv2.config.schema import Config, Device, Kernels, RuntimeConfig
+from dsv2.config.schema import Config, Device, RuntimeConfig
 from dsv2.errors import UserError
 from dsv2.parallel.mesh import pick_device
 from tests.unit.helpers import tiny_config
@@ -60,9 +60,9 @@ def test_more_processes_than_gpus(machine, gpus, device):
 def test_fused_kernels_want_a_gpu(machine):
     machine(gpus=0)
     with pytest.raises(UserError, match=r"runtime.kernels=fused: needs an NVIDIA GPU; on the CPU"):
-        pick_device(job(kernels=Kernels.fused), 1)
+        pick_device(job(kernels="fused"), 1)
     machine(gpus=1)
-    assert str(pick_device(job(kernels=Kernels.fused), 1)) == "cuda:0"
+    assert str(pick_device(job(kernels="fused"), 1)) == "cuda:0"
 
 
 CUTE = {"flash-attn-4": "4.0.0b36", "quack-kernels": "0.6.5"}
@@ -85,7 +85,7 @@ def test_fused_cute_wants_a_hopper_gpu_and_its_packages(
 ):
     machine(gpus, capability=capability)
     monkeypatch.setattr(packages, "installed", installed.get)
-    config = job(kernels=Kernels.fused_cute)
+    config = job(kernels="fused_cute")
     if said is None:
         assert str(pick_device(config, 1)) == "cuda:0"
     else:
@@ -96,7 +96,7 @@ def test_fused_cute_wants_a_hopper_gpu_and_its_packages(
 @pytest.mark.parametrize(("capability", "width"), [(8, 192), (8, 128), (9, 192), (12, 192)])
 def test_fused_wants_a_gpu_whose_cudnn_takes_the_heads(machine, capability, width):
     machine(1, capability=capability)
-    config = job(kernels=Kernels.fused)
+    config = job(kernels="fused")
     config.model.qk_nope_head_dim = width - config.model.qk_rope_head_dim
     if width <= 128 or capability == 9:
         assert str(pick_device(config, 1)) == "cuda:0"

@@ -5,7 +5,8 @@ from itertools import product
 import pytest
 import torch
 
-from dsv2.config.schema import Kernels, ModelConfig
+from dsv2.config.schema import ModelConfig
+from dsv2.kernels.specs import find_spec
 from dsv2.model.transformer import DeepseekV2
 from dsv2.moe.execution import Execution
 from dsv2.planner import activations as planner
@@ -39,11 +40,11 @@ def config(shape: str) -> ModelConfig:
 def measured(monkeypatch):
     """(bytes kept by a forward, most bytes during it and its backward, what the planner says)."""
 
-    def run(shape: str, chunk: int, recompute: bool, kind: Kernels) -> tuple[int, int, Pass]:
+    def run(shape: str, chunk: int, recompute: bool, kind: str) -> tuple[int, int, Pass]:
         monkeypatch.setattr(planner, "HEAD_CHUNK", chunk)
         sizes = config(shape)
         ids = torch.randint(0, sizes.vocab_size, (2, SEQUENCES, LENGTH), generator=torch.manual_seed(0))
-        with idle_triton(chunk, cute=kind is Kernels.fused_cute) as kernels:
+        with idle_triton(kind, chunk) as kernels:
             model = DeepseekV2(sizes, Execution(recompute=recompute, kernels=kernels)).to(torch.bfloat16)
             for parameter in model.parameters():
                 parameter.grad = torch.zeros_like(parameter)
@@ -52,13 +53,13 @@ def measured(monkeypatch):
                 out = model(ids[0], ids[1], torch.arange(SEQUENCES))
                 kept = live.total
                 out.loss.backward()
-        p = Pass(sizes, TOKENS, 2, 1, recompute, fused_norm=False, kernels=kind)
+        p = Pass(sizes, TOKENS, 2, 1, recompute, fused_norm=False, kernels=find_spec(kind))
         return kept, live.peak, p
 
     return run
 
 
-@pytest.mark.parametrize("kind", [Kernels.fused, Kernels.fused_cute])
+@pytest.mark.parametrize("kind", ["fused", "fused_cute"])
 @pytest.mark.parametrize(("shape", "chunk", "recompute"), [*product(SHAPES, CHUNKS, [False, True])])
 def test_kept_and_fullest_moment(measured, shape, chunk, recompute, kind):
     kept, peak, p = measured(shape, CHUNKS[chunk], recompute, kind)
@@ -69,8 +70,9 @@ def test_kept_and_fullest_moment(measured, shape, chunk, recompute, kind):
 
 def test_fused_cute_keeps_no_weight_a_pair():
     """fused multiplies the hidden activations by it, fused_cute the outputs, by the token's slots."""
-    p = Pass(config("base"), TOKENS, 2, 1, False, fused_norm=False, kernels=Kernels.fused)
+    p = Pass(config("base"), TOKENS, 2, 1, False, fused_norm=False, kernels=find_spec("fused"))
     kept = [
-        planner.moe(p._replace(kernels=k))["experts: weights"] for k in (Kernels.fused, Kernels.fused_cute)
+        planner.moe(p._replace(kernels=find_spec(name)))["experts: weights"]
+        for name in ("fused", "fused_cute")
     ]
     assert kept[0] - kept[1] == 4 * TOKENS * p.model.num_experts_per_tok
