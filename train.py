@@ -25,7 +25,7 @@ from dsv2.config.compose import (
     to_config,
 )
 from dsv2.config.schema import Config
-from dsv2.errors import CheckpointError, Diverged, UserError
+from dsv2.errors import CheckpointError, Diverged, PeerLost, UserError
 from dsv2.parallel.environment import launched_ranks, local_processes, without_warnings_logged
 from dsv2.training.out_of_memory import memory_explained
 from dsv2.training.rundir import claim
@@ -41,8 +41,9 @@ def train(config: Config) -> None:
         from data.streams.stream import build_stream
         from dsv2.checkpoint.store import RunState
         from dsv2.monitoring.monitor import Monitor
-        from dsv2.parallel.mesh import end_process_group, pick_device
-        from dsv2.parallel.zero.base import start_mesh
+        from dsv2.parallel.device import pick_device
+        from dsv2.parallel.plan import Dim, ParallelPlan
+        from dsv2.parallel.start import end_process_group, start_mesh
         from dsv2.training.engine import Engine, build_model, share_of_step
         from dsv2.training.evaluate import Evaluator
         from dsv2.training.schedule import plan_steps
@@ -53,10 +54,10 @@ def train(config: Config) -> None:
     device, (store, found, weights) = pick_device(config, local_processes()), find_start(config)
     _lock = claim(run_dir) if rank == 0 else None
 
-    mesh = start_mesh(device, rank, world_size, config.parallel.expert_parallel_size)
+    mesh = start_mesh(ParallelPlan.of(config.parallel, world_size), rank, device)
     model = build_model(config.model, config.runtime, config.seed, mesh, weights)
     engine = Engine(model, config.optim, config.parallel, config.runtime, mesh)
-    stream = build_stream(config.data, config.model.vocab_size, rank, world_size, mesh.cpu_group)
+    stream = build_stream(config.data, config.model.vocab_size, mesh[Dim.dp])
     evaluator = Evaluator(engine, config)
     state = store.load(engine, found) if found else RunState()
     if state.data is not None:
@@ -110,11 +111,10 @@ def command_line(composed: DictConfig) -> None:
         fail(UserError("interrupted before training began; nothing was changed"), 130)
     except (CheckpointError, Diverged) as error:
         fail(error, 3 if isinstance(error, Diverged) else 1, together=True)
-    except RuntimeError as error:
-        if " by peer" not in str(error):  # gloo's words for a process that is gone
-            raise
-        # That one has said why; a hundred lines on where this one waited for it would bury that.
-        fail(RuntimeError(f"another process has ended; its own message says why ({error})"), 1)
+    except PeerLost as error:
+        # The process that failed has already printed the reason. A traceback from this one, which was only
+        # waiting for it, would bury that message.
+        fail(error, 1)
 
 
 def fail(error: Exception, code: int, together: bool = False) -> NoReturn:
@@ -128,7 +128,7 @@ def fail(error: Exception, code: int, together: bool = False) -> NoReturn:
     else:
         time.sleep(3)  # torchrun ends all ranks when the first one leaves: let the one that speaks speak
     if together:
-        from dsv2.parallel.mesh import end_process_group
+        from dsv2.parallel.start import end_process_group
 
         end_process_group()
     sys.exit(code)

@@ -5,7 +5,7 @@
 
 from data.errors import OneRankError, UserError
 
-__all__ = ["CheckpointError", "Diverged", "OneRankError", "UserError"]
+__all__ = ["CheckpointError", "Diverged", "OneRankError", "PeerLost", "UserError"]
 
 
 class Diverged(Exception):
@@ -14,3 +14,7 @@ class Diverged(Exception):
 
 class CheckpointError(Exception):
     """A checkpoint could not be written; earlier ones are untouched. Exit code 1 if it was the last."""
+
+
+class PeerLost(RuntimeError):
+    """A collective failed because another process of the job has ended. Exit code 1."""

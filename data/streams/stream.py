@@ -9,11 +9,10 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from data.config import DataConfig, DataSource
@@ -28,6 +27,36 @@ from data.streams.order import permuted_index
 from data.tokenizers.base import Tokenizer, load_tokenizer
 
 HELD_OUT = 100  # one document in so many validates when hf_stream has no split of its own for that
+
+
+T = TypeVar("T")
+
+
+class Transfer(Protocol):
+    """Rows on their way between ranks."""
+
+    def wait(self) -> Tensor:
+        """Return the received rows, by sender."""
+        ...
+
+
+class Ranks(Protocol):
+    """The processes that share the data, and what a stream asks of them. Every method is collective."""
+
+    rank: int  # this process
+    size: int
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Return [size, *x.shape]: every rank's x, in rank order."""
+        ...
+
+    def exchange(self, x: Tensor, send: list[int], receive: list[int]) -> Transfer:
+        """Start sending `send[w]` of x's rows to each rank w, in order; `receive[w]` rows come from it."""
+        ...
+
+    def objects(self, value: T) -> list[T]:
+        """Return every rank's value, in rank order."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -92,13 +121,14 @@ class MapStream:
 
 class LaneStream:
     """A streamed dataset in L lanes: sequence g is the (g // L)-th of lane g % L, which rank
-    (g % L) % world_size reads. Each `take` exchanges the window's sequences, so any rank gets any share.
+    (g % L) % W of the W ranks reads. Each `take` exchanges the window's sequences, so any rank gets any
+    share.
 
     Args:
         lanes: this rank's lanes, by number.
         n_lanes: L.
         fingerprint: what the order depends on, JSON-able.
-        group: a gloo group of all ranks; None with one rank.
+        ranks: the processes that share the stream.
     """
 
     def __init__(
@@ -106,24 +136,19 @@ class LaneStream:
         lanes: dict[int, Lane],
         n_lanes: int,
         fingerprint: dict[str, Any],
-        rank: int,
-        world_size: int,
-        group: dist.ProcessGroup | None,
+        ranks: Ranks,
     ) -> None:
-        assert group is not None or world_size == 1
         self.consumed = 0
         self._lanes = lanes
         self._n_lanes = n_lanes
         self._fingerprint = fingerprint
-        self._rank = rank
-        self._world_size = world_size
-        self._group = group
+        self._ranks = ranks
 
     def take(self, total: int, start: int, count: int) -> Batch:
         _check_share(total, start, count)
         lanes = (self.consumed + np.arange(total)) % self._n_lanes
-        owners = lanes % self._world_size
-        mine = np.flatnonzero(owners == self._rank)  # offsets in the window
+        owners = lanes % self._ranks.size
+        mine = np.flatnonzero(owners == self._ranks.rank)  # offsets in the window
         try:
             read = [next(self._lanes[lane]) for lane in lanes[mine].tolist()]
         except UserError as error:
@@ -131,43 +156,31 @@ class LaneStream:
         # Without one of its own a rank still takes part, with an empty array of the right width.
         width = self._fingerprint["sequence_length"] + 1
         sequences = torch.from_numpy(np.stack(read) if read else np.empty((0, width), np.int32))
-        if self._world_size == 1:
-            share = sequences[start : start + count]
-        else:
-            share = self._exchange(sequences, mine, owners, start, count)
+        share = self._exchange(sequences, mine, owners, slice(start, start + count))
         places = self.consumed + start + np.arange(count)
         self.consumed += total
         return _batch(share.numpy().astype(np.int64), places)
 
-    def _exchange(
-        self, sequences: Tensor, mine: np.ndarray, owners: np.ndarray, start: int, count: int
-    ) -> Tensor:
-        """Send each rank what it wants of `sequences` [len(mine), S + 1]; return int32 [count, S + 1]."""
-        wanted = [torch.empty(2, dtype=torch.int64) for _ in range(self._world_size)]
-        dist.all_gather(wanted, torch.tensor([start, count]), group=self._group)
+    def _exchange(self, sequences: Tensor, mine: np.ndarray, owners: np.ndarray, share: slice) -> Tensor:
+        """Send each rank its share of `sequences` [len(mine), S + 1]; return this rank's, int32."""
+        shares = self._ranks.gather(torch.tensor([share.start, share.stop]))
         outgoing = []
-        for first, size in (pair.tolist() for pair in wanted):
-            outgoing.append(sequences[torch.from_numpy((mine >= first) & (mine < first + size))])
-        senders = owners[start : start + count]
-        received = sequences.new_empty(count, sequences.shape[1])
-        dist.all_to_all_single(
-            received,
+        for first, end in shares.tolist():
+            outgoing.append(sequences[torch.from_numpy((mine >= first) & (mine < end))])
+        senders = owners[share]
+        received = self._ranks.exchange(
             torch.cat(outgoing),
-            np.bincount(senders, minlength=self._world_size).tolist(),
-            [len(part) for part in outgoing],
-            group=self._group,
-        )
+            send=[len(part) for part in outgoing],
+            receive=np.bincount(senders, minlength=self._ranks.size).tolist(),
+        ).wait()
         # They come rank by rank, each rank's in global order.
-        share = torch.empty_like(received)
-        share[torch.from_numpy(np.argsort(senders, kind="stable"))] = received
-        return share
+        ordered = torch.empty_like(received)
+        ordered[torch.from_numpy(np.argsort(senders, kind="stable"))] = received
+        return ordered
 
     def state_dict(self) -> dict[str, Any]:
         own = {lane: reader.state.to_json() for lane, reader in self._lanes.items()}
-        states = [own] * self._world_size
-        if self._world_size > 1:
-            dist.all_gather_object(states, own, group=self._group)
-        merged = {lane: state for part in states for lane, state in part.items()}
+        merged = {lane: state for part in self._ranks.objects(own) for lane, state in part.items()}
         return {
             "consumed": self.consumed,
             "fingerprint": self._fingerprint,
@@ -181,17 +194,8 @@ class LaneStream:
             reader.load(LaneState.from_json(state["lanes"][str(lane)]))
 
 
-def build_stream(
-    config: DataConfig,
-    model_vocab_size: int,
-    rank: int,
-    world_size: int,
-    group: dist.ProcessGroup | None,
-) -> Stream:
-    """Return this rank's end of the training stream; call `check_data` first.
-
-    `group` is a gloo group of all ranks (hf_stream exchanges through it), None with one rank.
-    """
+def build_stream(config: DataConfig, model_vocab_size: int, ranks: Ranks) -> Stream:
+    """Return this rank's end of the training stream, which `ranks` share; call `check_data` first."""
     if config.source is not DataSource.hf_stream:
         sequences = PackedTokens(config.path, "train", config.sequence_length, model_vocab_size)
         return MapStream(sequences, config.seed, _map_fingerprint(config))
@@ -208,12 +212,10 @@ def build_stream(
         return Lane(share, tokens_of, number, config.sequence_length, config.shuffle_window, config.seed)
 
     return LaneStream(
-        {number: lane(number) for number in range(rank, config.lanes, world_size)},
+        {number: lane(number) for number in range(ranks.rank, config.lanes, ranks.size)},
         config.lanes,
         _stream_fingerprint(config, tokenizer),
-        rank,
-        world_size,
-        group,
+        ranks,
     )
 
 

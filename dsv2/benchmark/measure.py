@@ -74,12 +74,12 @@ def measure(config: Config, device: Any, arguments: argparse.Namespace) -> dict[
     with without_warnings_logged():
         from data.streams.stream import Batch
         from dsv2.benchmark.timing import balance_routing, random_tokens, row, stream_tokens, time_steps
-        from dsv2.parallel.mesh import end_process_group
-        from dsv2.parallel.zero.base import start_mesh
+        from dsv2.parallel.plan import Dim, ParallelPlan
+        from dsv2.parallel.start import end_process_group, start_mesh
         from dsv2.training.engine import Engine, build_model
 
     rank, world_size = launched_ranks()
-    mesh = start_mesh(device, rank, world_size, config.parallel.expert_parallel_size)
+    mesh = start_mesh(ParallelPlan.of(config.parallel, world_size), rank, device)
     model = build_model(config.model, config.runtime, config.seed, mesh)
     if arguments.balanced:
         balance_routing(model)
@@ -95,7 +95,7 @@ def measure(config: Config, device: Any, arguments: argparse.Namespace) -> dict[
 
     timing = time_steps(step, tokens, device, arguments.steps, arguments.warmup)
     if timing.peak_gib is not None:
-        peaks = engine.of_every_rank(tensor([timing.peak_gib], device=device))
+        peaks = mesh[Dim.world].gather(tensor([timing.peak_gib], device=device))
         timing = timing._replace(peak_gib=float(peaks.max()))
     precision = f"{config.runtime.precision.value}/{config.optim.states.value}"
     figures = row(config, device, timing, world_size, precision)
@@ -202,7 +202,7 @@ def one_line(row: dict[str, Any]) -> str:
 def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler says when it starts and ends
 
-    from dsv2.parallel.mesh import pick_device
+    from dsv2.parallel.device import pick_device
 
     rank, world_size = launched_ranks()
     try:

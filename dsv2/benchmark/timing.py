@@ -13,9 +13,11 @@ from data.streams.stream import build_stream
 from dsv2.benchmark.peers import Work
 from dsv2.config.schema import Config
 from dsv2.kernels.reference.router import Routing
-from dsv2.model.sizes import flops_per_token, peak_flops
+from dsv2.model.sizes import flops_per_token
 from dsv2.moe.layer import MoELayer
+from dsv2.parallel.gpus import peak_flops
 from dsv2.parallel.mesh import Mesh
+from dsv2.parallel.plan import Dim
 
 Step = Callable[[list[Tensor]], float]  # trains on a step's micro-batches and returns its loss
 
@@ -43,7 +45,7 @@ def stream_tokens(config: Config, mesh: Mesh) -> Iterator[list[Tensor]]:
     """The same through the stream that training reads."""
     from dsv2.training.engine import share_of_step  # not above: peers have no use for DeepSpeed
 
-    stream = build_stream(config.data, config.model.vocab_size, mesh.rank, mesh.world_size, mesh.cpu_group)
+    stream = build_stream(config.data, config.model.vocab_size, mesh[Dim.dp])
     while True:
         batches = share_of_step(stream, config.optim.batch_size, config.runtime.micro_batch_size, mesh)
         yield [torch.cat((batch.input_ids, batch.labels[:, -1:]), dim=1) for batch in batches]

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner
@@ -47,6 +46,7 @@ from dsv2.config.compose import differences, to_plain
 from dsv2.config.schema import Config
 from dsv2.errors import CheckpointError, UserError
 from dsv2.parallel.mesh import Mesh
+from dsv2.parallel.plan import Dim
 
 if TYPE_CHECKING:
     from dsv2.parallel.zero.base import Fragment
@@ -154,7 +154,8 @@ class CheckpointStore:
         target = self.folder / f"step-{state.step:08d}"
         partial = target.with_suffix(".partial")
         mesh = engine.mesh
-        rng = _gather_objects(torch.get_rng_state(), mesh)
+        everyone = mesh[Dim.world]
+        rng = everyone.objects(torch.get_rng_state())
 
         def prepare() -> None:
             for leftover in self.folder.glob("step-*.partial"):  # of a save that was cut short
@@ -175,8 +176,8 @@ class CheckpointStore:
             _on_main(prepare, mesh)
             _write_ranges(engine, partial)
             # Each rank reads back what it has just written.
-            written = {file.name: checksum(file) for file in partial.glob(f"__{mesh.rank}_*.distcp")}
-            checksums = {k: v for part in _gather_objects(written, mesh) for k, v in part.items()}
+            written = {file.name: checksum(file) for file in partial.glob(f"__{everyone.rank}_*.distcp")}
+            checksums = {k: v for part in everyone.objects(written) for k, v in part.items()}
             _on_main(complete, mesh)
         except CheckpointError as error:
             if mesh.is_main:
@@ -294,25 +295,27 @@ class CheckpointStore:
     def _damage(self, path: Path, mesh: Mesh) -> str | None:
         """What is wrong with a checkpoint's bytes; ranks share the reading. Collective."""
         problem = None
+        everyone = mesh[Dim.world]
         try:
             content = check(path)
-            names = sorted(content["files"])[mesh.rank :: mesh.world_size]
+            names = sorted(content["files"])[everyone.rank :: everyone.size]
             if found := damaged_file(path, names, content.get("crc32", {})):
                 problem = f"checkpoint {path}: {found}; use an older one"
         except UserError as error:
             problem = str(error)
-        return next(filter(None, _gather_objects(problem, mesh)), None)
+        return next(filter(None, everyone.objects(problem)), None)
 
     def _load(self, engine: "Engine", path: Path, changed: list[str]) -> RunState:
         content = check(path)
-        if len(set(_gather_objects(json.dumps(content), engine.mesh))) > 1:
+        everyone = engine.mesh[Dim.world]
+        if len(set(everyone.objects(json.dumps(content)))) > 1:
             raise UserError(f"checkpoint {path}: not the same on every machine; runs_dir must be shared")
         try:
             dcp.load(
                 _ranges(engine),
                 storage_reader=dcp.FileSystemReader(path),
                 planner=_LoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
-                process_group=engine.mesh.cpu_group,
+                process_group=engine.mesh[Dim.world].host_group,
             )
         except dcp.api.CheckpointException as error:
             raise UserError(
@@ -321,8 +324,8 @@ class CheckpointStore:
         engine.set_optimizer_steps(content["adam_step"])
         engine.refresh_weights()
         rng = torch.load(path / "rng.pt", weights_only=True)  # the host's: nothing draws on a GPU after init
-        if len(rng) == engine.mesh.world_size:
-            torch.set_rng_state(rng[engine.mesh.rank])
+        if len(rng) == everyone.size:
+            torch.set_rng_state(rng[everyone.rank])
         changed += differences(content["config"], self.settings)
         return self._state(path, content)
 
@@ -333,11 +336,11 @@ def _write_ranges(engine: "Engine", partial: Path) -> None:
             _ranges(engine),
             storage_writer=dcp.FileSystemWriter(partial),
             planner=_SavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
-            process_group=engine.mesh.cpu_group,
+            process_group=engine.mesh[Dim.world].host_group,
         )
     except dcp.api.CheckpointException as error:  # raised on every rank
         raise CheckpointError(_root_cause(error)) from error
-    if not all(_gather_objects((partial / ".metadata").exists(), engine.mesh)):
+    if not all(engine.mesh[Dim.world].objects((partial / ".metadata").exists())):
         raise CheckpointError(f"not every machine sees {partial}; runs_dir must be a shared file system")
 
 
@@ -349,7 +352,7 @@ def _on_main(action: Callable[[], None], mesh: Mesh) -> None:
             action()
         except Exception as error:  # whatever it is, the other ranks wait to hear of it
             problem = _in_words(error)
-    if problem := _gather_objects(problem, mesh)[0]:
+    if problem := mesh[Dim.world].objects(problem)[0]:
         raise CheckpointError(problem)
 
 
@@ -388,12 +391,3 @@ def _write_state(
         json.dump(content, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _gather_objects(value: Any, mesh: Mesh) -> list[Any]:
-    """Every rank's value, in rank order, on every rank."""
-    if mesh.cpu_group is None:
-        return [value]
-    values: list[Any] = [None] * mesh.world_size
-    dist.all_gather_object(values, value, group=mesh.cpu_group)
-    return values

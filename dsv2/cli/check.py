@@ -42,7 +42,7 @@ def find_start(config: Config) -> tuple["CheckpointStore", "Found | None", "HFWe
 
 
 def _look(config: Config, processes: int) -> None:
-    from dsv2.parallel.mesh import pick_device
+    from dsv2.parallel.device import pick_device
 
     pick_device(config, processes)
     find_start(config)

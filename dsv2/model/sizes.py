@@ -69,9 +69,3 @@ def flops_per_token(config: ModelConfig, sequence_length: int) -> int:
     # A token attends to half the sequence on average; a product is 2 FLOPs forward and 4 backward.
     attention = 6 * config.num_hidden_layers * config.num_attention_heads * head_width * sequence_length // 2
     return 6 * count_parameters(config).active_matmul + attention
-
-
-def peak_flops(device_name: str) -> float | None:
-    """Dense bf16 FLOP/s of one GPU by its data sheet; None where it is not known."""
-    peaks = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12}
-    return next((peak for name, peak in peaks.items() if name in device_name), None)

@@ -1,9 +1,9 @@
 """The three balance losses (arXiv 2405.04434, section 2.2.3, eqs. 23-31).
 
-Shapes: B sequences, E routed experts, G groups (D in the paper). Every loss is 1 for a perfectly uniform
-router (the communication loss: 1 when every token reaches M groups), is computed per sequence and
-averaged over the sequences, so that micro-batch, accumulation and layout cannot change its gradient.
-Gradient flows through P only.
+Every loss is 1 for a perfectly uniform router; the communication loss is 1 when every token reaches M
+groups. Each is computed per sequence and averaged over the sequences. Micro-batch, accumulation and
+layout therefore cannot change its gradient, which flows through the affinities only (the paper's P).
+The expert groups are the paper's D devices.
 """
 
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from dsv2.kernels.reference.router import SequenceSums
 
 
 class BalanceLosses(NamedTuple):
-    """Raw losses, before alpha: fp32 scalars, means over the sequences given."""
+    """Raw losses, before alpha: fp32 scalars, means over the sequences."""
 
     expert: Tensor  # eq. 23 / alpha_1
     device: Tensor  # eq. 26 / alpha_2
@@ -24,7 +24,7 @@ class BalanceLosses(NamedTuple):
 def balance_losses(
     sums: SequenceSums, n_tokens: int, top_k: int, n_group: int, topk_group: int
 ) -> BalanceLosses:
-    """Losses of sequences of `n_tokens` tokens, each choosing `top_k` experts in `topk_group` groups."""
+    """Return the losses; a sequence has `n_tokens` tokens, which choose `top_k` experts each."""
     n_experts = sums.selected_BE.shape[1]
     f_BE = sums.selected_BE * (n_experts / (top_k * n_tokens))  # eq. 24
     f_device_BG = f_BE.unflatten(-1, (n_group, -1)).mean(dim=-1)  # eq. 27

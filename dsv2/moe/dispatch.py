@@ -1,77 +1,78 @@
-"""Bringing tokens to the ranks that hold their experts, and the experts' answers home.
+"""Bring tokens to the ranks that hold their experts, and the experts' results back.
 
-Shapes: T tokens, K experts a token, D hidden_size, E experts of the layer, W ranks of the EP group,
-S rows sent by this rank, R rows that are here afterwards, this rank's own among them.
-
-A token's hidden state goes to a rank once, however many of its experts live there (with EP = D:
-to at most M ranks, section 2.2.2), together with its choice and weights; what comes back is one row,
-the weighted sum over that rank's experts. `plan_dispatch` settles counts and order once a layer, for
-backward too. `start_dispatch` leaves the exchange under way, so that other work can run meanwhile.
-With one rank nothing moves, and the layer has no branch for expert parallelism.
+A token's hidden state goes to a rank once, however many of its experts are there, together with the
+token's choice and weights. With as many ranks as expert groups it goes to at most M ranks (section
+2.2.2). One row comes back per rank reached: the weighted sum over that rank's experts. `plan_dispatch`
+settles counts and order once per layer, for backward too. `start_dispatch` returns while rows are on
+their way, so that other work can overlap. With one rank nothing moves, and the layer has no branch for
+expert parallelism.
 """
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from dsv2.kernels.reference.rows import RowMap, map_rows
-from dsv2.moe.execution import Execution, WaitClock
+from dsv2.moe.execution import Execution
+from dsv2.parallel.clock import WaitClock
+from dsv2.parallel.mesh import MeshDim, Work
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """Which rows cross between the ranks of a group of several."""
+    """Which rows cross between the ranks of a dimension of several."""
 
-    rows: RowMap  # the S rows sent, out of T x W slots: by rank, then by token
+    rows: RowMap  # the rows sent, out of T x W slots: by rank, then by token
     sent: list[int]  # rows to each rank [W]
     received: list[int]  # rows from each rank [W]
-    group: dist.ProcessGroup
+    ep: MeshDim
 
     @property
     def rows_out(self) -> int:
         """Rows sent to other ranks."""
-        return sum(self.sent) - self.sent[self.group.rank()]
+        return sum(self.sent) - self.sent[self.ep.rank]
 
     @property
     def rows_in(self) -> int:
         """Rows received from other ranks."""
-        return sum(self.received) - self.received[self.group.rank()]
+        return sum(self.received) - self.received[self.ep.rank]
 
 
 @dataclass(frozen=True)
 class DispatchPlan:
-    """Where everything goes in one layer."""
+    """Where every row goes in one layer."""
 
     kept_ids_TK: Tensor  # int64: the token's experts, -1 for a dropped pair
-    kept_E: Tensor  # int64: this rank's pairs of each expert of the layer, without the dropped ones
-    first_expert: int  # this rank's first
-    rows_of_expert: Tensor  # int64 [E / W]: pairs at each expert here
-    n_pairs: int  # rows at the experts here; with one rank dropped pairs too, behind all others
+    kept_E: Tensor  # int64: this rank's pairs per expert of the layer, without the dropped ones
+    first_expert: int  # the first expert of this rank
+    rows_of_expert: Tensor  # int64 [E / W]: pairs per expert of this rank
+    n_pairs: int  # their sum; with one rank it counts dropped pairs too, which come last
     exchange: Exchange | None  # None with one rank
 
 
 class Arrived(NamedTuple):
-    """What this rank's experts are to work on."""
+    """What this rank's experts work on."""
 
-    x_RD: Tensor
-    expert_ids_RK: Tensor  # int64, counted from this rank's first expert; -1: not here, or dropped
-    weights_RK: Tensor  # fp32
+    x_XD: Tensor
+    expert_ids_XK: Tensor  # int64, counted from this rank's first expert; -1: on another rank, or dropped
+    weights_XK: Tensor  # fp32
 
 
 def plan_dispatch(
     expert_ids_TK: Tensor,
     keep_TK: Tensor | None,
     n_experts: int,
-    group: dist.ProcessGroup | None,
+    ep: MeshDim,
     load_E: Tensor | None = None,
 ) -> DispatchPlan:
     """Settle where rows go. Collective; waits for the device once, with one rank never.
 
-    `keep_TK` (bool; None: all) leaves out dropped pairs, which are not sent. Rank w of the group holds
-    the w-th block of E / W experts. `load_E` are the pairs of each expert, if they are counted already.
+    Args:
+        keep_TK: bool; pairs to keep. Dropped pairs are not sent. None keeps all.
+        ep: rank w holds the w-th block of E / W experts.
+        load_E: pairs per expert, if they are already counted.
     """
     kept_TK = expert_ids_TK if keep_TK is None else expert_ids_TK.masked_fill(~keep_TK, -1)
     if keep_TK is None and load_E is not None:
@@ -80,61 +81,74 @@ def plan_dispatch(
         counts_E = torch.zeros(n_experts + 1, dtype=torch.int64, device=kept_TK.device)
         counts_E.scatter_add_(0, kept_TK.flatten() + 1, torch.ones_like(kept_TK).flatten())
         counts_E = counts_E[1:]
-    if group is None or group.size() == 1:
-        return DispatchPlan(kept_TK, counts_E, 0, counts_E, kept_TK.numel(), None)
-    size, here = group.size(), n_experts // group.size()
-    reached_TW = _ranks_reached(kept_TK, here, size)
-    # To each rank: its experts' pairs and the rows that bring them.
-    going_WN = torch.cat((counts_E.view(size, here), reached_TW.sum(dim=0).unsqueeze(1)), dim=1)
-    coming_WN = torch.empty_like(going_WN)
-    dist.all_to_all_single(coming_WN, going_WN, group=group)
-    rows_of_expert = coming_WN[:, :-1].sum(dim=0)
+    if ep.size == 1:
+        return DispatchPlan(
+            kept_ids_TK=kept_TK,
+            kept_E=counts_E,
+            first_expert=0,
+            rows_of_expert=counts_E,
+            n_pairs=kept_TK.numel(),
+            exchange=None,
+        )
+    n_local = n_experts // ep.size
+    reached_TW = _ranks_reached(kept_TK, n_local, ep.size)
+    # To each rank: the pairs of its experts, and the rows that bring them.
+    going_W_counts = torch.cat((counts_E.view(ep.size, n_local), reached_TW.sum(dim=0).unsqueeze(1)), dim=1)
+    coming_W_counts = ep.swap(going_W_counts)
+    rows_of_expert = coming_W_counts[:, :-1].sum(dim=0)
     # All sizes cross to the host at once.
-    numbers = torch.cat((going_WN[:, -1], coming_WN[:, -1], rows_of_expert.sum().unsqueeze(0))).tolist()
-    sent, received, n_pairs = numbers[:size], numbers[size : 2 * size], numbers[-1]
-    ranks_TW = torch.arange(size, device=kept_TK.device).where(reached_TW, size)
-    exchange = Exchange(map_rows(ranks_TW, sum(sent)), sent, received, group)
-    return DispatchPlan(kept_TK, counts_E, group.rank() * here, rows_of_expert, n_pairs, exchange)
+    sizes = torch.cat((going_W_counts[:, -1], coming_W_counts[:, -1], rows_of_expert.sum().unsqueeze(0)))
+    numbers = sizes.tolist()
+    sent = numbers[: ep.size]
+    ranks_TW = torch.arange(ep.size, device=kept_TK.device).where(reached_TW, ep.size)
+    return DispatchPlan(
+        kept_ids_TK=kept_TK,
+        kept_E=counts_E,
+        first_expert=ep.rank * n_local,
+        rows_of_expert=rows_of_expert,
+        n_pairs=numbers[-1],
+        exchange=Exchange(map_rows(ranks_TW, sum(sent)), sent, numbers[ep.size : -1], ep),
+    )
 
 
-def _ranks_reached(kept_TK: Tensor, experts_a_rank: int, n_ranks: int) -> Tensor:
-    """bool [T, W]: does the rank hold any of the token's kept experts?"""
-    ranks_TK = kept_TK.div(experts_a_rank, rounding_mode="floor")  # -1 stays -1
+def _ranks_reached(kept_TK: Tensor, n_local: int, n_ranks: int) -> Tensor:
+    """Return bool [T, W]: does the rank hold any of the token's kept experts?"""
+    ranks_TK = kept_TK.div(n_local, rounding_mode="floor")  # -1 stays -1
     reached_TW = torch.zeros(len(kept_TK), n_ranks + 1, dtype=torch.bool, device=kept_TK.device)
     return reached_TW.scatter_(1, ranks_TK + 1, True)[:, 1:]
 
 
 class _Transfer:
-    """One exchange of rows: at most one collective is under way, forwards or backwards."""
+    """One exchange of rows. At most one collective is running, forward or backward."""
 
-    def __init__(self, exchange: Exchange, clock: WaitClock, homewards: bool):
-        sizes = (exchange.sent, exchange.received)
-        self.sizes, self.group = sizes[::-1] if homewards else sizes, exchange.group
+    def __init__(self, exchange: Exchange, clock: WaitClock, returning: bool = False):
+        self.ep = exchange.ep
+        self.send = exchange.received if returning else exchange.sent
+        self.receive = exchange.sent if returning else exchange.received
         self.clock = clock
-        self._under_way: tuple[Any, Tensor, Tensor] | None = None  # the work, and the memory it uses
+        self._work: Work | None = None
 
     def launch(self, x: Tensor, backwards: bool) -> None:
-        give, take = self.sizes[::-1] if backwards else self.sizes
-        x = x.contiguous()
-        out = x.new_empty(sum(take), *x.shape[1:])
-        work = dist.all_to_all_single(out, x, take, give, group=self.group, async_op=True)
-        self._under_way = (work, x, out)
+        """Start to send rows, backwards from where forward received them."""
+        if backwards:
+            self._work = self.ep.exchange(x, send=self.receive, receive=self.send)
+        else:
+            self._work = self.ep.exchange(x, send=self.send, receive=self.receive)
 
     def wait(self) -> Tensor:
-        """The rows that have come."""
-        assert self._under_way is not None
-        work, _, out = self._under_way
-        with self.clock.waiting(out.device):
-            work.wait()
-        self._under_way = None
-        return out
+        """Return the received rows."""
+        assert self._work is not None
+        with self.clock.waiting(self._work.device):
+            rows = self._work.wait()
+        self._work = None
+        return rows
 
 
 class _Launch(torch.autograd.Function):
     """Start an exchange. The result is a token for `_Finish`, and stands for the rows in autograd's graph.
 
-    Autograd runs `_Finish`'s backward first, which starts the way back, and this one's last: what lay
-    between the two in forward overlaps with the exchange in backward as well.
+    Autograd runs `_Finish`'s backward first, which starts the way back, and this one's last. Work
+    between the two in forward therefore overlaps with the exchange in backward as well.
     """
 
     @staticmethod
@@ -164,38 +178,40 @@ class Pending:
     """Rows on their way to their experts."""
 
     def __init__(self, x_TD: Tensor, weights_TK: Tensor, plan: DispatchPlan, execution: Execution):
-        self._plan, exchange = plan, plan.exchange
+        self._plan = plan
+        exchange = plan.exchange
         if exchange is None:
-            self._here = Arrived(x_TD, plan.kept_ids_TK, weights_TK)
+            self._arrived = Arrived(x_TD, plan.kept_ids_TK, weights_TK)
             return
-        tokens_S = exchange.rows.tokens()
-        choice_SK = torch.cat((weights_TK, plan.kept_ids_TK.float()), dim=1)[tokens_S]  # ids below 2^24
-        self._transfers = tuple(_Transfer(exchange, execution.clock, homewards=False) for _ in range(2))
-        self._choice = _Launch.apply(choice_SK, self._transfers[0])
-        rows_SD = execution.kernels.gather_rows(x_TD, exchange.rows)
-        self._x = _Launch.apply(rows_SD, self._transfers[1])
+        # In fp32, which holds ids below 2^24 exactly.
+        choices = torch.cat((weights_TK, plan.kept_ids_TK.float()), dim=1)
+        self._choice_transfer = _Transfer(exchange, execution.clock)
+        self._row_transfer = _Transfer(exchange, execution.clock)
+        self._choice = _Launch.apply(choices[exchange.rows.tokens()], self._choice_transfer)
+        self._rows = _Launch.apply(execution.kernels.gather_rows(x_TD, exchange.rows), self._row_transfer)
 
     def wait(self) -> Arrived:
+        """Return this rank's rows."""
         if self._plan.exchange is None:
-            return self._here
-        choice_RK2 = _Finish.apply(self._choice, self._transfers[0])
-        x_RD = _Finish.apply(self._x, self._transfers[1])
-        weights_RK, ids_RK = choice_RK2.chunk(2, dim=1)
-        ids_RK = ids_RK.detach().long() - self._plan.first_expert
-        absent_RK = (ids_RK < 0) | (ids_RK >= len(self._plan.rows_of_expert))
-        return Arrived(x_RD, ids_RK.masked_fill(absent_RK, -1), weights_RK)
+            return self._arrived
+        choices = _Finish.apply(self._choice, self._choice_transfer)
+        x_XD = _Finish.apply(self._rows, self._row_transfer)
+        weights_XK, ids_XK = choices.chunk(2, dim=1)
+        ids_XK = ids_XK.detach().long() - self._plan.first_expert
+        absent_XK = (ids_XK < 0) | (ids_XK >= len(self._plan.rows_of_expert))
+        return Arrived(x_XD, ids_XK.masked_fill(absent_XK, -1), weights_XK)
 
 
 def start_dispatch(x_TD: Tensor, weights_TK: Tensor, plan: DispatchPlan, execution: Execution) -> Pending:
-    """Send each token to the ranks of its kept experts. Collective; `wait` on the result for the rows."""
+    """Send each token to the ranks of its kept experts. Collective; `wait` on the result returns the rows."""
     return Pending(x_TD, weights_TK, plan, execution)
 
 
-def combine(y_RD: Tensor, plan: DispatchPlan, execution: Execution) -> Tensor:
-    """Bring every row's answer home and add up each token's, in fp32: [T, D] in y's dtype. Collective."""
+def combine(y_XD: Tensor, plan: DispatchPlan, execution: Execution) -> Tensor:
+    """Bring every row's result back and sum each token's in fp32: [T, D] in y's dtype. Collective."""
     exchange = plan.exchange
     if exchange is None:
-        return y_RD
-    transfer = _Transfer(exchange, execution.clock, homewards=True)
-    home_SD = _Finish.apply(_Launch.apply(y_RD, transfer), transfer)
-    return execution.kernels.sum_rows(home_SD, exchange.rows, len(plan.kept_ids_TK))
+        return y_XD
+    transfer = _Transfer(exchange, execution.clock, returning=True)
+    results = _Finish.apply(_Launch.apply(y_XD, transfer), transfer)
+    return execution.kernels.sum_rows(results, exchange.rows, len(plan.kept_ids_TK))

@@ -1,7 +1,4 @@
-"""Feed-forward networks: the dense one, the shared one, and the stack of routed experts.
-
-Shapes: D hidden_size, F width, E experts held by this rank, R rows, K experts a row.
-"""
+"""Feed-forward networks: the dense one, the shared one, and the stack of routed experts."""
 
 import torch
 from torch import Tensor, nn
@@ -27,13 +24,14 @@ class RoutedExperts(nn.Module):
     """This rank's block of the routed experts, stacked along dim 0.
 
     Expert parallelism cuts dim 0 only, so a rank's share is one contiguous range of the whole
-    parameter. `first_expert` is the whole layer's index of the first expert here.
+    parameter. `first_expert` is the index, in the whole layer, of this rank's first expert.
     """
 
     def __init__(
         self,
         hidden_size: int,
         width: int,
+        *,
         n_experts: int,
         first_expert: int,
         n_local: int,
@@ -41,15 +39,19 @@ class RoutedExperts(nn.Module):
     ):
         super().__init__()
         self.kernels = kernels
-        self.n_experts, self.first_expert, self.n_local = n_experts, first_expert, n_local
-        self.w13 = nn.Parameter(torch.empty(n_local, 2 * width, hidden_size))  # gate above up
-        self.w2 = nn.Parameter(torch.empty(n_local, hidden_size, width))
+        self.n_experts = n_experts
+        self.first_expert = first_expert
+        self.n_local = n_local
+        self.w13 = nn.Parameter(torch.empty(n_local, 2 * width, hidden_size))  # gate above up, [E, 2 F, D]
+        self.w2 = nn.Parameter(torch.empty(n_local, hidden_size, width))  # [E, D, F]
 
     def forward(
-        self, x_RD: Tensor, expert_ids_RK: Tensor, weights_RK: Tensor, rows_of_expert: Tensor, n_pairs: int
+        self, x_XD: Tensor, expert_ids_XK: Tensor, weights_XK: Tensor, rows_of_expert: Tensor, n_pairs: int
     ) -> Tensor:
-        """Each row's sum over this rank's experts, [R, D]; see dsv2/kernels/reference/experts.py. Experts are
-        counted from this rank's first."""
+        """Return each row's weighted sum over this rank's experts, [X, D].
+
+        Expert ids count from this rank's first. The kernel's arguments: dsv2/kernels/reference/experts.py.
+        """
         return self.kernels.routed_experts(
-            x_RD, expert_ids_RK, weights_RK, rows_of_expert, n_pairs, self.w13, self.w2
+            x_XD, expert_ids_XK, weights_XK, rows_of_expert, n_pairs, self.w13, self.w2
         )

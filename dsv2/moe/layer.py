@@ -1,13 +1,11 @@
-"""The DeepSeekMoE layer (arXiv 2405.04434, section 2.2, eq. 20).
-
-Shapes: B sequences, S tokens a sequence, T = B * S, D hidden_size, K experts a token.
-"""
+"""The DeepSeekMoE layer (arXiv 2405.04434, section 2.2, eq. 20)."""
 
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from dsv2.config.schema import ModelConfig
+from dsv2.kernels.reference.router import Routing
 from dsv2.moe.balance import BalanceLosses, balance_losses
 from dsv2.moe.dispatch import combine, plan_dispatch, start_dispatch
 from dsv2.moe.drop import keep_within_budget
@@ -27,61 +25,77 @@ class MoEOutput(NamedTuple):
 class MoELayer(nn.Module):
     """Shared experts on every token plus K routed experts, chosen within M groups.
 
-    The EP group's ranks share one copy of the routed experts.
+    The ranks of `execution.ep` share one copy of the routed experts.
     """
 
     def __init__(self, config: ModelConfig, execution: Execution):
         super().__init__()
-        self.config, self.execution, group = config, execution, execution.ep_group
-        ep_size, ep_rank = (1, 0) if group is None else (group.size(), group.rank())
-        n_experts, width = config.n_routed_experts, config.moe_intermediate_size
-        assert n_experts % ep_size == 0, "validate() checks this"
-        n_local = n_experts // ep_size
+        self.config = config
+        self.execution = execution
+        ep = execution.ep
+        n_experts = config.n_routed_experts
+        assert n_experts % ep.size == 0, "validate() checks this"
+        n_local = n_experts // ep.size
         self.gate = nn.Linear(config.hidden_size, n_experts, bias=False)  # rows are the centroids e_i
-        kernels = execution.kernels
         self.experts = RoutedExperts(
-            config.hidden_size, width, n_experts, ep_rank * n_local, n_local, kernels
+            config.hidden_size,
+            config.moe_intermediate_size,
+            n_experts=n_experts,
+            first_expert=ep.rank * n_local,
+            n_local=n_local,
+            kernels=execution.kernels,
         )
-        # A shared FFN of n times the width is n shared experts, added up.
-        self.shared_experts = (
-            SwiGLU(config.hidden_size, config.n_shared_experts * width, kernels)
-            if config.n_shared_experts
-            else None
-        )
+        self.shared_experts: SwiGLU | None = None
+        if config.n_shared_experts:
+            # An FFN of n times the width computes the sum of n shared experts.
+            width = config.n_shared_experts * config.moe_intermediate_size
+            self.shared_experts = SwiGLU(config.hidden_size, width, execution.kernels)
 
     def forward(self, x_BSD: Tensor, sequence_ids_B: Tensor, residual_BSD: Tensor | None = None) -> MoEOutput:
-        """Eq. 20 of x, on top of the residual if given. Tokens are dropped in training only (2.2.4)."""
-        assert len(sequence_ids_B) == len(x_BSD), "one id a sequence"
-        config, balance, group = self.config, self.config.balance, self.execution.ep_group
+        """Compute eq. 20 of x, plus the residual. Tokens are dropped in training only (section 2.2.4)."""
+        assert len(sequence_ids_B) == len(x_BSD), "one id per sequence"
+        config = self.config
         kernels = self.execution.kernels
-        limits = (config.num_experts_per_tok, config.n_group, config.topk_group)
-        (n_sequences, n_tokens), x_TD = x_BSD.shape[:2], x_BSD.flatten(0, 1)
-        routing = kernels.route(x_TD, self.gate.weight, *limits)
+        n_sequences, n_positions = x_BSD.shape[:2]
+        x_TD = x_BSD.flatten(0, 1)
+        routing = self._route(x_TD)
         sums = kernels.sequence_sums(routing, n_sequences, config.n_group)
-        keep_TK = None
-        if self.training and balance.token_dropping:
-            keep_TK = keep_within_budget(
-                routing.weights_TK,
-                routing.expert_ids_TK // (config.n_routed_experts // config.n_group),
-                sequence_ids_B,
-                config.n_group,
-                balance.capacity_factor,
-                balance.exempt_fraction,
-                balance.exempt_seed,
-                group,
-            )
+        keep_TK = self._kept(routing, sequence_ids_B)
+        load_E = sums.selected_BE.sum(dim=0)
         plan = plan_dispatch(
-            routing.expert_ids_TK, keep_TK, config.n_routed_experts, group, sums.selected_BE.sum(dim=0)
+            routing.expert_ids_TK, keep_TK, config.n_routed_experts, self.execution.ep, load_E
         )
         weights_TK = routing.weights_TK * config.routed_scaling_factor
         pending = start_dispatch(x_TD, weights_TK, plan, self.execution)
         # The shared experts run while rows are on their way (section 3.1.3).
         shared_BSD = None if self.shared_experts is None else self.shared_experts(x_BSD)
-        y_RD = self.experts(*pending.wait(), plan.rows_of_expert, plan.n_pairs)
-        routed_BSD = combine(y_RD, plan, self.execution).view_as(x_BSD)
+        y_XD = self.experts(*pending.wait(), plan.rows_of_expert, plan.n_pairs)
+        routed_BSD = combine(y_XD, plan, self.execution).view_as(x_BSD)
         terms = [term for term in (shared_BSD, residual_BSD) if term is not None]
         return MoEOutput(
-            kernels.add_up(routed_BSD, *terms),
-            balance_losses(sums, n_tokens, *limits),
-            routing_stats(sums, n_tokens, plan.kept_E, plan.exchange),
+            y_BSD=kernels.add_up(routed_BSD, *terms),
+            losses=balance_losses(sums, n_positions, *self._limits),
+            stats=routing_stats(sums, n_positions, plan.kept_E, plan.exchange),
+        )
+
+    @property
+    def _limits(self) -> tuple[int, int, int]:
+        """K, G and M."""
+        return self.config.num_experts_per_tok, self.config.n_group, self.config.topk_group
+
+    def _route(self, x_TD: Tensor) -> Routing:
+        return self.execution.kernels.route(x_TD, self.gate.weight, *self._limits)
+
+    def _kept(self, routing: Routing, sequence_ids_B: Tensor) -> Tensor | None:
+        """Return bool [T, K]: the pairs within the budget; None keeps all."""
+        config = self.config
+        if not (self.training and config.balance.token_dropping):
+            return None
+        return keep_within_budget(
+            routing.weights_TK,
+            routing.expert_ids_TK // (config.n_routed_experts // config.n_group),
+            sequence_ids_B,
+            n_group=config.n_group,
+            balance=config.balance,
+            ep=self.execution.ep,
         )

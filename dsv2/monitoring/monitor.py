@@ -15,14 +15,16 @@ from dsv2.checkpoint.store import Found, RunState
 from dsv2.config.compose import to_plain, to_yaml
 from dsv2.config.schema import Config, Precision
 from dsv2.errors import Diverged
-from dsv2.model.sizes import count_parameters, flops_per_token, peak_flops
+from dsv2.model.sizes import count_parameters, flops_per_token
 from dsv2.moe.stats import RoutingStats
 from dsv2.moe.traffic import bytes_per_row
 from dsv2.monitoring import console
 from dsv2.monitoring.alerts import Alerts
 from dsv2.monitoring.metrics import balance_metrics, exchange_metrics, routing_maps, routing_metrics
 from dsv2.monitoring.tracker import open_tracker
+from dsv2.parallel.gpus import peak_flops
 from dsv2.parallel.mesh import Mesh
+from dsv2.parallel.plan import Dim
 from dsv2.training.engine import Engine, StepResult
 from dsv2.training.evaluate import Evaluation, Evaluator
 from dsv2.training.rundir import STATUS, read_status
@@ -78,7 +80,7 @@ class Monitor:
             active_parameters=counts.active,
             total_steps=self.total_steps,
             total_tokens=config.optim.total_tokens,
-            layout=layout_text(config, self.mesh),
+            layout=self.mesh.plan.text(self.mesh.device.type, config.parallel, config.runtime),
             run_dir=self.run_dir,
             resumed_step=resumed,
             begun_from=self._begun_from,
@@ -177,9 +179,9 @@ class Monitor:
         self._window_steps += 1
         metrics: dict[str, Any] = self._step_metrics(plan, result, seconds)
         if step % self.config.logging.every == 0 or step == self.total_steps:
-            total = RoutingStats(*(engine.sum_over_ranks(x) for x in self._window))
+            total = RoutingStats(*(self.mesh[Dim.world].sum(x) for x in self._window))
             metrics |= routing_metrics(total, self.config.model)
-            metrics |= self._exchange_metrics(self._window, engine)
+            metrics |= self._exchange_metrics(self._window)
             self._window, self._window_steps = None, 0
             if step % self.config.logging.maps_every == 0 or step == self.total_steps:
                 metrics |= routing_maps(total, self.config.model)
@@ -202,22 +204,22 @@ class Monitor:
             self.note(f"alert: {alert.title}, {alert.text}")
             self.tracker.alert(f"{self.config.name}: {alert.title}", alert.text)
 
-    def _exchange_metrics(self, window: RoutingStats, engine: Engine) -> dict[str, float]:
-        model, runtime = self.config.model, self.config.runtime
+    def _exchange_metrics(self, window: RoutingStats) -> dict[str, float]:
+        model, runtime, mesh = self.config.model, self.config.runtime, self.mesh
         itemsize = 2 if runtime.precision is Precision.bf16 else 4
         sizes = (model.hidden_size, model.num_experts_per_tok, itemsize, runtime.recompute)
-        wait_ms = torch.tensor(self.mesh.clock.take_ms(), dtype=torch.float64, device=self.mesh.device)
+        wait_ms = torch.tensor(mesh.clock.take_ms(), dtype=torch.float64, device=mesh.device)
         return exchange_metrics(
-            engine.of_every_rank(window.rows_out),
-            engine.of_every_rank(window.rows_in),
-            engine.of_every_rank(wait_ms),
+            mesh[Dim.dp].gather(mesh[Dim.pp].sum(window.rows_out)),  # a stage counts its own layers
+            mesh[Dim.dp].gather(mesh[Dim.pp].sum(window.rows_in)),
+            mesh[Dim.world].gather(wait_ms),
             bytes_per_row(*sizes),
             self._window_steps,
         )
 
     def _step_metrics(self, plan: StepPlan, result: StepResult, seconds: float) -> dict[str, float]:
         tok_s = (plan.tokens_after - plan.tokens) / seconds
-        flops_gpu = tok_s / self.mesh.world_size * self._flops
+        flops_gpu = tok_s / self.mesh.plan.world * self._flops
         metrics = {
             "train/loss": result.loss,
             "train/loss_lm": result.lm_loss,
@@ -227,7 +229,7 @@ class Monitor:
             "train/tokens": float(plan.tokens_after),
             **balance_metrics(result.balance, self.config.model.balance),
             "perf/tok_s": tok_s,
-            "perf/tok_s_gpu": tok_s / self.mesh.world_size,
+            "perf/tok_s_gpu": tok_s / self.mesh.plan.world,
             "perf/tflops": flops_gpu / 1e12,
             "perf/step_s": seconds,
             "perf/data_s": self._data_mark - self._last_mark,
@@ -266,15 +268,6 @@ class Monitor:
             self.note("sample:")
             for line in evaluator.sample().splitlines():
                 self.note(f"  | {line}")
-
-
-def layout_text(config: Config, mesh: Mesh) -> str:
-    """Such as "2 x cpu, expert parallel 2, ZeRO-1, fp32"."""
-    parallel = config.parallel
-    return (
-        f"{mesh.world_size} x {mesh.device.type}, expert parallel {parallel.expert_parallel_size}, "
-        f"ZeRO-{parallel.zero_stage}, {config.runtime.precision.value}"
-    )
 
 
 def save_config(run_dir: Path, yaml: str, resumed: bool) -> None:

@@ -1,92 +1,158 @@
-"""The ranks of the job and their groups.
+"""Every collective of the project: a `Mesh` has one `MeshDim` per dimension of the plan.
 
-W ranks are data-parallel for everything but the routed experts. Each block of `ep_size` consecutive
-ranks (an EP group) shares one copy of the routed experts; ranks at the same place of their EP groups
-(an expert-data group) hold the same experts.
+A collective returns a new tensor and never changes its argument. With one rank it returns the
+argument's values without a process group. An error in a collective is `PeerLost`: another process has
+ended. plan.py says who belongs together; start.py makes the process groups. DeepSpeed's own collectives
+run inside dsv2/parallel/zero.
 """
 
-import os
-from dataclasses import dataclass, field
-from datetime import timedelta
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dsv2.config.schema import Config, Device
-from dsv2.errors import UserError
-from dsv2.kernels.specs import find_spec, latent_heads
-from dsv2.moe.execution import WaitClock
+from dsv2.errors import PeerLost
+from dsv2.parallel.clock import WaitClock
+from dsv2.parallel.plan import Dim, ParallelPlan
+
+T = TypeVar("T")
 
 
-@dataclass(frozen=True)
+def _collective(call: Callable[..., T], *args: Any, **options: Any) -> T:
+    """Run one collective, or wait for it. An error in it means that another process is gone."""
+    try:
+        return call(*args, **options)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise PeerLost(f"another process has ended; its own message says why ({error})") from error
+
+
+class Work:
+    """Rows on their way between ranks. Both tensors stay alive until `wait` returns."""
+
+    def __init__(self, received: Tensor, sent: Tensor | None = None, work: dist.Work | None = None):
+        self.device = received.device
+        self._received = received
+        self._sent = sent
+        self._work = work
+
+    def wait(self) -> Tensor:
+        """Return the received rows, by sender. On a GPU the stream waits, not the host."""
+        if self._work is not None:
+            _collective(self._work.wait)
+        self._work = None
+        self._sent = None
+        return self._received
+
+
+class MeshDim:
+    """The ranks along one dimension, seen from one of them. All of them must call a collective together.
+
+    Args:
+        group: moves tensors of the mesh's device; None with one rank.
+        host_group: a gloo group of the same ranks, for objects and for host tensors beside a GPU's.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None, host_group: dist.ProcessGroup | None = None):
+        self.rank = 0 if group is None else group.rank()
+        self.size = 1 if group is None else group.size()
+        self.host_group = host_group
+        self._group = group if self.size > 1 else None
+        self._on_host = self.size > 1 and dist.get_backend(group) == "gloo"
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Return the sum of every rank's x, in x's dtype."""
+        total = x.clone(memory_format=torch.contiguous_format)
+        if self._group is not None:
+            _collective(dist.all_reduce, total, group=self._group_for(x))
+        return total
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Return [size, *x.shape]: every rank's x, in rank order. With one rank it is a view of x."""
+        if self._group is None:
+            return x[None]
+        every = x.new_empty(self.size, *x.shape)
+        whole = x[None].contiguous()  # gloo wants as many dimensions as the result has
+        _collective(dist.all_gather_into_tensor, every, whole, group=self._group_for(x))
+        return every
+
+    def swap(self, x: Tensor) -> Tensor:
+        """Send x[w] to rank w; return what the ranks sent here, by sender. With one rank it is x."""
+        if self._group is None:
+            return x
+        x = x.contiguous()
+        received = torch.empty_like(x)
+        _collective(dist.all_to_all_single, received, x, group=self._group_for(x))
+        return received
+
+    def exchange(self, x: Tensor, send: list[int], receive: list[int]) -> Work:
+        """Start sending `send[w]` of x's rows to each rank w, in order; `receive[w]` rows come from it."""
+        if self._group is None:
+            return Work(x)
+        x = x.contiguous()
+        received = x.new_empty(sum(receive), *x.shape[1:])
+        group = self._group_for(x)
+        work = _collective(dist.all_to_all_single, received, x, receive, send, group=group, async_op=True)
+        return Work(received, x, work)
+
+    def objects(self, value: T) -> list[T]:
+        """Return every rank's value (anything that pickles), in rank order."""
+        values = [value] * self.size
+        if self._group is not None:
+            _collective(dist.all_gather_object, values, value, group=self._host())
+        return values
+
+    def agree(self, flag: bool) -> bool:
+        """Return whether any rank's flag is set: the same answer on every rank."""
+        if self._group is None:
+            return flag
+        largest = torch.tensor(int(flag))
+        _collective(dist.all_reduce, largest, op=dist.ReduceOp.MAX, group=self._host())
+        return bool(largest)
+
+    def from_main(self, x: Tensor) -> Tensor:
+        """Return the first rank's x; the others pass a tensor of the same shape and dtype."""
+        answer = x.clone(memory_format=torch.contiguous_format)
+        if self._group is not None:
+            _collective(dist.broadcast, answer, group=self._group_for(x), group_src=0)
+        return answer
+
+    def _group_for(self, x: Tensor) -> dist.ProcessGroup | None:
+        return self._group if self._on_host or x.device.type != "cpu" else self._host()
+
+    def _host(self) -> dist.ProcessGroup:
+        assert self.host_group is not None, "start.py makes one for every dimension that needs it"
+        return self.host_group
+
+
 class Mesh:
-    rank: int
-    world_size: int
-    device: torch.device
-    ep_size: int
-    ep_rank: int
-    ep_group: dist.ProcessGroup | None  # None when ep_size is 1: the experts are all here
-    cpu_group: dist.ProcessGroup | None  # gloo, for what lives on the host; None with one rank
-    clock: WaitClock = field(default_factory=WaitClock)  # of the experts' exchanges
+    """This process among the others: its device, its rank along every dimension, and the collectives."""
+
+    def __init__(self, device: torch.device, plan: ParallelPlan | None = None, **dims: MeshDim):
+        self.device = device
+        self.plan = plan or ParallelPlan()
+        self.clock = WaitClock()  # of the experts' exchanges
+        self._dims = {dim: dims.get(dim.value, ALONE) for dim in Dim}
+        assert {dim: self[dim].size for dim in Dim} == self.plan.sizes
+
+    def __getitem__(self, dim: Dim) -> MeshDim:
+        return self._dims[dim]
 
     @property
     def is_main(self) -> bool:
-        return self.rank == 0
+        """Is this the process that prints and writes the run's files?"""
+        return self[Dim.world].rank == 0
 
     def gradient_norm(self, square: Tensor, expert_square: Tensor) -> Tensor:
-        """fp32 []: the 2-norm of reduced gradients from the sums of their squares.
+        """Return the 2-norm, fp32 [], of reduced gradients from this rank's sums of their squares.
 
-        This rank holds all but for other ranks' experts. Collective over the EP group.
+        This rank has the gradients of its stage, except those of other ranks' experts.
         """
-        if self.ep_group is not None:
-            dist.all_reduce(expert_square, group=self.ep_group)
-        return (square + expert_square).sqrt()
+        of_stage = square + self[Dim.ep].sum(expert_square)
+        return self[Dim.pp].sum(of_stage).sqrt()
 
 
-def pick_device(config: Config, processes: int) -> torch.device:
-    """This process's device: one GPU a process, by torchrun's local rank; `processes` are on this machine.
-
-    Raises:
-        UserError: more processes on this machine than GPUs, or kernels that they or the packages here lack.
-    """
-    kernels = find_spec(config.runtime.kernels)
-    gpus = torch.cuda.device_count()
-    on_cpu = config.runtime.device is Device.cpu or (config.runtime.device is Device.auto and gpus == 0)
-    if on_cpu:
-        kernels.check_cpu()
-        return torch.device("cpu")
-    if gpus == 0:
-        raise UserError("runtime.device=cuda: there is no GPU on this machine; use runtime=default")
-    if processes > gpus:
-        raise UserError(
-            f"runtime.device={config.runtime.device.value}: {processes} processes on this machine, which has "
-            f"{gpus} GPUs; start at most {gpus} (NPROC=N launch/local.sh, torchrun --nproc_per_node=N), or "
-            "use runtime.device=cpu"
-        )
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    if kernels.needs_gpu:
-        name = torch.cuda.get_device_name(device)
-        kernels.check_gpu(name, torch.cuda.get_device_capability(device)[0], latent_heads(config.model))
-        kernels.check_packages()
-    return device
-
-
-def init_process_group(device: torch.device, rank: int, world_size: int) -> None:
-    """NCCL on GPUs, gloo on CPU. A single process needs neither torchrun nor a socket."""
-    backend, bound = ("nccl", device) if device.type == "cuda" else ("gloo", None)
-    if bound:
-        torch.cuda.set_device(device)
-    if world_size == 1 and "MASTER_ADDR" not in os.environ:
-        store = torch.distributed.HashStore()
-        dist.init_process_group(backend, store=store, rank=0, world_size=1, device_id=bound)
-        os.environ["LOCAL_RANK"] = "0"  # DeepSpeed insists on it
-    else:
-        dist.init_process_group(backend, timeout=timedelta(minutes=30), device_id=bound)
-    assert (dist.get_rank(), dist.get_world_size()) == (rank, world_size)
-
-
-def end_process_group() -> None:
-    """Leave together: a rank that exits while another still talks to it makes that one abort."""
-    dist.barrier()
-    dist.destroy_process_group()
+ALONE = MeshDim()  # a dimension of one rank

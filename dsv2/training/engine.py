@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import deepspeed
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from data.streams.stream import Batch, Stream
@@ -25,6 +24,7 @@ from dsv2.moe.balance import BalanceLosses
 from dsv2.moe.execution import Execution
 from dsv2.moe.stats import RoutingStats
 from dsv2.parallel.mesh import Mesh
+from dsv2.parallel.plan import Dim
 from dsv2.parallel.zero.base import (
     Fragment,
     adopt,
@@ -48,14 +48,14 @@ class StepResult(NamedTuple):
 
 
 def deepspeed_config(
-    optim: OptimConfig, parallel: ParallelConfig, runtime: RuntimeConfig, world_size: int
+    optim: OptimConfig, parallel: ParallelConfig, runtime: RuntimeConfig, dp_size: int
 ) -> dict[str, Any]:
     """DeepSpeed's configuration, made from ours; there is no second one to write by hand."""
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": runtime.micro_batch_size,
         # The engine below scales the loss and marks the last micro-batch itself, as the batch may grow.
         "gradient_accumulation_steps": 1,
-        "train_batch_size": runtime.micro_batch_size * world_size,
+        "train_batch_size": runtime.micro_batch_size * dp_size,
         # ZeRO-0's own clipping gets the norm of experts wrong; `_clip_replicated` stands in.
         "gradient_clipping": optim.grad_clip if parallel.zero_stage else 0.0,
         "zero_optimization": {
@@ -87,7 +87,7 @@ def build_model(
     """This rank's share of the model on its device, in its precision: fresh, or with the weights given."""
     kernels = load_kernels(runtime.kernels)
     with torch.device("meta"):  # so that memory is taken once, and in the precision it is used in
-        execution = Execution(mesh.ep_group, runtime.recompute, kernels, mesh.clock)
+        execution = Execution(mesh[Dim.ep], runtime.recompute, kernels, mesh.clock)
         model = DeepseekV2(config, execution)
     dtype = torch.bfloat16 if runtime.precision is Precision.bf16 else torch.float32
     model.to(dtype).to_empty(device=mesh.device)
@@ -104,9 +104,10 @@ def share_of_step(stream: Stream, batch_size: int, micro_batch_size: int, mesh: 
     Consecutive sequences go to consecutive ranks, so that the sequences which one EP group sees
     together depend on their number alone, not on how ranks and micro-batches make it up.
     """
-    together = micro_batch_size * mesh.world_size
+    ranks = mesh[Dim.dp]
+    together = micro_batch_size * ranks.size
     return [
-        stream.take(together, mesh.rank * micro_batch_size, micro_batch_size)
+        stream.take(together, ranks.rank * micro_batch_size, micro_batch_size)
         for _ in range(batch_size // together)
     ]
 
@@ -132,7 +133,7 @@ class Engine:
             fused=True,
         )
         self.deepspeed: Any
-        config = deepspeed_config(optim, parallel, runtime, mesh.world_size)
+        config = deepspeed_config(optim, parallel, runtime, mesh[Dim.dp].size)
         with contextlib.redirect_stdout(io.StringIO()):  # it prints the memory after every parameter group
             self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         take_over(self.deepspeed, mesh, model.execution.kernels, optim.states)
@@ -184,7 +185,9 @@ class Engine:
         assert stats is not None
         if self.deepspeed.zero_optimization_stage() > 0:
             grad_norm = float(self.deepspeed.get_global_grad_norm())
-        means = self.mean_over_ranks(sums / count).tolist()
+        # In fp64, so that equal losses stay equal. A stage has zeros for what other stages compute.
+        total = self.mesh[Dim.world].sum((sums / count).double())
+        means = (total / self.mesh[Dim.dp].size).tolist()
         layers = len(means[2:]) // 3
         balance = BalanceLosses(*torch.tensor(means[2:]).split(layers))
         return StepResult(means[0], means[1], balance, grad_norm, stats)
@@ -204,21 +207,6 @@ class Engine:
         self.deepspeed.eval()
         ids = input_ids_BS.to(self.mesh.device)
         return self.deepspeed(ids, None, torch.zeros(len(ids), dtype=torch.long, device=ids.device))
-
-    def mean_over_ranks(self, tensor: Tensor) -> Tensor:
-        """The mean of every rank's tensor, in fp64 so that equal losses stay equal."""
-        return self.sum_over_ranks(tensor) / self.mesh.world_size
-
-    def of_every_rank(self, tensor: Tensor) -> Tensor:
-        """[world size, *shape]: every rank's tensor, in rank order."""
-        every = tensor.new_empty(self.mesh.world_size, *tensor.shape)
-        dist.all_gather_into_tensor(every, tensor[None].contiguous())  # gloo wants as many dimensions
-        return every
-
-    def sum_over_ranks(self, tensor: Tensor) -> Tensor:
-        total = tensor.double()
-        dist.all_reduce(total)
-        return total
 
     def _inputs(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         device = self.mesh.device

@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from data.streams.stream import Batch, token_bytes_of, tokenizer_of, validation_sequences
 from dsv2.config.schema import Config
 from dsv2.monitoring.metrics import bits_per_byte
+from dsv2.parallel.plan import Dim
 from dsv2.training.engine import Engine
 
 
@@ -36,9 +36,10 @@ class Evaluator:
         count, for every rank must take part in the experts' exchange.
         """
         mesh, size = self.engine.mesh, self.config.runtime.micro_batch_size
+        ranks = mesh[Dim.dp]
         sums = torch.zeros(3, dtype=torch.float64, device=mesh.device)  # nats, labels, bytes
-        for start in range(0, len(self.sequences), size * mesh.world_size):
-            places = start + mesh.rank * size + np.arange(size)
+        for start in range(0, len(self.sequences), size * ranks.size):
+            places = start + ranks.rank * size + np.arange(size)
             counts = places < len(self.sequences)
             tokens = torch.from_numpy(self.sequences[np.where(counts, places, 0)])
             losses = self.engine.lm_losses(Batch(tokens[:, :-1], tokens[:, 1:], torch.from_numpy(places)))
@@ -47,7 +48,7 @@ class Evaluator:
             sums[0] += here
             sums[1] += labels.size
             sums[2] += int(self.token_bytes[labels].sum())
-        nats, n_labels, n_bytes = self.engine.sum_over_ranks(sums).tolist()
+        nats, n_labels, n_bytes = ranks.sum(sums).tolist()
         return Evaluation(nats / n_labels, bits_per_byte(nats, int(n_bytes)))
 
     def sample(self, temperature: float = 0.8) -> str:
@@ -61,8 +62,7 @@ class Evaluator:
             recent = torch.tensor([ids[-self.config.data.sequence_length :]])
             logits = self.engine.logits(recent)[0, -1, : self.tokenizer.vocab_size].cpu()
             token = torch.multinomial((logits / temperature).softmax(dim=-1), 1, generator=generator)
-            if self.engine.mesh.cpu_group is not None:
-                dist.broadcast(token, src=0, group=self.engine.mesh.cpu_group)
+            token = self.engine.mesh[Dim.world].from_main(token)
             if int(token) == self.tokenizer.eos_id:
                 break
             ids.append(int(token))

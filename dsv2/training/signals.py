@@ -3,28 +3,25 @@
 import signal
 from types import FrameType, TracebackType
 
-import torch
-import torch.distributed as dist
-
 from dsv2.parallel.mesh import Mesh
+from dsv2.parallel.plan import Dim
 
 
 class StopSignals:
-    """While entered, the two signals only set a flag that all ranks agree on."""
+    """While entered, both signals only set a flag on which all ranks agree."""
 
     def __init__(self, mesh: Mesh):
-        self._mesh, self._asked = mesh, False
+        self._everyone = mesh[Dim.world]
+        self._asked = False
 
     def requested(self) -> bool:
-        """Has any rank been asked to stop? The same answer on every rank. Collective."""
-        if self._mesh.cpu_group is None:
-            return self._asked
-        asked = torch.tensor(int(self._asked))
-        dist.all_reduce(asked, op=dist.ReduceOp.MAX, group=self._mesh.cpu_group)
-        return bool(asked)
+        """Return whether any rank has been asked to stop: the same answer on every rank. Collective."""
+        return self._everyone.agree(self._asked)
 
     def __enter__(self) -> "StopSignals":
-        self._before = {s: signal.signal(s, self._ask) for s in (signal.SIGTERM, signal.SIGINT)}
+        self._before = {
+            number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)
+        }
         return self
 
     def __exit__(

@@ -147,10 +147,11 @@ def make_engine(
     **changes: Any,
 ) -> Any:
     from dsv2.hf.init_from import HFWeights
-    from dsv2.parallel.zero.base import start_mesh
+    from dsv2.parallel.plan import ParallelPlan
+    from dsv2.parallel.start import start_mesh
     from dsv2.training.engine import Engine, build_model
 
-    mesh = start_mesh(torch.device("cpu"), rank, world_size, ep)
+    mesh = start_mesh(ParallelPlan(world=world_size, ep=ep), rank, torch.device("cpu"))
     parallel = ParallelConfig(expert_parallel_size=ep, zero_stage=stage)
     runtime = RuntimeConfig(
         micro_batch_size=micro_batch,
@@ -201,6 +202,7 @@ def steps_of(
     length: int = SEQUENCE,
 ) -> Trace:
     """Train and record; gathers nothing but the statistics' sums. `sizes`: sequences of each step."""
+    from dsv2.parallel.plan import Dim
     from dsv2.training.engine import share_of_step
 
     trace = Trace()
@@ -214,7 +216,7 @@ def steps_of(
         trace.lm_losses.append(result.lm_loss)
         trace.balance.append(torch.stack(list(result.balance)).numpy())
         trace.grad_norms.append(result.grad_norm)
-        sums = {name: engine.sum_over_ranks(getattr(result.stats, name)) for name in COUNTS + SUMS}
+        sums = {name: engine.mesh[Dim.world].sum(getattr(result.stats, name)) for name in COUNTS + SUMS}
         trace.routing.append({name: total.numpy() for name, total in sums.items()})
     return trace
 

@@ -12,7 +12,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from dsv2.config.schema import ModelConfig
-from dsv2.parallel.mesh import Mesh
+from dsv2.parallel.mesh import ALONE, Mesh, MeshDim
+from dsv2.parallel.plan import Dim, ParallelPlan
 from tests.dist.traces import COUNTS, SUMS, kept_pairs
 
 BATCH = 4  # sequences
@@ -40,12 +41,12 @@ class Outcome:
     kept: dict[tuple[int, int], np.ndarray] = field(default_factory=dict)
 
 
-def build_layer(case: Case, group: Any = None) -> Any:
+def build_layer(case: Case, ep: MeshDim = ALONE) -> Any:
     from dsv2.model.init import init_weights
     from dsv2.moe.execution import Execution
     from dsv2.moe.layer import MoELayer
 
-    layer = MoELayer(case.config, Execution(group))
+    layer = MoELayer(case.config, Execution(ep))
     init_weights(layer, 0.5, seed=0)
     layer.gate.weight.data.copy_(torch.from_numpy(case.gate_ED))
     return layer
@@ -86,17 +87,17 @@ def share(case: Case, layer: Any, rank: int, world_size: int, micro_batch: int) 
 
 @functools.cache  # in the pool's processes, so that groups are made once
 def _mesh(rank: int, world_size: int, ep: int) -> Mesh:
-    from dsv2.parallel.zero.base import start_mesh
+    from dsv2.parallel.start import start_mesh
 
-    return start_mesh(torch.device("cpu"), rank, world_size, ep)
+    return start_mesh(ParallelPlan(world=world_size, ep=ep), rank, torch.device("cpu"))
 
 
 def shares(rank: int, world_size: int, case: Case, layouts: list[tuple[int, int]]) -> list[Outcome]:
     """This rank's share on each layout (EP, micro-batch)."""
-    groups = [_mesh(rank, world_size, ep).ep_group for ep, _ in layouts]
+    dims = [_mesh(rank, world_size, ep)[Dim.ep] for ep, _ in layouts]
     return [
-        share(case, build_layer(case, group), rank, world_size, micro_batch)
-        for group, (_, micro_batch) in zip(groups, layouts, strict=True)
+        share(case, build_layer(case, ep), rank, world_size, micro_batch)
+        for ep, (_, micro_batch) in zip(dims, layouts, strict=True)
     ]
 
 

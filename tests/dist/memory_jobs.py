@@ -8,7 +8,8 @@ from unittest.mock import patch
 import torch
 
 from dsv2.config.schema import RuntimeConfig
-from dsv2.parallel.zero.base import start_mesh
+from dsv2.parallel.plan import ParallelPlan
+from dsv2.parallel.start import start_mesh
 from dsv2.training.engine import build_model
 from tests.dist import jobs
 from tests.idle_triton import idle_triton
@@ -41,7 +42,7 @@ def one_pass(
         if runtime.kernels != "reference":
             kernels = stack.enter_context(idle_triton(runtime.kernels, chunk=8192))
             stack.enter_context(patch("dsv2.training.engine.load_kernels", lambda name: kernels))
-        mesh = start_mesh(torch.device("cpu"), rank, world_size, world_size)
+        mesh = start_mesh(ParallelPlan(world=world_size, ep=world_size), rank, torch.device("cpu"))
         model = build_model(jobs.model_config(**sizes), runtime, 0, mesh)
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)

@@ -10,6 +10,7 @@ import pytest
 from data.config import DataConfig, DataSource
 from data.streams.stream import Batch, build_stream
 from data.tokenizers.base import train_tokenizer
+from dsv2.parallel.mesh import ALONE, MeshDim
 from tests.dist.pool import Pool
 
 FILES, LANES = 6, 3  # three lanes on up to four ranks: one rank may have none
@@ -66,7 +67,7 @@ def job(rank: int, world_size: int, config: DataConfig, plan: list[tuple[int, in
     for ranks, steps in plan:
         group = dist.new_group(list(range(ranks)), backend="gloo") if ranks > 1 else None
         if rank < ranks:
-            stream = build_stream(config, 290, rank, ranks, group)
+            stream = build_stream(config, 290, MeshDim(group, group))
             if state is not None:
                 stream.load_state_dict(state)
             for step in range(steps):
@@ -88,7 +89,7 @@ def test_any_number_of_ranks_gives_the_same_order(pools: dict[int, Pool], config
     answers = pools[4].run("tests.dist.test_data_lanes:job", config=config, plan=plan)
     got = {place: labels for answer, _ in answers for place, labels in answer.items()}
 
-    alone = build_stream(config, 290, 0, 1, None)
+    alone = build_stream(config, 290, ALONE)
     expected: dict[int, list[int]] = {}
     for (_, steps), state in zip(plan, answers[0][1], strict=True):
         total = sum(7 + step % 3 for step in range(steps))
@@ -101,16 +102,16 @@ def test_any_number_of_ranks_gives_the_same_order(pools: dict[int, Pool], config
 
 def test_overlapping_and_missing_shares(pools: dict[int, Pool], config: DataConfig) -> None:
     answers = pools[2].run("tests.dist.test_data_lanes:overlap", config=config)
-    alone = build_stream(config, 290, 0, 1, None)
+    alone = build_stream(config, 290, ALONE)
     alone.take(5, 0, 0)
     assert rows(alone.take(9, 2, 6)) == answers[0]
-    alone = build_stream(config, 290, 0, 1, None)
+    alone = build_stream(config, 290, ALONE)
     assert rows(alone.take(14, 8, 6)) == answers[1]
 
 
 def overlap(rank: int, world_size: int, config: DataConfig) -> dict[int, list[int]]:
     import torch.distributed as dist
 
-    stream = build_stream(config, 290, rank, world_size, dist.group.WORLD)
+    stream = build_stream(config, 290, MeshDim(dist.group.WORLD, dist.group.WORLD))
     stream.take(5, 0, 0)
     return rows(stream.take(9, 2 + rank, 6))

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from dsv2.moe.traffic import bytes_per_row
+from dsv2.parallel.mesh import MeshDim
 from tests.dist import jobs
 
 WIDTH, TOKENS, EXPERTS = 5, 11, 8
@@ -47,16 +48,15 @@ def exchange(
     keep = torch.from_numpy(np.random.default_rng(rank + 50).random(ids.shape) < 0.7) if dropping else None
     x.requires_grad_(), weights.requires_grad_()
     matrices = _matrices().requires_grad_()
-    group = dist.group.WORLD
-    plan = plan_dispatch(ids, keep, EXPERTS, group)
+    plan = plan_dispatch(ids, keep, EXPERTS, MeshDim(dist.group.WORLD))
     execution = Execution()
     here = start_dispatch(x, weights.float(), plan, execution).wait()
     local = matrices.unflatten(0, (world_size, -1))[rank]
-    y = torch.zeros_like(here.x_RD)
+    y = torch.zeros_like(here.x_XD)
     for k in range(top_k):
-        chosen = here.expert_ids_RK[:, k]
-        out = torch.einsum("rd,rdf->rf", here.x_RD, local[chosen.clamp(min=0)])
-        y = y + (out * here.weights_RK[:, k : k + 1]).where((chosen >= 0).unsqueeze(-1), 0.0)
+        chosen = here.expert_ids_XK[:, k]
+        out = torch.einsum("rd,rdf->rf", here.x_XD, local[chosen.clamp(min=0)])
+        y = y + (out * here.weights_XK[:, k : k + 1]).where((chosen >= 0).unsqueeze(-1), 0.0)
     result = combine(y, plan, execution)
     result.mul(torch.linspace(-1, 1, result.numel()).view_as(result)).sum().backward()
     dist.all_reduce(matrices.grad)
@@ -129,7 +129,7 @@ def bytes_sent(rank: int, world_size: int, recompute: bool) -> tuple[list[int], 
     from dsv2.moe.execution import Execution
     from dsv2.moe.layer import MoELayer
 
-    layer = MoELayer(jobs.model_config(), Execution(dist.group.WORLD))
+    layer = MoELayer(jobs.model_config(), Execution(MeshDim(dist.group.WORLD)))
     init_weights(layer, 0.2, seed=0)
     sent: list[int] = []
     exchange = dist.all_to_all_single
@@ -168,7 +168,7 @@ def order_of_issue(rank: int, world_size: int) -> list[str]:
     from dsv2.moe.execution import Execution
     from dsv2.moe.layer import MoELayer
 
-    layer = MoELayer(jobs.model_config(n_group=2, topk_group=1), Execution(dist.group.WORLD))
+    layer = MoELayer(jobs.model_config(n_group=2, topk_group=1), Execution(MeshDim(dist.group.WORLD)))
     init_weights(layer, 0.2, seed=0)
     seen: list[str] = []
     transfer = dispatch._Transfer

@@ -38,11 +38,12 @@ class Looks(TorchDispatchMode):
 
 def looks(rank: int, world_size: int, dropping: bool, recompute: bool, kernels: str) -> tuple[list, list]:
     """Of a forward, and of its backward."""
-    from dsv2.parallel.zero.base import start_mesh
+    from dsv2.parallel.plan import ParallelPlan
+    from dsv2.parallel.start import start_mesh
     from dsv2.training.engine import build_model
 
     real = torch.Tensor.tolist
-    mesh = start_mesh(torch.device("cpu"), rank, world_size, world_size)
+    mesh = start_mesh(ParallelPlan(world=world_size, ep=world_size), rank, torch.device("cpu"))
     runtime = RuntimeConfig(recompute=recompute, kernels=kernels, precision=Precision.bf16)
     config = jobs.model_config(**SIZES, token_dropping=dropping, capacity_factor=0.8)
     batch = jobs.cut(jobs.global_batch(0), rank * 2, 2)

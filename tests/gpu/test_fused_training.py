@@ -21,11 +21,11 @@ STEPS, SEQUENCES, LENGTH = 50, 8, 96
 def loss_curve(kernels: str, precision: Precision) -> list[float]:
     """Losses of the engine on text that repeats itself, so that there is something to learn."""
     from data.streams.stream import Batch
-    from dsv2.parallel.mesh import end_process_group
-    from dsv2.parallel.zero.base import start_mesh
+    from dsv2.parallel.plan import ParallelPlan
+    from dsv2.parallel.start import end_process_group, start_mesh
     from dsv2.training.engine import Engine, build_model
 
-    mesh = start_mesh(torch.device("cuda", 0), 0, 1, 1)
+    mesh = start_mesh(ParallelPlan(), 0, torch.device("cuda", 0))
     runtime = RuntimeConfig(micro_batch_size=SEQUENCES, precision=precision, kernels=kernels)
     model = build_model(replace(tiny_config(**SIZES), initializer_range=0.05), runtime, 0, mesh)
     engine = Engine(model, OptimConfig(lr=2e-3), ParallelConfig(), runtime, mesh)

@@ -31,13 +31,14 @@ def steps(
     Also this rank's parts of Adam's first moments after one step, which are 0.1 x the clipped gradient.
     """
     from data.streams.stream import Batch
-    from dsv2.parallel.mesh import end_process_group
-    from dsv2.parallel.zero.base import start_mesh
+    from dsv2.parallel.plan import ParallelPlan
+    from dsv2.parallel.start import end_process_group, start_mesh
     from dsv2.training.engine import Engine, build_model
 
     os.environ |= {"LOCAL_RANK": str(rank), "RANK": str(rank), "WORLD_SIZE": str(world_size)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    mesh, own = start_mesh(torch.device("cuda", rank), rank, world_size, ep), SEQUENCES // world_size
+    mesh = start_mesh(ParallelPlan(world=world_size, ep=ep), rank, torch.device("cuda", rank))
+    own = SEQUENCES // world_size
     precision = Precision.fp32 if kernels == "reference" else Precision.bf16
     parallel = ParallelConfig(ep, stage)
     runtime = RuntimeConfig(micro_batch_size=own, precision=precision, kernels=kernels)

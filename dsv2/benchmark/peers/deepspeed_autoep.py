@@ -33,9 +33,10 @@ def build(work: Work) -> Step:
     from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
     from torch import Tensor
 
-    from dsv2.parallel.zero.base import start_mesh
+    from dsv2.parallel.plan import ParallelPlan
+    from dsv2.parallel.start import start_mesh
 
-    start_mesh(work.device, 0, 1, 1)
+    start_mesh(ParallelPlan(), 0, work.device)
     optim = work.optim
 
     def adam(parameters: Any) -> torch.optim.Optimizer:

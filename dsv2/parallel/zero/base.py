@@ -6,7 +6,6 @@ owns of the fp32 weights and of Adam's moments under every ZeRO stage.
 """
 
 import logging
-import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -19,7 +18,8 @@ from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor, nn
 
 from dsv2.moe.layer import MoELayer
-from dsv2.parallel.mesh import Mesh, init_process_group
+from dsv2.parallel.mesh import Mesh
+from dsv2.parallel.plan import Dim
 
 AnyEngine = Any  # deepspeed.DeepSpeedEngine; its own annotations do not hold
 
@@ -31,28 +31,19 @@ class EngineMoELayer(MoELayer, AutoEPMoELayer):
         """The groups were passed in at construction."""
 
 
-def start_mesh(device: torch.device, rank: int, world_size: int, ep_size: int) -> Mesh:
-    """Start the process group, let DeepSpeed take it over, and make its expert groups."""
+def start_deepspeed() -> None:
+    """Let DeepSpeed use the running process group."""
     deepspeed_logger.setLevel(logging.WARNING)
-    # DeepSpeed still calls collectives by names that torch has just renamed.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
     # Its shared-memory CPU collectives would be compiled on first use, for minutes.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if not dist.is_initialized():
-        init_process_group(device, rank, world_size)
     deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
+
+
+def expert_groups(ep_size: int) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+    """Return this rank's two groups: sharing one copy of the experts, and holding the same experts."""
     groups._create_expert_and_data_parallel(ep_size)
-    ep_group = groups._get_expert_parallel_group(_group_name(ep_size)) if ep_size > 1 else None
-    cpu_group: Any = dist.new_group(backend="gloo") if world_size > 1 else None
-    return Mesh(
-        rank=rank,
-        world_size=world_size,
-        device=device,
-        ep_size=ep_size,
-        ep_rank=rank % ep_size,
-        ep_group=ep_group,
-        cpu_group=cpu_group,
-    )
+    name = _group_name(ep_size)
+    return groups._get_expert_parallel_group(name), groups._get_expert_data_parallel_group(name)
 
 
 def _group_name(ep_size: int) -> str:
@@ -69,7 +60,8 @@ def adopt(model: nn.Module, mesh: Mesh) -> None:
 
     Without the type and the marks ZeRO-3 silently averages different experts.
     """
-    name = _group_name(mesh.ep_size)
+    ep = mesh[Dim.ep]
+    name = _group_name(ep.size)
     for layer in model.modules():
         if not isinstance(layer, MoELayer):
             continue
@@ -77,7 +69,9 @@ def adopt(model: nn.Module, mesh: Mesh) -> None:
         attributes: Any = layer  # what the engine reads of an AutoEPMoELayer
         attributes.num_experts = layer.experts.n_experts
         attributes.num_local_experts = layer.experts.n_local
-        attributes.ep_size, attributes.ep_rank, attributes.ep_group_name = mesh.ep_size, mesh.ep_rank, name
+        attributes.ep_size = ep.size
+        attributes.ep_rank = ep.rank
+        attributes.ep_group_name = name
         for parameter in layer.experts.parameters():
             mark: Any = parameter
             mark.allreduce = False  # reduced over the expert-data group, not over all ranks
@@ -94,7 +88,7 @@ def parameter_groups(model: nn.Module, mesh: Mesh, weight_decay: float) -> list[
         {"name": "no_decay", "params": [p for p in dense if p.ndim <= 1], "weight_decay": 0.0},
         {
             # For an expert group DeepSpeed looks the process group up by this name.
-            "name": _group_name(mesh.ep_size),
+            "name": _group_name(mesh[Dim.ep].size),
             "params": [p for p in model.parameters() if is_expert(p)],
             "weight_decay": weight_decay,
             "moe": True,

@@ -19,6 +19,7 @@ from dsv2.config.schema import Precision
 from dsv2.kernels.reference.adamw import AdamWStep
 from dsv2.kernels.sets import KernelSet
 from dsv2.parallel.mesh import Mesh
+from dsv2.parallel.plan import Dim
 from dsv2.parallel.zero.base import AnyEngine, Fragment, fragments, is_expert
 
 
@@ -67,7 +68,7 @@ class ZeRO1BF16(BF16_Optimizer):
 
     def expect(self, micro_batches: int) -> None:
         """Before a step of so many micro-batches."""
-        self.one_term = micro_batches == 1 and self.mesh.world_size == 1
+        self.one_term = micro_batches == 1 and self.mesh[Dim.dp].size == 1
         if not self.one_term and not self._sums:
             self._make_sums()
         self.fp32_groups_has_gradients = [[False] * len(group) for group in self.bf16_groups]
@@ -92,7 +93,7 @@ class ZeRO1BF16(BF16_Optimizer):
 
     def get_grads_for_reduction(self) -> Any:
         """One rank reduces nothing."""
-        return ([], {}) if self.mesh.world_size == 1 else super().get_grads_for_reduction()
+        return ([], {}) if self.mesh[Dim.dp].size == 1 else super().get_grads_for_reduction()
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -108,7 +109,7 @@ class ZeRO1BF16(BF16_Optimizer):
         self._global_grad_norm = norm = self.mesh.gradient_norm(*squares)
         scale = (self.clip_grad / (norm + 1e-6)).clamp(max=1.0) if self.clip_grad else torch.ones_like(norm)
         self._update(scale.where(norm.isfinite(), torch.nan))
-        if self.mesh.world_size > 1:
+        if self.mesh[Dim.dp].size > 1:
             all_gather_dp_groups(
                 groups_flat=self.bf16_groups_flat,
                 partitioned_param_groups=self.bf16_partitioned_groups,

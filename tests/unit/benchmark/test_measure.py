@@ -19,7 +19,7 @@ from dsv2.config.schema import Config
 from dsv2.errors import UserError
 from dsv2.model.init import init_weights
 from dsv2.model.transformer import DeepseekV2
-from dsv2.parallel.mesh import Mesh
+from dsv2.parallel.mesh import ALONE, Mesh
 from tests.unit.helpers import REPO, tiny_config
 
 TINY = ["data.sequence_length=16", "model.vocab_size=64", "model.num_hidden_layers=2", "optim.lr=1e-3"]
@@ -263,9 +263,9 @@ def test_tokens_of_a_prepared_folder(tmp_path):
     prepare = [sys.executable, "-m", "data.prepare", "files", str(texts), "--out", str(data)]
     subprocess.run([*prepare, "--vocab-size", "290", "--quiet"], cwd=REPO, check=True, timeout=120)
     config = configuration("model.vocab_size=300", f"data.path={data}", "runtime.micro_batch_size=2")
-    mesh = Mesh(0, 1, torch.device("cpu"), 1, 0, None, None)
+    mesh = Mesh(torch.device("cpu"))
     first, second = islice(stream_tokens(config, mesh), 2)
-    stream = build_stream(config.data, 300, 0, 1, None)
+    stream = build_stream(config.data, 300, ALONE)
     batch = stream.take(2, 0, 2)
     assert [t.shape for t in first] == [(2, 17)]
     assert torch.equal(first[0][:, :-1], batch.input_ids)

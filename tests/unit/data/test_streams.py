@@ -28,6 +28,7 @@ from data.streams.stream import (
 )
 from data.tokenizers.base import load_tokenizer, train_tokenizer
 from dsv2.errors import UserError
+from dsv2.parallel.mesh import ALONE
 
 LENGTH, LANES, WINDOW, SEED = 20, 3, 4, 5
 FILES = 5  # more than lanes: some lanes read two
@@ -82,7 +83,7 @@ def streamed(folder: Path, **changes) -> DataConfig:
 
 
 def build(config: DataConfig) -> Stream:
-    return build_stream(config, 300, rank=0, world_size=1, group=None)
+    return build_stream(config, 300, ALONE)
 
 
 def sequences_of(batch: Batch) -> list[list[int]]:

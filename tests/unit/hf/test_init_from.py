@@ -5,6 +5,7 @@ import struct
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,22 +29,9 @@ GATE = "model.layers.1.mlp.experts.4.gate_proj.weight"
 YARN = RopeScalingConfig()
 
 
-class FakeGroup:
-    """Enough of a process group to build one rank's share of the experts."""
-
-    def __init__(self, size: int, rank: int):
-        self._size, self._rank = size, rank
-
-    def size(self) -> int:
-        return self._size
-
-    def rank(self) -> int:
-        return self._rank
-
-
 def share(size: int, rank: int) -> DeepseekV2:
-    group: Any = FakeGroup(size, rank)
-    model = DeepseekV2(CONFIG, Execution(group))
+    ep: Any = SimpleNamespace(size=size, rank=rank)  # enough to build one rank's share of the experts
+    model = DeepseekV2(CONFIG, Execution(ep))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(torch.nan)

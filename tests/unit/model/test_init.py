@@ -59,7 +59,9 @@ def test_the_same_experts_however_they_are_split(ranks):
     for rank in range(ranks):
         share = DeepseekV2(tiny_config())
         for layer in share.model.layers[1:]:
-            layer.mlp.experts = RoutedExperts(20, 7, 12, rank * n_local, n_local)
+            layer.mlp.experts = RoutedExperts(
+                20, 7, n_experts=12, first_expert=rank * n_local, n_local=n_local
+            )
         init_weights(share, STD, seed=0)
         mine = slice(rank * n_local, (rank + 1) * n_local)
         for (name, p), q in zip(whole.named_parameters(), share.parameters(), strict=True):

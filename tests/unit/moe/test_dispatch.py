@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from dsv2.kernels.reference.rows import gather_rows, map_rows, sum_rows
 from dsv2.moe.dispatch import combine, plan_dispatch, start_dispatch
 from dsv2.moe.execution import Execution
+from dsv2.parallel.mesh import ALONE
 from tests.unit.helpers import properties
 
 WIDTH = 3
@@ -48,7 +49,7 @@ def kept(case: Case, t: int, k: int) -> bool:
 @properties
 @given(case=cases())
 def test_plan_counts_the_kept_pairs(case):
-    plan = plan_dispatch(case.ids_TK, case.keep_TK, case.n_experts, None)
+    plan = plan_dispatch(case.ids_TK, case.keep_TK, case.n_experts, ALONE)
     pairs = [(t, k) for t, k in np.ndindex(*case.ids_TK.shape) if kept(case, t, k)]
     experts = [int(case.ids_TK[pair]) for pair in pairs]
     assert plan.rows_of_expert.tolist() == [experts.count(e) for e in range(case.n_experts)]
@@ -62,15 +63,15 @@ def test_plan_counts_the_kept_pairs(case):
 def test_round_trip_against_the_loop(case):
     """Expert e multiplies by e + 1: the result and both gradients, pair by pair."""
     x, weights = case.x_TD.clone().requires_grad_(), case.weights_TK.clone().requires_grad_()
-    plan = plan_dispatch(case.ids_TK, case.keep_TK, case.n_experts, None)
+    plan = plan_dispatch(case.ids_TK, case.keep_TK, case.n_experts, ALONE)
     execution = Execution()
     here = start_dispatch(x, weights, plan, execution).wait()
-    pairs = map_rows(here.expert_ids_RK.where(here.expert_ids_RK >= 0, case.n_experts), plan.n_pairs)
-    rows = gather_rows(here.x_RD, pairs)
+    pairs = map_rows(here.expert_ids_XK.where(here.expert_ids_XK >= 0, case.n_experts), plan.n_pairs)
+    rows = gather_rows(here.x_XD, pairs)
     rest = torch.tensor([len(rows) - int(plan.rows_of_expert.sum())])
     factor = torch.tensor([*range(1, case.n_experts + 1), 0])  # dropped pairs stand behind all others
     factor = factor.repeat_interleave(torch.cat((plan.rows_of_expert, rest)))
-    out = combine(sum_rows(rows * factor.unsqueeze(-1), pairs, len(x), here.weights_RK), plan, execution)
+    out = combine(sum_rows(rows * factor.unsqueeze(-1), pairs, len(x), here.weights_XK), plan, execution)
     readout = torch.linspace(-1, 1, out.numel()).view_as(out)
     (out * readout).sum().backward()
 
@@ -120,6 +121,6 @@ def test_bf16_rows_are_weighted_and_added_up_in_fp32():
 
 
 def test_plan_is_frozen():
-    plan = plan_dispatch(torch.tensor([[0]]), None, 1, None)
+    plan = plan_dispatch(torch.tensor([[0]]), None, 1, ALONE)
     with pytest.raises(AttributeError):
         plan.n_pairs = 2

@@ -6,7 +6,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dsv2.config.schema import BalanceConfig
 from dsv2.moe.drop import exempt_sequences, keep_within_budget, kept_by_budget
+from dsv2.parallel.mesh import ALONE
 from tests.unit import reference
 from tests.unit.helpers import properties
 
@@ -22,12 +24,17 @@ def random_population(sequences: int, seed: int, values: int = 4) -> tuple[torch
     return torch.from_numpy(weights).float(), torch.from_numpy(groups)
 
 
-def keep(weights_QLK, groups_QLK, ids_Q, capacity=1.0, fraction=0.0, seed=0) -> torch.Tensor:
-    """[Q, L, K]"""
+def keep(weights_BSK, groups_BSK, ids_B, capacity=1.0, fraction=0.0, seed=0) -> torch.Tensor:
+    """Return bool [B, S, K]."""
     kept_TK = keep_within_budget(
-        weights_QLK.flatten(0, 1), groups_QLK.flatten(0, 1), ids_Q, N_GROUP, capacity, fraction, seed, None
+        weights_BSK.flatten(0, 1),
+        groups_BSK.flatten(0, 1),
+        ids_B,
+        n_group=N_GROUP,
+        balance=BalanceConfig(capacity_factor=capacity, exempt_fraction=fraction, exempt_seed=seed),
+        ep=ALONE,
     )
-    return kept_TK.view_as(weights_QLK)
+    return kept_TK.view_as(weights_BSK)
 
 
 @properties

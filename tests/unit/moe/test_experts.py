@@ -20,9 +20,9 @@ def random_(module: torch.nn.Module) -> torch.nn.Module:
 
 def run(experts, x: torch.Tensor, ids: list[list[int]], weights: torch.Tensor, room: int = 0) -> torch.Tensor:
     """The stack applied to rows with these experts; room for `room` pairs more than there are."""
-    ids_RK = torch.tensor(ids, dtype=torch.int64).view(weights.shape)
-    counts = torch.tensor([int((ids_RK == e).sum()) for e in range(experts.n_local)])
-    return experts(x, ids_RK, weights, counts, int(counts.sum()) + room)
+    ids_XK = torch.tensor(ids, dtype=torch.int64).view(weights.shape)
+    counts = torch.tensor([int((ids_XK == e).sum()) for e in range(experts.n_local)])
+    return experts(x, ids_XK, weights, counts, int(counts.sum()) + room)
 
 
 def rows(count: int) -> torch.Tensor:
@@ -49,7 +49,7 @@ def test_swiglu():
 @pytest.mark.parametrize("room", [False, True])
 def test_routed_experts(ids, room):
     """Each row's weighted sum over its experts; the rows made room for beyond the pairs add nothing."""
-    experts, x = random_(RoutedExperts(HIDDEN, WIDTH, 6, 3, 3)), rows(len(ids))
+    experts, x = random_(RoutedExperts(HIDDEN, WIDTH, n_experts=6, first_expert=3, n_local=3)), rows(len(ids))
     weights = torch.rand(len(ids), len(ids[0]) if ids else 2, dtype=torch.float64) + 0.5
     absent = sum(row.count(-1) for row in ids)
     out = run(experts, x, ids, weights, room=absent if room else 0)
@@ -65,7 +65,7 @@ def test_routed_experts(ids, room):
 
 @pytest.mark.parametrize("ids", [[[0], [2], [2]], [[-1], [-1]], []])
 def test_gradient_of_an_expert_without_rows_is_zero_not_missing(ids):
-    experts = random_(RoutedExperts(HIDDEN, WIDTH, 3, 0, 3))
+    experts = random_(RoutedExperts(HIDDEN, WIDTH, n_experts=3, first_expert=0, n_local=3))
     x = rows(len(ids)).requires_grad_()
     run(experts, x, ids, torch.ones(len(ids), 1, dtype=torch.float64)).sum().backward()
     for p in experts.parameters():
@@ -74,7 +74,10 @@ def test_gradient_of_an_expert_without_rows_is_zero_not_missing(ids):
 
 
 def test_gradients_by_finite_differences():
-    experts, x = random_(RoutedExperts(HIDDEN, WIDTH, 3, 0, 3)), rows(3).requires_grad_()
+    experts, x = (
+        random_(RoutedExperts(HIDDEN, WIDTH, n_experts=3, first_expert=0, n_local=3)),
+        rows(3).requires_grad_(),
+    )
     weights = torch.rand(3, 2, dtype=torch.float64, requires_grad=True)
     w13, w2 = (p.detach().clone().requires_grad_() for p in (experts.w13, experts.w2))
     ids = torch.tensor([[0, 2], [2, -1], [2, 0]])  # none for expert 1, and one pair that is not here

@@ -30,7 +30,7 @@ CONFIG = Config(
     optim=OptimConfig(total_tokens=280, batch_size=4),  # 7 steps
     logging=LoggingConfig(wandb=WandbMode.disabled, every=3, maps_every=3),
 )
-ONE = Mesh(0, 1, torch.device("cpu"), 1, 0, None, None)
+ONE = Mesh(torch.device("cpu"))
 
 
 def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ import torch
 from dsv2 import packages
 from dsv2.config.schema import Config, Device, RuntimeConfig
 from dsv2.errors import UserError
-from dsv2.parallel.mesh import pick_device
+from dsv2.parallel.device import pick_device
 from tests.unit.helpers import tiny_config
 
 

@@ -1,0 +1,40 @@
+"""This process's device, or why it cannot have one."""
+
+import os
+
+import torch
+
+from dsv2.config.schema import Config, Device
+from dsv2.errors import UserError
+from dsv2.kernels.specs import find_spec, latent_heads
+
+
+def pick_device(config: Config, processes: int) -> torch.device:
+    """Return this process's device: one GPU per process, by torchrun's local rank.
+
+    Args:
+        processes: the job's processes on this machine.
+
+    Raises:
+        UserError: more processes on this machine than GPUs, or kernels that the GPU or the packages lack.
+    """
+    kernels = find_spec(config.runtime.kernels)
+    gpus = torch.cuda.device_count()
+    on_cpu = config.runtime.device is Device.cpu or (config.runtime.device is Device.auto and gpus == 0)
+    if on_cpu:
+        kernels.check_cpu()
+        return torch.device("cpu")
+    if gpus == 0:
+        raise UserError("runtime.device=cuda: there is no GPU on this machine; use runtime=default")
+    if processes > gpus:
+        raise UserError(
+            f"runtime.device={config.runtime.device.value}: {processes} processes on this machine, which has "
+            f"{gpus} GPUs; start at most {gpus} (NPROC=N launch/local.sh, torchrun --nproc_per_node=N), or "
+            "use runtime.device=cpu"
+        )
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    if kernels.needs_gpu:
+        name = torch.cuda.get_device_name(device)
+        kernels.check_gpu(name, torch.cuda.get_device_capability(device)[0], latent_heads(config.model))
+        kernels.check_packages()
+    return device

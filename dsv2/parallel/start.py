@@ -1,0 +1,54 @@
+"""Start and end the process group, and make the mesh's groups."""
+
+import os
+import warnings
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dsv2.parallel.mesh import ALONE, Mesh, MeshDim
+from dsv2.parallel.plan import Dim, ParallelPlan
+from dsv2.parallel.zero.base import expert_groups, start_deepspeed
+
+
+def start_mesh(plan: ParallelPlan, rank: int, device: torch.device) -> Mesh:
+    """Start the process group unless one is running, and make all groups. Collective."""
+    assert plan.pp == 1, "pipeline groups are made here as soon as there are stages"
+    # DeepSpeed still calls collectives by names that torch has just renamed.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
+    if not dist.is_initialized():
+        _init_process_group(device, rank, plan.world)
+    start_deepspeed()
+    ep_group, edp_group = expert_groups(plan.ep)
+    everyone = ALONE
+    if plan.world > 1:
+        host_group: Any = dist.new_group(backend="gloo")  # annotated as if it could be an int
+        everyone = MeshDim(dist.group.WORLD, host_group)
+    mesh = Mesh(device, plan, world=everyone, dp=everyone, ep=MeshDim(ep_group), edp=MeshDim(edp_group))
+    assert all(mesh[dim].rank == plan.coordinate(rank, dim) for dim in Dim)
+    return mesh
+
+
+def _init_process_group(device: torch.device, rank: int, world_size: int) -> None:
+    """Start NCCL on GPUs, gloo on the CPU. A single process needs neither torchrun nor a socket."""
+    on_gpu = device.type == "cuda"
+    backend = "nccl" if on_gpu else "gloo"
+    bound = device if on_gpu else None
+    if on_gpu:
+        torch.cuda.set_device(device)
+    if world_size == 1 and "MASTER_ADDR" not in os.environ:
+        store = dist.HashStore()
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, device_id=bound)
+        os.environ["LOCAL_RANK"] = "0"  # DeepSpeed requires it
+    else:
+        dist.init_process_group(backend, timeout=timedelta(minutes=30), device_id=bound)
+    assert dist.get_rank() == rank
+    assert dist.get_world_size() == world_size
+
+
+def end_process_group() -> None:
+    """Leave together: a rank that exits while another still talks to it makes that one abort."""
+    dist.barrier()
+    dist.destroy_process_group()
