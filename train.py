@@ -68,7 +68,7 @@ def train(config: Config) -> None:
             batches = share_of_step(stream, plan.batch_size, config.runtime.micro_batch_size, mesh)
             monitor.data_ready()
             result = engine.train_step(batches, plan.lr)
-            monitor.step(plan, result, engine)
+            monitor.step(plan, result)
             state.step, state.tokens = plan.step + 1, plan.tokens_after
             finished, stopped = state.step == monitor.total_steps, stop.requested()
             if due(config.eval.every, state.step) and not finished and not stopped:

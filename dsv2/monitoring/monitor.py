@@ -25,7 +25,7 @@ from dsv2.monitoring.tracker import open_tracker
 from dsv2.parallel.gpus import peak_flops
 from dsv2.parallel.mesh import Mesh
 from dsv2.parallel.plan import Dim
-from dsv2.training.engine import Engine, StepResult
+from dsv2.training.engine import StepResult
 from dsv2.training.evaluate import Evaluation, Evaluator
 from dsv2.training.rundir import STATUS, read_status
 from dsv2.training.schedule import StepPlan, count_steps
@@ -162,7 +162,7 @@ class Monitor:
     def data_ready(self) -> None:
         self._data_mark = time.perf_counter()
 
-    def step(self, plan: StepPlan, result: StepResult, engine: Engine) -> None:
+    def step(self, plan: StepPlan, result: StepResult) -> None:
         """Log a finished step. Collective at the end of a window of `logging.every` steps.
 
         Raises:

@@ -3,7 +3,6 @@
 import json
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +17,7 @@ from dsv2.moe.stats import RoutingStats
 from dsv2.monitoring.metrics import routing_metrics
 from dsv2.monitoring.monitor import Monitor
 from dsv2.monitoring.tracker import read_metrics
-from dsv2.parallel.mesh import Mesh
+from dsv2.parallel.mesh import Mesh, MeshDim
 from dsv2.training.engine import StepResult
 from dsv2.training.schedule import plan_steps
 from tests.unit.helpers import tiny_config
@@ -30,12 +29,21 @@ CONFIG = Config(
     optim=OptimConfig(total_tokens=280, batch_size=4),  # 7 steps
     logging=LoggingConfig(wandb=WandbMode.disabled, every=3, maps_every=3),
 )
-ONE = Mesh(torch.device("cpu"))
 
 
 def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     """The other rank has the same statistics of experts and groups in reverse order."""
     return tensor + (tensor.flip(-1) if tensor.ndim == 2 else tensor)
+
+
+class Mirrored(MeshDim):
+    """A rank with a second one beside it."""
+
+    def sum(self, x: torch.Tensor) -> torch.Tensor:
+        return sum_over_ranks(x)
+
+
+ONE = Mesh(torch.device("cpu"), world=Mirrored())
 
 
 class Recorder:
@@ -84,10 +92,9 @@ def monitor(run_dir: Path, state: RunState) -> Monitor:
 
 
 def feed(watch: Monitor, results: list[StepResult]) -> None:
-    engine: Any = SimpleNamespace(sum_over_ranks=sum_over_ranks, of_every_rank=lambda x: x.unsqueeze(0))
     for plan, outcome in zip(plan_steps(CONFIG.optim, 10), results, strict=False):
         watch.data_ready()
-        watch.step(plan, outcome, engine)
+        watch.step(plan, outcome)
 
 
 def test_each_window_has_its_own_steps_and_the_last_one_what_is_left(tmp_path):
