@@ -1,10 +1,19 @@
-"""The metrics of a run: two processes tell what one tells, and docs/metrics.md names them all."""
+"""The metrics of a run: docs/metrics.md names them all, two processes log what one logs, and every value is
+that which the ranks' own numbers give by hand.
+"""
 
+import json
+import math
+import os
 import re
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
+import yaml
 
 from dsv2.config.schema import ModelConfig, OptimConfig
 from dsv2.model.sizes import flops_per_token
@@ -51,10 +60,13 @@ def documented() -> dict[str, set[str]]:
 
 @pytest.fixture(scope="module")
 def runs_dir(run_command, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The runs "1" and "2" of so many processes; a dispatch has 4 sequences in both."""
+    """The runs "1" and "2" of so many processes, a dispatch having 4 sequences in both; the record of "2"."""
     folder = tmp_path_factory.mktemp("metrics")
     run(run_command(folder, "1", *OVERRIDES, "runtime.micro_batch_size=4", "logging.wandb=disabled"))
-    run(run_command(folder, "2", *OVERRIDES, *TWO, "runtime.micro_batch_size=2", launcher=TORCHRUN))
+    command = run_command(folder, "2", *OVERRIDES, *TWO, "runtime.micro_batch_size=2", launcher=TORCHRUN)
+    script = command.index("train.py")
+    command[script : script + 1] = ["-m", "tests.dist.recorded_train"]
+    run(command, env=os.environ | {"RECORD": str(folder)})
     return folder
 
 
@@ -127,3 +139,195 @@ def test_two_processes_tell_what_one_tells(rows):
         )
     assert all(rows[2][step]["moe/drop"] > 0.01 for step in WINDOWS), "something was dropped"
     assert len({rows[2][step]["moe/top1"] for step in WINDOWS}) == 3
+
+
+BY_HAND = [
+    "train/loss",
+    "train/loss_lm",
+    "moe/aux_expert",
+    "moe/aux_device",
+    "moe/aux_comm",
+    "moe/add_expert",
+    "moe/add_device",
+    "moe/add_comm",
+    "moe/max_vio",
+    "moe/max_vio_max",
+    "moe/dead",
+    "moe/drop",
+    "moe/ent_tok",
+    "moe/ent_load",
+    "moe/top1",
+    "vio/L07",
+    "dead/L07",
+    "drop/L07",
+    "dev/load_max_mean",
+    "dev/cv",
+    "comm/recv_max_mean",
+    "comm/devs_per_tok",
+    "comm/send_max_mean",
+    "comm/in_max_mean",
+    "comm/gib",
+    "comm/a2a_ms",
+    "val/loss",
+    "val/bpb",
+]
+ELSEWHERE = [
+    "train/grad_norm",
+    "train/lr",
+    "train/batch_seqs",
+    "train/tokens",
+    "perf/tok_s",
+    "perf/tok_s_gpu",
+    "perf/tflops",
+    "perf/mfu",
+    "perf/step_s",
+    "perf/data_s",
+    "perf/mem_gib",
+]  # the plan, the clock; against one process
+
+
+@pytest.fixture(scope="module")
+def ranks(runs_dir: Path) -> list[dict[str, Any]]:
+    """Each rank's own numbers in the run of two processes."""
+    return [torch.load(runs_dir / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def model(runs_dir: Path) -> dict[str, Any]:
+    return yaml.safe_load((runs_dir / "2" / "config.yaml").read_text())["model"]
+
+
+def of_steps(ranks: list[dict[str, Any]], first: int, last: int) -> list[list[dict[str, np.ndarray]]]:
+    """What every rank computed in steps first..last: two micro-batches of two sequences each."""
+    return [rank["passes"][2 * (first - 1) : 2 * last] for rank in ranks]
+
+
+def test_every_metric_is_checked(documented):
+    names = {name for section in documented.values() for name in section if not name.startswith("map/")}
+    assert names == {*BY_HAND, *ELSEWHERE}
+
+
+def test_losses_are_means_of_the_ranks_own(rows, ranks, model):
+    balance = model["balance"]
+    for step in range(1, STEPS + 1):
+        every = [output for rank in of_steps(ranks, step, step) for output in rank]
+        assert len(every) == 4
+        want = {
+            "train/loss": np.mean([output["loss"] for output in every]),
+            "train/loss_lm": np.mean([output["lm_loss"] for output in every]),
+        }
+        for name in ("expert", "device", "comm"):
+            raw_L = np.mean([output[name] for output in every], axis=0)
+            want[f"moe/aux_{name}"] = raw_L.mean()
+            want[f"moe/add_{name}"] = balance[f"alpha_{name}"] * raw_L.sum()
+        assert {name: rows[2][step][name] for name in want} == pytest.approx(want, rel=1e-6)
+
+
+def window_by_hand(own: list[list[dict[str, np.ndarray]]], model: dict[str, Any]) -> dict[str, float]:
+    """Routing metrics of a window from every rank's own statistics, layer by layer."""
+    every = [output for rank in own for output in rank]
+    groups = model["n_group"]
+    columns: dict[str, list[float]] = {}
+
+    def add(name: str, value: float) -> None:
+        columns.setdefault(name, []).append(float(value))
+
+    for layer in range(2):
+        load = sum(output["load_E"][layer] for output in every)
+        dropped = sum(output["dropped_E"][layer] for output in every)
+        sent = sum(output["sent_G"][layer] for output in every)
+        tokens = sum(output["tokens"][layer] for output in every)
+        of_group = [sum(part) for part in np.split(load, groups)]
+        share = [pairs / sum(load) for pairs in load if pairs > 0]
+        add("vio", max(load) / np.mean(load) - 1)
+        add("dead", sum(pairs == 0 for pairs in load))
+        add("drop", sum(dropped) / sum(load))
+        add("pairs", sum(load))
+        add("pairs dropped", sum(dropped))
+        add("ent_tok", sum(output["token_entropy"][layer] for output in every) / tokens)
+        add("ent_load", -sum(p * math.log(p) for p in share))
+        add("top1", sum(output["top1"][layer] for output in every) / tokens)
+        add("group load", max(of_group) / np.mean(of_group))
+        add("group cv", np.std(of_group) / np.mean(of_group))
+        add("received", max(sent) / np.mean(sent))
+        add("groups", sum(sent) / tokens)
+    mean = {name: np.mean(values) for name, values in columns.items()}
+    log_experts = math.log(model["n_routed_experts"])
+    by_layer = {
+        f"{name}/L{layer + 1:02d}": columns[name][layer]
+        for name in ("vio", "dead", "drop")
+        for layer in range(2)
+    }
+    return by_layer | {
+        "moe/max_vio": mean["vio"],
+        "moe/max_vio_max": max(columns["vio"]),
+        "moe/dead": sum(columns["dead"]),
+        "moe/drop": sum(columns["pairs dropped"]) / sum(columns["pairs"]),
+        "moe/ent_tok": mean["ent_tok"] / log_experts,
+        "moe/ent_load": mean["ent_load"] / log_experts,
+        "moe/top1": mean["top1"],
+        "dev/load_max_mean": mean["group load"],
+        "dev/cv": mean["group cv"],
+        "comm/recv_max_mean": mean["received"],
+        "comm/devs_per_tok": mean["groups"],
+    }
+
+
+@pytest.mark.parametrize(("first", "last"), [(1, 3), (4, 6), (7, 8)])
+def test_a_window_is_what_the_ranks_own_numbers_give(rows, ranks, model, first, last):
+    own = of_steps(ranks, first, last)
+    want = window_by_hand(own, model)
+    assert {name: rows[2][last][name] for name in want} == pytest.approx(want, rel=1e-9)
+
+
+@pytest.mark.parametrize(("window", "first", "last"), [(0, 1, 3), (1, 4, 6), (2, 7, 8)])
+def test_the_exchange_is_what_each_rank_sent(rows, ranks, model, window, first, last):
+    """Rows by rank come before their ratio: were they summed over ranks first, it would always be 1."""
+    own = of_steps(ranks, first, last)
+    steps = last - first + 1
+    out_WL, in_WL = (
+        np.array([sum(output[name] for output in rank) for rank in own]) for name in ("rows_out", "rows_in")
+    )
+    assert (out_WL == in_WL[::-1]).all(), "two ranks: what one sends the other receives"
+    # The hidden state crosses 4 times, the choice and its weights twice; all in fp32.
+    row = 4 * (4 * model["hidden_size"] + 2 * 2 * model["num_experts_per_tok"])
+    want = {
+        "comm/send_max_mean": np.mean([max(rows_W) / np.mean(rows_W) for rows_W in out_WL.T]),
+        "comm/in_max_mean": np.mean([max(rows_W) / np.mean(rows_W) for rows_W in in_WL.T]),
+        "comm/gib": np.mean([sum(rows_L) for rows_L in out_WL]) * row / steps / 2**30,
+        "comm/a2a_ms": np.mean([rank["waits"][window] for rank in ranks]) / steps,
+    }
+    assert {name: rows[2][last][name] for name in want} == pytest.approx(want, rel=1e-9)
+    assert want["comm/send_max_mean"] > 1.001, "the ranks differ"
+
+
+def test_maps_are_the_ranks_own_loads(runs_dir, ranks, model):
+    lines = [json.loads(line) for line in (runs_dir / "2" / "maps.jsonl").read_text().splitlines()]
+    maps = {line["step"]: line for line in lines if len(line) > 1}
+    assert sorted(maps) == MAPS
+    for step, first in ((6, 4), (8, 7)):
+        every = [output for rank in of_steps(ranks, first, step) for output in rank]
+        load = sum(output["load_E"] for output in every)
+        sent = sum(output["sent_G"] for output in every)
+        of_group = load.reshape(2, model["n_group"], -1).sum(axis=-1)
+        for name, want in (("expert_load", load), ("dev_load", of_group), ("dev_recv", sent)):
+            uniform = want.mean(axis=1, keepdims=True)
+            np.testing.assert_allclose(maps[step][f"map/{name}"], want / uniform, atol=6e-4)
+
+
+def test_an_evaluation_is_the_ranks_own_losses(rows, ranks, corpus):
+    token_bytes = np.load(corpus / "token_bytes.npy")
+    for index, step in enumerate(EVALUATIONS):
+        nats: dict[int, np.ndarray] = {}
+        labels: dict[int, np.ndarray] = {}
+        for rank in ranks:
+            for part in rank["evaluated"][2 * index : 2 * index + 2]:
+                for sequence, losses, tokens in zip(part["ids"], part["nats"], part["labels"], strict=True):
+                    if sequence < 5:  # the rest fill up a rank's micro-batch
+                        nats[int(sequence)] = losses.astype(np.float64)
+                        labels[int(sequence)] = tokens
+        assert sorted(nats) == list(range(5))
+        total = sum(losses.sum() for losses in nats.values())
+        n_bytes = sum(token_bytes[tokens].sum() for tokens in labels.values())
+        assert rows[2][step]["val/loss"] == pytest.approx(total / (5 * LENGTH), rel=1e-9)
+        assert rows[2][step]["val/bpb"] == pytest.approx(total / math.log(2) / n_bytes, rel=1e-9)
