@@ -10,6 +10,7 @@ SIGTERM, SIGINT or stop_step after saving; 1 an error; 2 a mistake in the config
 import os
 import sys
 import time
+from dataclasses import replace
 from typing import NoReturn
 
 import hydra
@@ -39,12 +40,14 @@ def train(config: Config) -> None:
     # Torch and DeepSpeed take seconds to import: they wait until the configuration makes sense.
     with without_warnings_logged():
         from data.streams.stream import build_stream
-        from dsv2.checkpoint.store import RunState
+        from dsv2.checkpoint.state import RunState
         from dsv2.monitoring.monitor import Monitor
         from dsv2.parallel.device import pick_device
         from dsv2.parallel.plan import Dim, ParallelPlan
         from dsv2.parallel.start import end_process_group, start_mesh
-        from dsv2.training.engine import Engine, build_model, share_of_step
+        from dsv2.training.batches import share_of_step
+        from dsv2.training.build import build_model
+        from dsv2.training.engine import Engine
         from dsv2.training.evaluate import Evaluator
         from dsv2.training.schedule import plan_steps
         from dsv2.training.signals import StopSignals
@@ -59,26 +62,26 @@ def train(config: Config) -> None:
     engine = Engine(model, config.optim, config.parallel, config.runtime, mesh)
     stream = build_stream(config.data, config.model.vocab_size, mesh[Dim.dp])
     evaluator = Evaluator(engine, config)
-    state = store.load(engine, found) if found else RunState()
+    loaded = engine.load(store, found) if found else None
+    state = loaded.state if loaded else RunState()
     if state.data is not None:
         stream.load_state_dict(state.data)
 
-    with StopSignals(mesh) as stop, Monitor(config, mesh, run_dir, state, found) as monitor:
+    with StopSignals(mesh) as stop, Monitor(config, mesh, run_dir, state, loaded) as monitor:
         for plan in plan_steps(config.optim, config.data.sequence_length, state.step, state.tokens):
             batches = share_of_step(stream, plan.batch_size, config.runtime.micro_batch_size, mesh)
             monitor.data_ready()
             result = engine.train_step(batches, plan.lr)
             monitor.step(plan, result)
-            state.step, state.tokens = plan.step + 1, plan.tokens_after
+            state = state.after(plan.step + 1, plan.tokens_after)
             finished, stopped = state.step == monitor.total_steps, stop.requested()
             if due(config.eval.every, state.step) and not finished and not stopped:
                 monitor.evaluation(state.step, evaluator.evaluate())
             # Asked again: an evaluation takes time, and who stops then should not wait for another step.
             last = finished or stopped or state.step == config.stop_step or stop.requested()
             if due(config.checkpoint.every, state.step) or last:
-                state.data, state.wandb_id = stream.state_dict(), monitor.wandb_id
                 try:
-                    store.save(engine, state)
+                    engine.save(store, replace(state, data=stream.state_dict(), wandb_id=monitor.wandb_id))
                     monitor.status("running")
                 except CheckpointError as error:
                     if last:

@@ -76,7 +76,8 @@ def measure(config: Config, device: Any, arguments: argparse.Namespace) -> dict[
         from dsv2.benchmark.timing import balance_routing, random_tokens, row, stream_tokens, time_steps
         from dsv2.parallel.plan import Dim, ParallelPlan
         from dsv2.parallel.start import end_process_group, start_mesh
-        from dsv2.training.engine import Engine, build_model
+        from dsv2.training.build import build_model
+        from dsv2.training.engine import Engine
 
     rank, world_size = launched_ranks()
     mesh = start_mesh(ParallelPlan.of(config.parallel, world_size), rank, device)

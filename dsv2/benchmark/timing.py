@@ -43,7 +43,7 @@ def random_tokens(config: Config, rank: int, world_size: int) -> Iterator[list[T
 
 def stream_tokens(config: Config, mesh: Mesh) -> Iterator[list[Tensor]]:
     """The same through the stream that training reads."""
-    from dsv2.training.engine import share_of_step  # not above: peers have no use for DeepSpeed
+    from dsv2.training.batches import share_of_step  # not above: peers have no use for DeepSpeed
 
     stream = build_stream(config.data, config.model.vocab_size, mesh[Dim.dp])
     while True:

@@ -18,47 +18,54 @@ FORMAT = "dsv2-checkpoint-1"
 STATE_FILE = "state.json"
 
 
-def check(path: Path) -> dict[str, Any]:
-    """The content of a whole checkpoint's state.json.
+def check(path: Path, option: str | None = None) -> dict[str, Any]:
+    """Return the content of a whole checkpoint's state.json.
+
+    Args:
+        option: how the user named the path, such as "resume=PATH"; errors begin with it.
 
     Raises:
         UserError: `path` is missing, foreign, torn or truncated; the text says which file and how.
     """
+    option = option or f"checkpoint {path}"
     if not path.is_dir():
-        raise UserError(f"checkpoint {path}: there is no such folder of a checkpoint, or of a run")
+        raise UserError(f"{option}: there is no such folder of a checkpoint, or of a run")
     try:
         content = json.loads((path / STATE_FILE).read_text())
     except FileNotFoundError:
         if inside := complete_checkpoints(path):
-            raise UserError(f"checkpoint {path}: holds checkpoints; give one of them, {inside[0]}") from None
+            raise UserError(f"{option}: holds checkpoints; give one of them, {inside[0]}") from None
         raise UserError(
-            f"checkpoint {path}: no {STATE_FILE}; it is no dsv2 checkpoint, or its writing was cut short"
+            f"{option}: no {STATE_FILE}; it is no dsv2 checkpoint, or its writing was cut short"
         ) from None
     except (ValueError, OSError) as error:
-        raise UserError(f"checkpoint {path}: {STATE_FILE} cannot be read ({error})") from None
+        raise UserError(f"{option}: {STATE_FILE} cannot be read ({error})") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise UserError(f"checkpoint {path}: {STATE_FILE} is not of the format {FORMAT}")
+        raise UserError(f"{option}: {STATE_FILE} is not of the format {FORMAT}")
     for name, size in content.get("files", {"every file": 1}).items():
         file = path / name
         found = file.stat().st_size if file.exists() else None
         if found != size:
             how = "is missing" if found is None else f"has {found} bytes of {size}"
-            raise UserError(f"checkpoint {path}: {name} {how}; use an older checkpoint")
+            raise UserError(f"{option}: {name} {how}; use an older checkpoint")
     return content
 
 
-def find_checkpoint(path: Path) -> Path:
-    """The checkpoint that `path` means: itself, or the newest whole one of a run's folder.
+def find_checkpoint(path: Path, option: str | None = None) -> Path:
+    """Return the checkpoint that `path` means: itself, or the newest whole one of a run's folder.
+
+    Args:
+        option: how the user named the path; errors begin with it.
 
     Raises:
         UserError: it is neither.
     """
     if not (path / "checkpoints").is_dir():
-        check(path)
+        check(path, option)
         return path
-    if found := complete_checkpoints(path / "checkpoints"):
-        return found[0]
-    raise UserError(f"run {path}: no checkpoint in {path / 'checkpoints'} is whole")
+    if checkpoints := complete_checkpoints(path / "checkpoints"):
+        return checkpoints[0]
+    raise UserError(f"{option or f'run {path}'}: no checkpoint in {path / 'checkpoints'} is whole")
 
 
 def newest_first(folder: Path) -> list[Path]:

@@ -12,7 +12,6 @@ from dsv2.checkpoint.files import check
 from dsv2.config.compose import from_plain
 from dsv2.config.schema import Config
 from dsv2.errors import UserError
-from dsv2.model.transformer import DeepseekV2
 
 
 def run_tokenizer(config: Config, given: str | None) -> Tokenizer:
@@ -50,14 +49,17 @@ class CheckpointReader:
         self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
 
     def tensor(self, name: str, numel: int, kind: str = "fp32") -> Tensor:
-        """A whole parameter (with all experts), flattened, fp32 [numel]; or, by `kind`, a moment of it."""
+        """Return a whole flattened tensor: a parameter with all experts, or by `kind` its state or a buffer.
+
+        Parameters and states are fp32, buffers of the dtype they were saved in.
+        """
         key = f"{kind}/{name}"
         saved = self._metadata.state_dict_metadata.get(key)
         size = tuple(getattr(saved, "size", ()))
         if size != (numel,):
             there = f"{size[0]} numbers" if size else "nothing"
             raise UserError(f"checkpoint {self.path}: {there} under {key} in place of {numel} numbers")
-        flat = torch.empty(numel)
+        flat = torch.empty(numel, dtype=saved.properties.dtype if kind == "buffer" else torch.float32)
         planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
         planner.set_up_planner({key: flat}, self._metadata, is_coordinator=True)
         try:
@@ -68,23 +70,3 @@ class CheckpointReader:
                 f"checkpoint {self.path}: {key} cannot be read ({reason}); use an older one"
             ) from error
         return flat
-
-
-@torch.no_grad()
-def load_model(
-    path: Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
-) -> DeepseekV2:
-    """The model of a checkpoint with its weights, for inference: with all experts, and dropping nothing.
-
-    Memory never holds more than the model in `dtype` and one tensor in fp32.
-
-    Raises:
-        UserError: see `CheckpointReader`.
-    """
-    reader = CheckpointReader(path)
-    with torch.device("meta"):
-        model = DeepseekV2(reader.config.model)
-    model.to(dtype).to_empty(device=device)
-    for name, parameter in model.named_parameters():
-        parameter.copy_(reader.tensor(name, parameter.numel()).view_as(parameter))
-    return model.eval()

@@ -1,36 +1,28 @@
 """Checkpoints: one format for every layout, complete or absent.
 
 A checkpoint is a folder `step-00000120` with torch.distributed.checkpoint files and `state.json`. For
-every parameter it holds the fp32 weights and Adam's two moments as flat tensors of the WHOLE
-parameter; each rank writes and reads the contiguous ranges it owns (`Fragment`), so world size,
-expert-parallel size and ZeRO stage may change between save and load.
+every parameter it holds the fp32 weights and the optimizer's states as flat tensors of the WHOLE
+parameter, and every persistent buffer. Each rank writes and reads the contiguous ranges it owns (`Shard`),
+so world size, expert-parallel size and ZeRO stage may change between save and load.
 
 It is written to `step-00000120.partial` and renamed at the end, after `state.json` (see
 dsv2/checkpoint/files.py): a checkpoint that was cut short is never taken for a whole one.
 
-Nothing here imports DeepSpeed, which takes seconds: who only reads checkpoints does not need it.
+Nothing here imports DeepSpeed, which takes seconds and is not needed to read a checkpoint.
 """
 
 import json
 import os
 import shutil
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
-from torch import Tensor
-from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-)
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.api import CheckpointException
 
+from dsv2.checkpoint import tensors
 from dsv2.checkpoint.files import (
     FORMAT,
     STATE_FILE,
@@ -42,94 +34,13 @@ from dsv2.checkpoint.files import (
     newest_first,
     sync_folder,
 )
+from dsv2.checkpoint.state import Found, Loaded, RunState
 from dsv2.config.compose import differences, to_plain
 from dsv2.config.schema import Config
 from dsv2.errors import CheckpointError, UserError
+from dsv2.optimizers.base import Shard
 from dsv2.parallel.mesh import Mesh
 from dsv2.parallel.plan import Dim
-
-if TYPE_CHECKING:
-    from dsv2.parallel.zero.base import Fragment
-    from dsv2.training.engine import Engine
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-@dataclass
-class RunState:
-    """Everything but tensors that a run needs to go on."""
-
-    step: int = 0  # optimizer steps done
-    tokens: int = 0  # tokens seen
-    data: dict[str, Any] | None = None  # the stream's state
-    wandb_id: str | None = None
-
-
-class Found(NamedTuple):
-    """A checkpoint to go on from."""
-
-    path: Path
-    state: RunState  # of this run, so at step 0 where a stage begins
-    warnings: list[str]  # about damaged ones that were passed over
-    older: list[Path]  # the run's own, newest first, to fall back on
-    changed: list[str]  # once it is loaded: options that are not those it was saved with
-
-
-class _Range:
-    """A rank's range of a flat tensor, as torch.distributed.checkpoint's planners want it."""
-
-    def __init__(self, local: Tensor, offset: int, total: int):
-        self.local, self.offset, self.total = local, torch.Size([offset]), torch.Size([total])
-
-    def size(self) -> torch.Size:
-        return self.total
-
-    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        return [ChunkStorageMetadata(self.offset, self.local.size())]
-
-    def __create_write_items__(self, name: str, _: object) -> list[WriteItem]:
-        data = TensorWriteData(
-            chunk=self.__create_chunk_list__()[0],
-            properties=TensorProperties.create_from_tensor(self.local),
-            size=self.total,
-        )
-        return [WriteItem(MetadataIndex(name, self.offset), WriteItemType.SHARD, tensor_data=data)]
-
-
-class _SavePlanner(DefaultSavePlanner):
-    def lookup_object(self, index: MetadataIndex) -> Any:
-        return self.state_dict[index.fqn].local
-
-
-class _LoadPlanner(DefaultLoadPlanner):
-    def set_up_planner(
-        self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
-    ) -> None:
-        # The default one walks through the dict and replaces what is not a tensor by None.
-        self.state_dict = self.original_state_dict = state_dict
-        self.metadata, self.is_coordinator = metadata, is_coordinator
-
-    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
-        return self.state_dict[index.fqn].local
-
-
-def _moment(optimizer: torch.optim.Optimizer, fragment: "Fragment", key: str) -> Tensor:
-    state = optimizer.state[fragment.owner]
-    if key not in state:  # before the first step Adam has no moments yet
-        state[key] = torch.zeros_like(fragment.owner.detach())
-    return state[key]
-
-
-def _ranges(engine: "Engine") -> dict[str, _Range]:
-    """What this rank owns, as views: writing to them loads a checkpoint."""
-    ranges = {}
-    for fragment in engine.fragments():
-        tensors = {"fp32": fragment.owner}
-        tensors |= {key: _moment(engine.optimizer, fragment, key) for key in MOMENTS}
-        for key, tensor in tensors.items():
-            name = f"{key}/{fragment.name}"
-            ranges[name] = _Range(fragment.view(tensor), fragment.offset, fragment.total)
-    return ranges
 
 
 class CheckpointStore:
@@ -145,17 +56,27 @@ class CheckpointStore:
     def __init__(self, folder: Path, keep: int, settings: dict[str, Any]):
         self.folder, self.keep, self.settings = folder, keep, settings
 
-    def save(self, engine: "Engine", state: RunState) -> Path:
+    def save(self, shards: Iterable[Shard], state: RunState, *, optimizer_steps: float, mesh: Mesh) -> Path:
         """Write `folder/step-N` and delete all but the newest `keep` complete checkpoints. Collective.
+
+        Args:
+            shards: all that this rank holds of weights, optimizer states and buffers.
+            optimizer_steps: as the optimizer counts them.
 
         Raises:
             CheckpointError: on every rank, if any rank could not write; nothing of the attempt is left.
         """
         target = self.folder / f"step-{state.step:08d}"
         partial = target.with_suffix(".partial")
-        mesh = engine.mesh
         everyone = mesh[Dim.world]
         rng = everyone.objects(torch.get_rng_state())
+
+        content = {
+            "format": FORMAT,
+            "run": asdict(state),
+            "adam_step": optimizer_steps,
+            "config": self.settings,
+        }
 
         def prepare() -> None:
             for leftover in self.folder.glob("step-*.partial"):  # of a save that was cut short
@@ -167,14 +88,14 @@ class CheckpointStore:
                 torch.save(rng, file)
                 file.flush()
                 os.fsync(file.fileno())
-            _write_state(partial, state, self.settings, checksums, engine)
+            _write_state(partial, content, checksums)
             shutil.rmtree(target, ignore_errors=True)  # an older try at the same step
             os.rename(partial, target)
             sync_folder(self.folder)
 
         try:
             _on_main(prepare, mesh)
-            _write_ranges(engine, partial)
+            _write_shards(shards, partial, mesh)
             # Each rank reads back what it has just written.
             written = {file.name: checksum(file) for file in partial.glob(f"__{everyone.rank}_*.distcp")}
             checksums = {k: v for part in everyone.objects(written) for k, v in part.items()}
@@ -219,11 +140,8 @@ class CheckpointStore:
                 )
             return None
         if resume != "auto":
-            try:
-                content = check(given := find_checkpoint(Path(resume)))
-            except UserError as error:
-                text = str(error).removeprefix(f"checkpoint {resume}: ")
-                raise UserError(f"resume={resume}: {text}") from None
+            given = find_checkpoint(Path(resume), option=f"resume={resume}")
+            content = check(given)
             is_own = self._is_own(given)
             if is_own and given.name != present[0].name:
                 raise UserError(
@@ -270,27 +188,36 @@ class CheckpointStore:
                     "use that, or start another run with name=NAME"
                     + (", from its weights with new_stage=true" if key == "rope_scaling" else "")
                 )
-        return Found(path, self._state(path, content), warnings, older, [])
+        return Found(path, self._state(path, content), warnings, older)
 
-    def load(self, engine: "Engine", found: Found) -> RunState:
-        """Load weights, optimizer and random state into a new engine of any layout. Collective.
+    def load(self, found: Found, shards: Iterable[Shard], mesh: Mesh) -> Loaded:
+        """Fill the shards of a new engine of any layout, and set this rank's random state. Collective.
 
-        A damaged one is set aside as `step-N.damaged`, with a warning in `found`, and the next older one
-        taken, if the run's newest was asked for. From a checkpoint of another run, this run starts with a
-        W&B run of its own, and in a new stage with no steps, tokens and data behind it.
+        If the run's newest checkpoint was asked for and is damaged, it is set aside as `step-N.damaged`, and
+        the next older one is taken. From a checkpoint of another run, this run starts with its own W&B run;
+        in a new stage it also starts at step 0, without tokens and data behind it.
 
         Raises:
             UserError: damaged, and there is no other.
         """
-        path, older = found.path, list(found.older)
-        while problem := self._damage(path, engine.mesh):
+        path = found.path
+        older = list(found.older)
+        warnings = list(found.warnings)
+        while problem := self._damage(path, mesh):
             if not older:
                 raise UserError(problem)
-            if engine.mesh.is_main:
+            if mesh.is_main:
                 path.rename(path.with_suffix(".damaged"))
-            found.warnings.append(f"{problem}; set aside as {path.name}.damaged")
+            warnings.append(f"{problem}; set aside as {path.name}.damaged")
             path = older.pop(0)
-        return self._load(engine, path, found.changed)
+        content = self._read(path, shards, mesh)
+        return Loaded(
+            state=self._state(path, content),
+            path=path,
+            warnings=warnings,
+            changed=differences(content["config"], self.settings),
+            optimizer_steps=content["adam_step"],
+        )
 
     def _damage(self, path: Path, mesh: Mesh) -> str | None:
         """What is wrong with a checkpoint's bytes; ranks share the reading. Collective."""
@@ -305,42 +232,30 @@ class CheckpointStore:
             problem = str(error)
         return next(filter(None, everyone.objects(problem)), None)
 
-    def _load(self, engine: "Engine", path: Path, changed: list[str]) -> RunState:
+    def _read(self, path: Path, shards: Iterable[Shard], mesh: Mesh) -> dict[str, Any]:
         content = check(path)
-        everyone = engine.mesh[Dim.world]
+        everyone = mesh[Dim.world]
         if len(set(everyone.objects(json.dumps(content)))) > 1:
             raise UserError(f"checkpoint {path}: not the same on every machine; runs_dir must be shared")
         try:
-            dcp.load(
-                _ranges(engine),
-                storage_reader=dcp.FileSystemReader(path),
-                planner=_LoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
-                process_group=engine.mesh[Dim.world].host_group,
-            )
-        except dcp.api.CheckpointException as error:
+            tensors.read(shards, path, everyone.host_group)
+        except CheckpointException as error:
             raise UserError(
                 f"checkpoint {path}: cannot be read ({_root_cause(error)}); use an older one"
             ) from error
-        engine.set_optimizer_steps(content["adam_step"])
-        engine.refresh_weights()
         rng = torch.load(path / "rng.pt", weights_only=True)  # the host's: nothing draws on a GPU after init
         if len(rng) == everyone.size:
             torch.set_rng_state(rng[everyone.rank])
-        changed += differences(content["config"], self.settings)
-        return self._state(path, content)
+        return content
 
 
-def _write_ranges(engine: "Engine", partial: Path) -> None:
+def _write_shards(shards: Iterable[Shard], partial: Path, mesh: Mesh) -> None:
+    everyone = mesh[Dim.world]
     try:
-        dcp.save(
-            _ranges(engine),
-            storage_writer=dcp.FileSystemWriter(partial),
-            planner=_SavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
-            process_group=engine.mesh[Dim.world].host_group,
-        )
-    except dcp.api.CheckpointException as error:  # raised on every rank
+        tensors.write(shards, partial, everyone.host_group)
+    except CheckpointException as error:  # raised on every rank
         raise CheckpointError(_root_cause(error)) from error
-    if not all(engine.mesh[Dim.world].objects((partial / ".metadata").exists())):
+    if not all(everyone.objects((partial / ".metadata").exists())):
         raise CheckpointError(f"not every machine sees {partial}; runs_dir must be a shared file system")
 
 
@@ -356,7 +271,7 @@ def _on_main(action: Callable[[], None], mesh: Mesh) -> None:
         raise CheckpointError(problem)
 
 
-def _root_cause(error: dcp.api.CheckpointException) -> str:
+def _root_cause(error: CheckpointException) -> str:
     """The first rank's own words, out of DCP's collection of every rank's exceptions."""
     failures = list(error.failures.values())
     return _in_words(failures[0][0] if failures else error)
@@ -368,26 +283,11 @@ def _in_words(error: BaseException) -> str:
     return f"the disk is full, it seems ({text})" if "inline_container" in text else text
 
 
-def _write_state(
-    partial: Path,
-    state: RunState,
-    config: dict[str, Any],
-    checksums: dict[str, int],
-    engine: "Engine",
-) -> None:
-    """state.json; `checksums` has those of the ranks' files, the others are made here."""
-    others = {path.name: checksum(path) for path in partial.iterdir() if path.name not in checksums}
+def _write_state(partial: Path, content: dict[str, Any], checksums: dict[str, int]) -> None:
+    """Write state.json. `checksums` has those of the ranks' files; the other files' are made here."""
+    remaining = {path.name: checksum(path) for path in partial.iterdir() if path.name not in checksums}
     sizes = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
-    steps = [float(s["step"]) for s in engine.optimizer.state.values() if "step" in s]
-    content = {
-        "format": FORMAT,
-        "run": asdict(state),
-        "adam_step": max(steps, default=0.0),
-        "config": config,
-        "files": sizes,
-        "crc32": checksums | others,
-    }
     with open(partial / STATE_FILE, "w") as file:
-        json.dump(content, file, indent=1)
+        json.dump(content | {"files": sizes, "crc32": checksums | remaining}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())

@@ -17,7 +17,8 @@ from dsv2.training.rundir import claim, let_go
 from dsv2.training.validate import validate
 
 if TYPE_CHECKING:
-    from dsv2.checkpoint.store import CheckpointStore, Found
+    from dsv2.checkpoint.state import Found
+    from dsv2.checkpoint.store import CheckpointStore
     from dsv2.hf.init_from import HFWeights
 
 

@@ -104,9 +104,14 @@ def _write_weights(
     from dsv2.hf.names import published_parts
 
     dtype: torch.dtype = getattr(torch, dtype_name)
-    parts = [part for _, _, parts in published_parts(outline) for part in parts]
-    numbers = {part.name: torch.Size(part.shape).numel() for part in parts}
-    sizes = {name: count * dtype.itemsize for name, count in numbers.items()}
+    n_parameters = 0
+    sizes: dict[str, int] = {}
+    for _, tensor, parts in published_parts(outline):
+        is_parameter = isinstance(tensor, torch.nn.Parameter)
+        for part in parts:
+            count = torch.Size(part.shape).numel()
+            n_parameters += count if is_parameter else 0
+            sizes[part.name] = count * (dtype if is_parameter else tensor.dtype).itemsize
     shards = plan_shards(sizes, limit)
     tensors = published_tensors(reader.tensor, outline, dtype)
     weight_map: dict[str, str] = {}
@@ -119,24 +124,30 @@ def _write_weights(
         weight_map |= dict.fromkeys(names, file)
         print(f"{file}: {len(names)} tensors, {sum(sizes[name] for name in names) / 1e6:.1f} MB", flush=True)
         del shard  # before the next one is gathered
-    total = {"total_parameters": sum(numbers.values()), "total_size": sum(sizes.values())}
+    total = {"total_parameters": n_parameters, "total_size": sum(sizes.values())}
     _write_json(folder / "model.safetensors.index.json", {"metadata": total, "weight_map": weight_map})
 
 
 def published_tensors(
-    read: "Callable[[str, int], torch.Tensor]", outline: "DeepseekV2", dtype: "torch.dtype"
+    read: "Callable[..., torch.Tensor]", outline: "DeepseekV2", dtype: "torch.dtype"
 ) -> "Iterator[tuple[str, torch.Tensor]]":
-    """Every published tensor by name, in the outline's order; one parameter is read at a time.
+    """Yield every published tensor by name, in the outline's order; one tensor is read at a time.
+
+    Parameters are converted to `dtype`; buffers keep theirs.
 
     Args:
-        read: a parameter's values, flat, by its name and their number.
+        read: returns a tensor's values, flat, by its name, their number and, for buffers, "buffer".
     """
+    from torch import nn
+
     from dsv2.hf.names import published_parts
 
-    for name, parameter, parts in published_parts(outline):
-        whole = read(name, parameter.numel()).view(parameter.shape)
+    for name, tensor, parts in published_parts(outline):
+        is_parameter = isinstance(tensor, nn.Parameter)
+        kind = () if is_parameter else ("buffer",)
+        whole = read(name, tensor.numel(), *kind).view(tensor.shape)
         for part in parts:
-            yield part.name, whole[part.place].to(dtype, copy=True)
+            yield part.name, whole[part.place].to(dtype if is_parameter else tensor.dtype, copy=True)
         del whole  # before the next one is read
 
 

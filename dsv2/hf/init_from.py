@@ -97,12 +97,12 @@ class HFWeights:
 
     @torch.no_grad()
     def fill(self, model: DeepseekV2) -> None:
-        """Write every parameter of this rank's share of the model, in its own dtype and on its device."""
+        """Fill every parameter and buffer of this rank's share of the model, in its own dtype."""
         with ExitStack() as stack:
             opened: dict[str, Any] = {}
-            for _, parameter, parts in published_parts(model, self._stacked):
+            for _, tensor, parts in published_parts(model, self._stacked):
                 for part in parts:
                     file = self._file_of[part.name]
                     if file not in opened:
                         opened[file] = stack.enter_context(safe_open(self.folder / file, "pt"))
-                    parameter[part.place].copy_(opened[file].get_slice(part.name)[part.rows])
+                    tensor[part.place].copy_(opened[file].get_slice(part.name)[part.rows])

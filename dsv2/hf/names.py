@@ -11,11 +11,12 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from dsv2.config.schema import ModelConfig
 from dsv2.model.transformer import DeepseekV2
 from dsv2.moe.experts import RoutedExperts
+from dsv2.parallel.buffers import persistent_buffers
 
 # The matrices of one expert that lie below each other in ours: w13 [E, 2F, D] is gate above up, w2 [E, D, F].
 _MATRICES = {"w13": ("gate_proj", "up_proj"), "w2": ("down_proj",)}
@@ -39,15 +40,16 @@ def model_outline(config: ModelConfig) -> DeepseekV2:
         return DeepseekV2(config)
 
 
-def published_parts(
-    model: DeepseekV2, stacked: bool = False
-) -> Iterator[tuple[str, nn.Parameter, list[Part]]]:
-    """Every parameter of this rank, with the parts that together cover it.
+def published_parts(model: DeepseekV2, stacked: bool = False) -> Iterator[tuple[str, Tensor, list[Part]]]:
+    """Yield every parameter and persistent buffer of this rank, with the parts that together cover it.
+
+    A buffer is published under its own name, whole.
 
     Args:
         model: whole, or a rank's share: then the parts are those of its own experts.
         stacked: experts as `transformers` 5 keeps them, in place of one tensor a matrix.
     """
+    buffers = persistent_buffers(model)
     for prefix, module in model.named_modules():
         for leaf, parameter in module.named_parameters(recurse=False):
             name, shape = f"{prefix}.{leaf}", tuple(parameter.shape)
@@ -60,6 +62,9 @@ def published_parts(
             else:
                 parts = _parts_by_expert(prefix, leaf, shape, module.first_expert)
             yield name, parameter, parts
+        for leaf, buffer in module.named_buffers(recurse=False):
+            if (name := f"{prefix}.{leaf}") in buffers:
+                yield name, buffer, [Part(name, tuple(buffer.shape), slice(None), ())]
 
 
 def _parts_by_expert(prefix: str, leaf: str, shape: tuple[int, ...], first_expert: int) -> list[Part]:

@@ -109,7 +109,8 @@ def run(arguments: argparse.Namespace) -> None:
     import torch
 
     from dsv2.checkpoint.files import find_checkpoint
-    from dsv2.checkpoint.reader import CheckpointReader, load_model, run_tokenizer
+    from dsv2.checkpoint.reader import CheckpointReader, run_tokenizer
+    from dsv2.inference.model import load_model
     from dsv2.inference.sampling import Sampling, generate
 
     if arguments.device == "cuda" and not torch.cuda.is_available():

@@ -30,3 +30,22 @@ def init_weights(model: nn.Module, std: float, seed: int) -> None:
                     _normal_(weight, std, seed, f"{name}.{module.first_expert + local}")
             else:
                 _normal_(parameter, std, seed, name)
+
+
+def materialize(model: nn.Module, dtype: torch.dtype, device: torch.device | str) -> None:
+    """Allocate a model that was built on the meta device, in place; its parameters get `dtype`.
+
+    Buffers keep their own dtype. Those on the meta device become zeros; one that starts with other values is
+    built by its module with an explicit device.
+    """
+    buffers = [
+        (module, name, buffer)
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
+    model.to(dtype).to_empty(device=device)
+    for module, name, buffer in buffers:
+        if buffer.is_meta:
+            setattr(module, name, torch.zeros(buffer.shape, dtype=buffer.dtype, device=device))
+        else:
+            setattr(module, name, buffer.to(device))

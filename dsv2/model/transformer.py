@@ -34,7 +34,7 @@ class DecoderLayer(nn.Module):
         self.mlp = (
             SwiGLU(config.hidden_size, config.intermediate_size, execution.kernels)
             if dense
-            else MoELayer(config, execution)
+            else (execution.moe_layer or MoELayer)(config, execution)
         )
 
     def forward(

@@ -1,6 +1,8 @@
 """How a model runs, as opposed to what it computes."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from dsv2.kernels.sets import REFERENCE, KernelSet
 from dsv2.parallel.clock import WaitClock
@@ -14,4 +16,5 @@ class Execution:
     ep: MeshDim = ALONE  # ranks that share one copy of the routed experts
     recompute: bool = False  # recompute each layer's activations in backward instead of keeping them
     kernels: KernelSet = REFERENCE
+    moe_layer: Callable[..., Any] | None = None  # the class of the MoE layers; None: moe/layer.py's
     clock: WaitClock = field(default_factory=WaitClock)  # times the experts' exchanges

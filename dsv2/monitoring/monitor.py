@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from data.streams.stream import unigram_nats_of
-from dsv2.checkpoint.store import Found, RunState
+from dsv2.checkpoint.state import Loaded, RunState
 from dsv2.config.compose import to_plain, to_yaml
 from dsv2.config.schema import Config, Precision
 from dsv2.errors import Diverged
@@ -25,8 +25,8 @@ from dsv2.monitoring.tracker import open_tracker
 from dsv2.parallel.gpus import peak_flops
 from dsv2.parallel.mesh import Mesh
 from dsv2.parallel.plan import Dim
-from dsv2.training.engine import StepResult
 from dsv2.training.evaluate import Evaluation, Evaluator
+from dsv2.training.results import StepResult
 from dsv2.training.rundir import STATUS, read_status
 from dsv2.training.schedule import StepPlan, count_steps
 
@@ -37,7 +37,7 @@ class Monitor:
     As a context it opens the run's tracker and closes it, whatever ends the run.
     """
 
-    def __init__(self, config: Config, mesh: Mesh, run_dir: Path, state: RunState, found: Found | None):
+    def __init__(self, config: Config, mesh: Mesh, run_dir: Path, state: RunState, loaded: Loaded | None):
         self.config, self.mesh, self.run_dir, self.state = config, mesh, run_dir, state
         self.total_steps = count_steps(config.optim, config.data.sequence_length, state.step, state.tokens)
         self._flops = flops_per_token(config.model, config.data.sequence_length)
@@ -48,17 +48,18 @@ class Monitor:
         self._alerts = Alerts(config.logging, routed_experts=moe_layers * model.n_routed_experts)
         self._window: RoutingStats | None = None
         self._window_steps = 0
-        self._changed = found.changed if found else []
+        self._wait_ms = 0.0  # of the window
+        self._changed = loaded.changed if loaded else []
         self._first_step = state.step
         # Then nothing is left but another evaluation: the run stays finished, whatever becomes of that.
         self._was_finished = read_status(run_dir) == self._status("finished")
-        self._begun_from = found.path if found and found.state.step == 0 else None
-        if found is None and config.init_from is not None:
+        self._begun_from = loaded.path if loaded and loaded.state.step == 0 else None
+        if loaded is None and config.init_from is not None:
             self._begun_from = Path(config.init_from)
-        for warning in found.warnings if found else []:
+        for warning in loaded.warnings if loaded else []:
             self.note(f"warning: {warning}")
-        if found and config.init_from is not None:
-            self.note(f"note: init_from={config.init_from} is not read: the run goes on from {found.path}")
+        if loaded and config.init_from is not None:
+            self.note(f"note: init_from={config.init_from} is not read: the run goes on from {loaded.path}")
 
     def __enter__(self) -> "Monitor":
         config = self.config
@@ -177,12 +178,14 @@ class Monitor:
             )
         self._window = result.stats if self._window is None else self._window.plus(result.stats)
         self._window_steps += 1
+        self._wait_ms += result.wait_ms
         metrics: dict[str, Any] = self._step_metrics(plan, result, seconds)
         if step % self.config.logging.every == 0 or step == self.total_steps:
             total = RoutingStats(*(self.mesh[Dim.world].sum(x) for x in self._window))
             metrics |= routing_metrics(total, self.config.model)
             metrics |= self._exchange_metrics(self._window)
             self._window, self._window_steps = None, 0
+            self._wait_ms = 0.0
             if step % self.config.logging.maps_every == 0 or step == self.total_steps:
                 metrics |= routing_maps(total, self.config.model)
         self.tracker.log(metrics, step=step)
@@ -203,12 +206,13 @@ class Monitor:
         for alert in self._alerts.check(step, metrics):
             self.note(f"alert: {alert.title}, {alert.text}")
             self.tracker.alert(f"{self.config.name}: {alert.title}", alert.text)
+        self.state = self.state.after(step, plan.tokens_after)
 
     def _exchange_metrics(self, window: RoutingStats) -> dict[str, float]:
         model, runtime, mesh = self.config.model, self.config.runtime, self.mesh
         itemsize = 2 if runtime.precision is Precision.bf16 else 4
         sizes = (model.hidden_size, model.num_experts_per_tok, itemsize, runtime.recompute)
-        wait_ms = torch.tensor(mesh.clock.take_ms(), dtype=torch.float64, device=mesh.device)
+        wait_ms = torch.tensor(self._wait_ms, dtype=torch.float64, device=mesh.device)
         return exchange_metrics(
             mesh[Dim.dp].gather(mesh[Dim.pp].sum(window.rows_out)),  # a stage counts its own layers
             mesh[Dim.dp].gather(mesh[Dim.pp].sum(window.rows_in)),

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from dsv2.parallel.mesh import ALONE, Mesh, MeshDim
 from dsv2.parallel.plan import Dim, ParallelPlan
-from dsv2.parallel.zero.base import expert_groups, start_deepspeed
+from dsv2.parallel.zero.deepspeed_engine import expert_groups, start_deepspeed
 
 
 def start_mesh(plan: ParallelPlan, rank: int, device: torch.device) -> Mesh:

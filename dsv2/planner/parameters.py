@@ -1,37 +1,12 @@
 """The tensors of the model that one rank holds, by optimizer group, from the sizes alone.
 
-The groups and their order are those of `parameter_groups` in dsv2/parallel/zero/base.py; a test
-holds both to the built model.
+The groups are those of `Optimizer.groups` in dsv2/optimizers/base.py; a test compares both with the
+built model.
 """
-
-from typing import NamedTuple
 
 from dsv2.config.schema import AttentionKind, ModelConfig
 from dsv2.model.sizes import key_value_heads
-
-
-class Group(NamedTuple):
-    sizes: list[int]  # elements of each tensor on this rank
-    copies: int  # ranks that hold the same tensors, over which ZeRO spreads what it spreads
-
-    @property
-    def elements(self) -> int:
-        return sum(self.sizes)
-
-
-class RankParameters(NamedTuple):
-    decay: Group  # matrices outside the routed experts
-    no_decay: Group  # norms
-    experts: Group  # this rank's routed experts
-
-    @property
-    def elements(self) -> int:
-        return sum(group.elements for group in self)
-
-    @property
-    def dense(self) -> int:
-        """Elements that every rank holds alike."""
-        return self.decay.elements + self.no_decay.elements
+from dsv2.optimizers.base import GroupSizes, RankParameters
 
 
 def _attention(m: ModelConfig) -> list[int]:
@@ -69,7 +44,7 @@ def rank_parameters(m: ModelConfig, world_size: int, ep_size: int) -> RankParame
     norms = [m.hidden_size, m.hidden_size, *latents] * m.num_hidden_layers + [m.hidden_size]
     w2 = m.n_routed_experts // ep_size * m.hidden_size * m.moe_intermediate_size
     return RankParameters(
-        decay=Group(matrices, world_size),
-        no_decay=Group(norms, world_size),
-        experts=Group([2 * w2, w2] * moe_layers, world_size // ep_size),
+        decay=GroupSizes(matrices, world_size),
+        no_decay=GroupSizes(norms, world_size),
+        experts=GroupSizes([2 * w2, w2] * moe_layers, world_size // ep_size),
     )

@@ -4,9 +4,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
-from dsv2.config.schema import Config, Precision
+from dsv2.config.schema import Config
 from dsv2.errors import UserError
 from dsv2.parallel.gpus import Gpu
+from dsv2.parallel.zero.stages import numbers
 from dsv2.planner.memory import Memory, memory
 from dsv2.planner.speed import Speed, speed
 from dsv2.training.validate import validate
@@ -59,10 +60,9 @@ def plan(config: Config, machines: Machines) -> Planned:
 def _layouts(config: Config, gpus: int) -> Iterator[Config]:
     """Every layout of `gpus` processes that train.py accepts for this model and batch."""
     experts = config.model.n_routed_experts
-    stages = (1, 2, 3) if config.runtime.precision is Precision.bf16 else (0, 1, 2, 3)
     micro_batches = [2**power for power in range(max(1, config.optim.batch_size // gpus).bit_length())]
     for ep in (size for size in range(1, experts + 1) if experts % size == 0 and gpus % size == 0):
-        for stage in stages:
+        for stage in numbers(config.runtime.precision):
             for micro_batch in micro_batches:
                 for recompute in (False, True):
                     candidate = replace(

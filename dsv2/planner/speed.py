@@ -12,6 +12,7 @@ from dsv2.model.sizes import flops_per_token
 from dsv2.moe.reach import mean_ranks
 from dsv2.moe.traffic import bytes_per_row
 from dsv2.parallel.gpus import Gpu
+from dsv2.parallel.zero.stages import find_stage
 from dsv2.planner.parameters import rank_parameters
 
 ARITHMETIC = 0.4  # assumed: share of a GPU's peak that the model's arithmetic reaches, traffic aside
@@ -66,19 +67,11 @@ def _ring_bandwidth(gpu: Gpu, members: int, stride: int, gpus_per_node: int) -> 
 def _states_seconds(config: Config, world_size: int, gpu: Gpu, gpus_per_node: int) -> float:
     """Gradient reduction and weight gathering of one step, one after the other."""
     parallel = config.parallel
-    stage, ep = parallel.zero_stage, parallel.expert_parallel_size
+    ep = parallel.expert_parallel_size
     size = 2 if config.runtime.precision is Precision.bf16 else 4
     micro_batches = config.optim.batch_size // (config.runtime.micro_batch_size * world_size)
     parameters = rank_parameters(config.model, world_size, ep)
-    # In sizes of the whole tensors: an all-reduce sends them twice, a gather or a scatter once.
-    if stage == 3:
-        moved = 3 * micro_batches * size  # gathered forward and backward, scattered
-    elif stage == 2:
-        moved = (2 * micro_batches + 1) * size  # all-reduced each micro-batch, gathered after the step
-    elif stage == 1:
-        moved = 2 * 4 + size  # all-reduced in fp32
-    else:
-        moved = 2 * size
+    moved = find_stage(parallel.zero_stage, config.runtime.precision).traffic(micro_batches, size)
     seconds = 0.0
     for elements, members, stride in (
         (parameters.dense, world_size, 1),

@@ -10,11 +10,12 @@ from dsv2.config.schema import (
     LoggingConfig,
     ModelConfig,
     OptimConfig,
-    Precision,
     RopeScalingConfig,
     RuntimeConfig,
 )
 from dsv2.kernels.specs import find_spec, latent_heads
+from dsv2.optimizers.rules import find_optimizer
+from dsv2.parallel.zero.stages import find_stage
 
 
 def validate(config: Config, world_size: int) -> None:
@@ -177,15 +178,11 @@ def _validate_moe(model: ModelConfig) -> None:
 
 
 def _validate_optim(optim: OptimConfig) -> None:
-    if optim.name != "adamw":
-        refuse("optim.name", optim.name, "must be adamw")
+    find_optimizer(optim.name).check(optim)
     require_positive("optim", optim, ["total_tokens", "batch_size", "batch_ramp_increment"])
     require_positive("optim", optim, ["warmup_steps", "weight_decay", "batch_ramp_tokens"], least=0)
-    require_fraction("optim", optim, ["beta1", "beta2", "decay_factor"])
-    for name in ("beta1", "beta2"):
-        if getattr(optim, name) == 1:
-            refuse(f"optim.{name}", getattr(optim, name), "must be below 1")
-    require_above_0("optim", optim, ["lr", "eps", "grad_clip"])
+    require_fraction("optim", optim, ["decay_factor"])
+    require_above_0("optim", optim, ["lr", "grad_clip"])
     if optim.decay_at != sorted(set(optim.decay_at)) or not all(0 < f < 1 for f in optim.decay_at):
         refuse("optim.decay_at", optim.decay_at, "must be rising shares of the tokens, such as [0.6, 0.9]")
     start = optim.batch_size_start
@@ -206,7 +203,7 @@ def _validate_kernels(model: ModelConfig, runtime: RuntimeConfig) -> None:
 
 def _validate_parallel(config: Config, world_size: int) -> None:
     parallel, model, optim = config.parallel, config.model, config.optim
-    ep, stage = parallel.expert_parallel_size, parallel.zero_stage
+    ep = parallel.expert_parallel_size
     require_positive("parallel", parallel, ["expert_parallel_size"])
     require_positive("runtime", config.runtime, ["micro_batch_size"])
     if world_size % ep:
@@ -230,21 +227,7 @@ def _validate_parallel(config: Config, world_size: int) -> None:
             f"must divide model.n_group={model.n_group} or be a multiple of it, so that a group lives on "
             "whole ranks",
         )
-    if stage not in (0, 1, 2, 3):
-        refuse("parallel.zero_stage", stage, "must be 0, 1, 2 or 3")
-    if stage == 0 and config.runtime.precision is Precision.bf16:
-        refuse(
-            "parallel.zero_stage",
-            stage,
-            "bf16 needs stage 1, 2 or 3, which keep fp32 master weights; or use runtime.precision=fp32",
-        )
-    if optim.states is Precision.bf16 and (stage != 1 or config.runtime.precision is Precision.fp32):
-        refuse(
-            "optim.states",
-            "bf16",
-            f"needs parallel.zero_stage=1 and runtime.precision=bf16, not {stage} and "
-            f"{config.runtime.precision.value}; or use fp32",
-        )
+    find_stage(parallel.zero_stage, config.runtime.precision).check(optim, config.runtime)
     _validate_kernels(config.model, config.runtime)
     micro_batch_size = config.runtime.micro_batch_size
     share = micro_batch_size * world_size

@@ -149,7 +149,8 @@ def make_engine(
     from dsv2.hf.init_from import HFWeights
     from dsv2.parallel.plan import ParallelPlan
     from dsv2.parallel.start import start_mesh
-    from dsv2.training.engine import Engine, build_model
+    from dsv2.training.build import build_model
+    from dsv2.training.engine import Engine
 
     mesh = start_mesh(ParallelPlan(world=world_size, ep=ep), rank, torch.device("cpu"))
     parallel = ParallelConfig(expert_parallel_size=ep, zero_stage=stage)
@@ -168,17 +169,10 @@ def make_engine(
 
 def owned(engine: Any, key: str) -> list[tuple[str, int, int, np.ndarray]]:
     """(name, offset, total, values) of this rank's fragments of fp32 weights or a moment."""
-    from dsv2.parallel.zero.base import base_optimizer, fragments
-
-    state = base_optimizer(engine.deepspeed).state
     return [
-        (
-            f.name,
-            f.offset,
-            f.total,
-            f.view(f.owner if key == "fp32" else state[f.owner][key]).float().numpy().copy(),
-        )
-        for f in fragments(engine.deepspeed)
+        (shard.name, shard.offset, shard.total, shard.tensors[key].float().numpy().copy())
+        for shard in engine.sharded.shards()
+        if key in shard.tensors
     ]
 
 
@@ -203,7 +197,7 @@ def steps_of(
 ) -> Trace:
     """Train and record; gathers nothing but the statistics' sums. `sizes`: sequences of each step."""
     from dsv2.parallel.plan import Dim
-    from dsv2.training.engine import share_of_step
+    from dsv2.training.batches import share_of_step
 
     trace = Trace()
     for step in range(first, first + steps):
@@ -252,16 +246,15 @@ def types_reduced(rank: int, world_size: int, **layout: Any) -> set[torch.dtype]
 
 def train_and_save(rank: int, world_size: int, folder: str, save_at: int, steps: int, **layout: Any) -> tuple:
     """Train `steps` steps and save after `save_at` of them: (trace, final weights' parts, random state)."""
-    from dsv2.checkpoint import store as checkpoint
+    from dsv2.checkpoint.state import RunState
+    from dsv2.checkpoint.store import CheckpointStore
 
     engine = make_engine(rank, world_size, **layout)
     trace = steps_of(engine, 0, save_at, layout["micro_batch"])
     torch.manual_seed(1000 + rank)  # every rank's own
     random_state = torch.get_rng_state().numpy()
-    state = checkpoint.RunState(
-        step=save_at, tokens=save_at * BATCH * SEQUENCE, data={"consumed": 1}, wandb_id="w"
-    )
-    checkpoint.CheckpointStore(Path(folder), 3, SETTINGS).save(engine, state)
+    state = RunState(step=save_at, tokens=save_at * BATCH * SEQUENCE, data={"consumed": 1}, wandb_id="w")
+    engine.save(CheckpointStore(Path(folder), 3, SETTINGS), state)
     trace.losses += steps_of(engine, save_at, steps - save_at, layout["micro_batch"]).losses
     return trace, owned(engine, "fp32"), random_state
 
@@ -271,13 +264,14 @@ def load_and_train(rank: int, world_size: int, path: str, steps: int, **layout: 
 
     Returns the state, the trace, the final weights' parts, the random state after the load.
     """
-    from dsv2.checkpoint import store as checkpoint
+    from dsv2.checkpoint.state import Found, RunState
+    from dsv2.checkpoint.store import CheckpointStore
 
     engine = make_engine(rank, world_size, **layout)
     steps_of(engine, 100, 1, layout["micro_batch"])  # so that a tensor the load forgets shows
     torch.manual_seed(0)
-    found = checkpoint.Found(Path(path), checkpoint.RunState(), [], [], [])
-    state = checkpoint.CheckpointStore(Path(path).parent, 3, SETTINGS).load(engine, found)
+    found = Found(Path(path), RunState(), [], [])
+    state = engine.load(CheckpointStore(Path(path).parent, 3, SETTINGS), found).state
     random_state = torch.get_rng_state().numpy()
     trace = steps_of(engine, state.step, steps - state.step, layout["micro_batch"])
     return state, trace, owned(engine, "fp32"), random_state

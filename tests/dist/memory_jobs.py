@@ -10,7 +10,7 @@ import torch
 from dsv2.config.schema import RuntimeConfig
 from dsv2.parallel.plan import ParallelPlan
 from dsv2.parallel.start import start_mesh
-from dsv2.training.engine import build_model
+from dsv2.training.build import build_model
 from tests.dist import jobs
 from tests.idle_triton import idle_triton
 from tests.live import LiveMemory
@@ -41,7 +41,7 @@ def one_pass(
     with contextlib.ExitStack() as stack:
         if runtime.kernels != "reference":
             kernels = stack.enter_context(idle_triton(runtime.kernels, chunk=8192))
-            stack.enter_context(patch("dsv2.training.engine.load_kernels", lambda name: kernels))
+            stack.enter_context(patch("dsv2.training.build.load_kernels", lambda name: kernels))
         mesh = start_mesh(ParallelPlan(world=world_size, ep=world_size), rank, torch.device("cpu"))
         model = build_model(jobs.model_config(**sizes), runtime, 0, mesh)
         for parameter in model.parameters():

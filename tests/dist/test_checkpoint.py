@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from dsv2.checkpoint.reader import CheckpointReader, load_model
+from dsv2.checkpoint.reader import CheckpointReader
 from dsv2.config.schema import Precision
+from dsv2.inference.model import load_model
 from tests.dist import jobs, traces
 
 SAVE_AT, STEPS = 2, 5

@@ -22,12 +22,12 @@ def _store(folder: str) -> Any:
 
 def save_twice(rank: int, world_size: int, folder: str, **layout: Any) -> None:
     """Run on every rank: a checkpoint after step 1 and another after step 2."""
-    from dsv2.checkpoint.store import RunState
+    from dsv2.checkpoint.state import RunState
 
     engine = jobs.make_engine(rank, world_size, **layout)
     for step in (1, 2):
         jobs.steps_of(engine, step - 1, 1, layout["micro_batch"])
-        _store(folder).save(engine, RunState(step=step, tokens=10 * step))
+        engine.save(_store(folder), RunState(step=step, tokens=10 * step))
 
 
 def go_on(rank: int, world_size: int, folder: str, resume: str, **layout: Any) -> Any:
@@ -35,19 +35,19 @@ def go_on(rank: int, world_size: int, folder: str, resume: str, **layout: Any) -
 
     A refusal is returned as its text.
     """
-    from dsv2.checkpoint.store import RunState
+    from dsv2.checkpoint.state import RunState
     from dsv2.errors import UserError
 
     engine = jobs.make_engine(rank, world_size, **layout)
     try:
         found = _store(folder).find(resume)
-        state = _store(folder).load(engine, found)
+        done = engine.load(_store(folder), found)
     except UserError as error:
         return str(error)
-    loaded = jobs.owned(engine, "fp32")
-    jobs.steps_of(engine, state.step, 1, layout["micro_batch"])
-    _store(folder).save(engine, RunState(step=3, tokens=state.tokens + 10))
-    return state.step, found.warnings, loaded
+    weights = jobs.owned(engine, "fp32")
+    jobs.steps_of(engine, done.state.step, 1, layout["micro_batch"])
+    engine.save(_store(folder), RunState(step=3, tokens=done.state.tokens + 10))
+    return done.state.step, done.warnings, weights
 
 
 def flip(file: Path) -> None:
@@ -150,7 +150,7 @@ def full_for_one(rank: int, world_size: int, folder: str, **layout: Any) -> list
     """
     import torch.distributed as dist
 
-    from dsv2.checkpoint.store import RunState
+    from dsv2.checkpoint.state import RunState
     from dsv2.errors import CheckpointError
 
     engine = jobs.make_engine(rank, world_size, **layout)
@@ -161,7 +161,7 @@ def full_for_one(rank: int, world_size: int, folder: str, **layout: Any) -> list
         if step == 2 and rank == world_size - 1:
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, unlimited[1]))
         try:
-            _store(folder).save(engine, RunState(step=step, tokens=10 * step))
+            engine.save(_store(folder), RunState(step=step, tokens=10 * step))
         except CheckpointError as error:
             dist.barrier()
             refusals.append((str(error), names(Path(folder))))

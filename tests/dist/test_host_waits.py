@@ -40,7 +40,7 @@ def looks(rank: int, world_size: int, dropping: bool, recompute: bool, kernels: 
     """Of a forward, and of its backward."""
     from dsv2.parallel.plan import ParallelPlan
     from dsv2.parallel.start import start_mesh
-    from dsv2.training.engine import build_model
+    from dsv2.training.build import build_model
 
     real = torch.Tensor.tolist
     mesh = start_mesh(ParallelPlan(world=world_size, ep=world_size), rank, torch.device("cpu"))
@@ -48,7 +48,7 @@ def looks(rank: int, world_size: int, dropping: bool, recompute: bool, kernels: 
     config = jobs.model_config(**SIZES, token_dropping=dropping, capacity_factor=0.8)
     batch = jobs.cut(jobs.global_batch(0), rank * 2, 2)
     with idle_triton(kernels, chunk=8192) as idle, Looks() as found:
-        with patch("dsv2.training.engine.load_kernels", lambda name: idle):
+        with patch("dsv2.training.build.load_kernels", lambda name: idle):
             model = build_model(config, runtime, 0, mesh)
         del found.seen[:]
 

@@ -11,8 +11,9 @@ import pytest
 
 from data.config import DataConfig
 from dsv2.config.schema import Config, OptimConfig, ParallelConfig, Precision, RuntimeConfig
+from dsv2.parallel.zero.base import BUCKET
 from dsv2.planner.activations import activations, head, make_pass
-from dsv2.planner.memory import BUCKET, Memory, memory
+from dsv2.planner.memory import Memory, memory
 from tests.dist import jobs
 
 SIZES = {"vocab_size": 2100, "hidden_size": 48, "moe_intermediate_size": 200}

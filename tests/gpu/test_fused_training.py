@@ -23,7 +23,8 @@ def loss_curve(kernels: str, precision: Precision) -> list[float]:
     from data.streams.stream import Batch
     from dsv2.parallel.plan import ParallelPlan
     from dsv2.parallel.start import end_process_group, start_mesh
-    from dsv2.training.engine import Engine, build_model
+    from dsv2.training.build import build_model
+    from dsv2.training.engine import Engine
 
     mesh = start_mesh(ParallelPlan(), 0, torch.device("cuda", 0))
     runtime = RuntimeConfig(micro_batch_size=SEQUENCES, precision=precision, kernels=kernels)

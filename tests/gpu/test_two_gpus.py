@@ -33,7 +33,8 @@ def steps(
     from data.streams.stream import Batch
     from dsv2.parallel.plan import ParallelPlan
     from dsv2.parallel.start import end_process_group, start_mesh
-    from dsv2.training.engine import Engine, build_model
+    from dsv2.training.build import build_model
+    from dsv2.training.engine import Engine
 
     os.environ |= {"LOCAL_RANK": str(rank), "RANK": str(rank), "WORLD_SIZE": str(world_size)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}

@@ -15,6 +15,7 @@ from dsv2.config.schema import AttentionKind, BalanceConfig, Config, ModelConfig
 from dsv2.kernels.reference.router import Routing, sequence_sums
 from dsv2.model.transformer import DeepseekV2
 from dsv2.moe.balance import BalanceLosses, balance_losses
+from dsv2.parallel.buffers import persistent_buffers
 
 REPO = Path(__file__).parents[2]
 
@@ -97,6 +98,7 @@ def save_checkpoint(path: Path, model: DeepseekV2, config: Config) -> Path:
     """What a run that ended with these weights would have left, without Adam's moments."""
     path.mkdir(parents=True)
     tensors = {f"fp32/{name}": p.detach().float().flatten() for name, p in model.named_parameters()}
+    tensors |= {f"buffer/{name}": buffer.flatten() for name, buffer in persistent_buffers(model).items()}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
         dcp.save(tensors, storage_writer=dcp.FileSystemWriter(path), no_dist=True)

@@ -1,182 +1,305 @@
-"""DeepSpeed's privates (pinned to 0.19.8 in requirements.txt); only deepspeed_bf16.py touches more of them.
+"""What a ZeRO stage is to the rest: its rules, DeepSpeed's settings, one rank's bytes, traffic and shards.
 
-DeepSpeed's engine recognises a mixture of experts by isinstance, and treats a parameter as an expert
-by attributes on it. `adopt` makes our layer one that it recognises; `fragments` finds what each rank
-owns of the fp32 weights and of Adam's moments under every ZeRO stage.
+`wrap` puts a model under DeepSpeed; everything else is asked by validation and the planner too, so nothing
+here imports torch at import time. The byte counts are those of DeepSpeed 0.19.8 with these settings;
+tests/dist/test_plan_memory.py compares them with real engines.
 """
 
-import logging
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
-import deepspeed
-import torch
-import torch.distributed as dist
-from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
-from deepspeed.utils import groups
-from deepspeed.utils import logger as deepspeed_logger
-from torch import Tensor, nn
-
-from dsv2.moe.layer import MoELayer
-from dsv2.parallel.mesh import Mesh
+from dsv2.config.rules import refuse
+from dsv2.config.schema import OptimConfig, Precision, RuntimeConfig
+from dsv2.optimizers.base import GroupSizes, Optimizer, RankParameters, Shard
 from dsv2.parallel.plan import Dim
 
-AnyEngine = Any  # deepspeed.DeepSpeedEngine; its own annotations do not hold
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from dsv2.kernels.sets import KernelSet
+    from dsv2.parallel.mesh import Mesh
+
+FP32 = 4  # bytes
+BUCKET = 500_000_000  # elements; zero_optimization.reduce_bucket_size
 
 
-class EngineMoELayer(MoELayer, AutoEPMoELayer):
-    """Our layer under a type that DeepSpeed's engine takes for a mixture of experts, ZeRO-3 included."""
+class Job(NamedTuple):
+    """What one rank holds, and how."""
 
-    def set_deepspeed_parallelism(self, *args: Any, **kwargs: Any) -> None:
-        """The groups were passed in at construction."""
-
-
-def start_deepspeed() -> None:
-    """Let DeepSpeed use the running process group."""
-    deepspeed_logger.setLevel(logging.WARNING)
-    # Its shared-memory CPU collectives would be compiled on first use, for minutes.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
+    parameters: RankParameters
+    optimizer: Optimizer
+    weight_bytes: int  # of one weight of the model
+    state_bytes: int  # of one master weight, and of one element of an optimizer state
+    several_terms: bool  # is a step's gradient a sum over micro-batches or ranks?
+    fused: bool  # runtime.kernels
 
 
-def expert_groups(ep_size: int) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
-    """Return this rank's two groups: sharing one copy of the experts, and holding the same experts."""
-    groups._create_expert_and_data_parallel(ep_size)
-    name = _group_name(ep_size)
-    return groups._get_expert_parallel_group(name), groups._get_expert_data_parallel_group(name)
+class States(NamedTuple):
+    """Bytes that a rank holds between steps."""
+
+    weights: int
+    gradients: int
+    masters: int  # weights beside the model's own
+    moments: int  # the optimizer's states
+    buffers: int
+
+    @property
+    def total(self) -> int:
+        return sum(self)
 
 
-def _group_name(ep_size: int) -> str:
-    return f"ep_size_{ep_size}"
+class ActivationBytes(Protocol):
+    """Bytes of one micro-batch; planner/activations.py explains the fields."""
+
+    @property
+    def kept(self) -> float: ...
+    @property
+    def logits(self) -> float: ...
+    @property
+    def layers(self) -> float: ...
+    @property
+    def single(self) -> float: ...
+    @property
+    def peak(self) -> float: ...
 
 
-def is_expert(parameter: nn.Parameter) -> bool:
-    """Is it a routed expert's, as `adopt` marked it?"""
-    return not getattr(parameter, "allreduce", True)
+def flat(group: GroupSizes) -> int:
+    """Return the elements of a group's flat buffer under ZeRO-1 and 2, padded for its partitions."""
+    unit = 2 * group.copies
+    return -(-group.elements // unit) * unit
 
 
-def adopt(model: nn.Module, mesh: Mesh) -> None:
-    """Mark every MoE layer of a freshly built model for DeepSpeed's engine, in place.
-
-    Without the type and the marks ZeRO-3 silently averages different experts.
-    """
-    ep = mesh[Dim.ep]
-    name = _group_name(ep.size)
-    for layer in model.modules():
-        if not isinstance(layer, MoELayer):
-            continue
-        layer.__class__ = EngineMoELayer
-        attributes: Any = layer  # what the engine reads of an AutoEPMoELayer
-        attributes.num_experts = layer.experts.n_experts
-        attributes.num_local_experts = layer.experts.n_local
-        attributes.ep_size = ep.size
-        attributes.ep_rank = ep.rank
-        attributes.ep_group_name = name
-        for parameter in layer.experts.parameters():
-            mark: Any = parameter
-            mark.allreduce = False  # reduced over the expert-data group, not over all ranks
-            mark.group_name = name
-            mark.ds_zero_placement_family = "autoep_expert"
-            mark.ds_zero_partition_group_name = name
+def copied_into_buckets(job: Job) -> float:
+    """Return the bytes of gradients that are copied for one reduction: at most a bucket, or one tensor."""
+    parameters = job.parameters
+    largest = max(*parameters.decay.sizes, *parameters.experts.sizes)
+    elements = min(max(parameters.dense, parameters.experts.elements), max(BUCKET, largest))
+    return job.weight_bytes * elements
 
 
-def parameter_groups(model: nn.Module, mesh: Mesh, weight_decay: float) -> list[dict[str, Any]]:
-    """Optimizer groups: decayed matrices, undecayed norms, and the routed experts on their own."""
-    dense = [p for p in model.parameters() if not is_expert(p)]
-    return [
-        {"name": "decay", "params": [p for p in dense if p.ndim > 1], "weight_decay": weight_decay},
-        {"name": "no_decay", "params": [p for p in dense if p.ndim <= 1], "weight_decay": 0.0},
-        {
-            # For an expert group DeepSpeed looks the process group up by this name.
-            "name": _group_name(mesh[Dim.ep].size),
-            "params": [p for p in model.parameters() if is_expert(p)],
-            "weight_decay": weight_decay,
-            "moe": True,
-        },
-    ]
+class Range(NamedTuple):
+    """One rank's contiguous range of one parameter, inside the optimizer's own parameter."""
 
-
-class Fragment(NamedTuple):
-    """What this rank owns of one parameter: a contiguous range of the flattened whole parameter."""
-
-    name: str  # the parameter's name in the model
-    offset: int  # first element, in the whole parameter with all experts
+    name: str  # in the model
+    offset: int  # of its first element, in the whole parameter with all experts
     total: int  # elements of the whole parameter
-    owner: Tensor  # the optimizer's own parameter that holds it; the key of its state
+    group: int  # index of the optimizer's group
+    owner: "Tensor"  # the optimizer's parameter; the key of its state
     start: int  # first element within `owner`
     length: int
 
-    def view(self, tensor: Tensor) -> Tensor:
-        """The fragment's part of `owner` or of a state tensor shaped like it, 1-D, sharing memory."""
+    def view(self, tensor: "Tensor") -> "Tensor":
+        """Return the range within `owner` or a tensor of its shape: 1-D, sharing memory."""
         return tensor.detach().view(-1).narrow(0, self.start, self.length)
 
 
-def fragments(engine: AnyEngine) -> Iterator[Fragment]:
-    """Every range of fp32 weights that this rank's optimizer updates, under any ZeRO stage.
+def shards_of(
+    ranges: "Iterable[Range]", built: "torch.optim.Optimizer", optimizer: Optimizer
+) -> Iterator[Shard]:
+    """Yield each range with its fp32 weights and states. Missing states are made: zeros, as at the start."""
+    for part in ranges:
+        tensors = {"fp32": part.view(part.owner)}
+        state = built.state[part.owner]
+        for key in optimizer.state_names(built.param_groups[part.group]["rule"]):
+            if key not in state:
+                state[key] = part.owner.detach().new_zeros(part.owner.shape)
+            tensors[key] = part.view(state[key])
+        yield Shard(part.name, part.offset, part.total, tensors)
 
-    Expert parallelism cuts dim 0, so an expert's range within the whole parameter is contiguous too.
+
+class Sharded(ABC):
+    """One rank's part of a model under DeepSpeed, with its optimizer. `ZeroStage.wrap` makes it.
+
+    Args:
+        engine: DeepSpeed's.
     """
-    names = {id(p): name for name, p in engine.module.named_parameters()}
-    stage = engine.zero_optimization_stage()
-    optimizer: Any = engine.optimizer
 
-    def place(parameter: Any, numel: int) -> tuple[int, int]:
-        if not is_expert(parameter):
-            return 0, numel
-        rank = groups._get_expert_parallel_rank(parameter.group_name)
-        return rank * numel, groups._get_expert_parallel_world_size(parameter.group_name) * numel
+    def __init__(self, engine: Any, optimizer: Optimizer, mesh: "Mesh", optim: OptimConfig):
+        self.engine = engine
+        self.optimizer = optimizer
+        self.mesh = mesh
+        self.grad_clip = optim.grad_clip
 
-    if stage == 0:
-        for parameter in engine.module.parameters():
-            base, total = place(parameter, parameter.numel())
-            yield Fragment(names[id(parameter)], base, total, parameter, 0, parameter.numel())
-    elif stage == 3:
-        for parameter in engine.module.parameters():
-            group, start, padded = optimizer.grad_position[optimizer.get_param_id(parameter)]
-            base, total = place(parameter, parameter.ds_numel)
-            first = dist.get_rank(parameter.ds_process_group) * padded
-            length = min(padded, parameter.ds_numel - first)  # the last ranks' ranges end in padding
-            if length > 0:
-                owner = optimizer.fp32_partitioned_groups_flat[group]
-                yield Fragment(names[id(parameter)], base + first, total, owner, start, length)
-    else:
-        if hasattr(optimizer, "bf16_groups"):
-            owners, members = optimizer.fp32_groups_flat_partition, optimizer.bf16_groups
-        else:
-            owners, members = optimizer.single_partition_of_fp32_groups, optimizer.bit16_groups
-        for owner, group in zip(owners, members, strict=True):
-            for parameter in group:
-                mapping = parameter._hp_mapping
-                if mapping is None:  # another rank owns all of it
-                    continue
-                base, total = place(parameter, parameter.numel())
-                low, high = mapping.lp_fragment_address, mapping.hp_fragment_address
-                yield Fragment(names[id(parameter)], base + low.start, total, owner, high.start, high.numel)
+    @abstractmethod
+    def ranges(self) -> Iterator[Range]:
+        """Yield every range of fp32 weights that this rank updates."""
+
+    @abstractmethod
+    def refresh(self) -> None:
+        """Bring the model's weights up to date after the fp32 weights were written to. Collective."""
+
+    def shards(self) -> Iterator[Shard]:
+        """Yield what this rank holds, as views: its ranges of weights and states, and whole buffers.
+
+        Every rank has the same buffers.
+        """
+        from dsv2.parallel.buffers import persistent_buffers
+
+        yield from shards_of(self.ranges(), self.torch_optimizer, self.optimizer)
+        for name, buffer in persistent_buffers(self.engine.module).items():
+            yield Shard(name, 0, buffer.numel(), {"buffer": buffer.detach().view(-1)})
+
+    def forward(self, *inputs: Any) -> Any:
+        """Return the model's output."""
+        return self.engine(*inputs)
+
+    def backward(self, loss: "Tensor", *, last: bool) -> None:
+        """Add the gradients of one micro-batch; with the last one of a step they are reduced."""
+        self.engine.set_gradient_accumulation_boundary(last)
+        self.engine.backward(loss, scale_wrt_gas=False)
+        if not last:
+            self.engine.step()  # DeepSpeed counts the micro-batch
+
+    def step(self, lr: float) -> float:
+        """Clip and update; return the gradient's norm before clipping."""
+        self.update(lr)
+        return float(self.engine.get_global_grad_norm())
+
+    def update(self, lr: float) -> None:
+        """Let DeepSpeed update the weights."""
+        for group in self.torch_optimizer.param_groups:
+            group["lr"] = lr
+        self.engine.step()
+
+    @property
+    def torch_optimizer(self) -> Any:
+        """Return torch's optimizer; its state is keyed by `Range.owner`."""
+        return getattr(self.engine.optimizer, "optimizer", self.engine.optimizer)
+
+    @property
+    def names(self) -> dict[int, str]:
+        """Return the parameters' names by `id`."""
+        return {id(parameter): name for name, parameter in self.engine.module.named_parameters()}
+
+    @property
+    def steps_done(self) -> float:
+        """Return how many steps the optimizer has counted."""
+        return self.optimizer.steps_done(self.torch_optimizer)
+
+    @steps_done.setter
+    def steps_done(self, count: float) -> None:
+        self.optimizer.set_steps_done(self.torch_optimizer, count)
 
 
-def base_optimizer(engine: AnyEngine) -> torch.optim.Optimizer:
-    """The torch optimizer under ZeRO's wrapper; its state is keyed by `Fragment.owner`."""
-    return getattr(engine.optimizer, "optimizer", engine.optimizer)
+class ZeroStage(ABC):
+    """One stage; parallel/zero/stages.py lists them by number and precision."""
 
+    number: int
+    sharded: ClassVar[type[Sharded]]
+    reduces_in_backward = False  # are gradients reduced while the backward pass runs?
 
-def refresh_model_weights(engine: AnyEngine) -> None:
-    """Bring the model's weights up to date with the optimizer's fp32 ones after those were loaded."""
-    optimizer: Any = engine.optimizer
-    stage = engine.zero_optimization_stage()
-    if stage == 0:
-        return  # the optimizer holds the model's own parameters
-    if stage < 3:
-        optimizer.update_lp_params()
-        optimizer._hp_optimizer_states_linked = False
-        return
-    for index, owner in enumerate(optimizer.fp32_partitioned_groups_flat):
-        flat = optimizer.fp16_partitioned_groups_flat[index]
-        flat.data.copy_(owner.data)
-        partitions = optimizer.fp16_partitioned_groups[index]
-        for partition, part in zip(partitions, optimizer.unflatten(flat, partitions), strict=True):
-            partition.data = part.data
-    if optimizer.persistent_parameters:
-        # Small parameters stay gathered between steps; gather them anew from their parts.
-        first = optimizer.persistent_parameters[0]
-        first.partition(optimizer.persistent_parameters)
-        first.all_gather(optimizer.persistent_parameters)
+    def check(self, optim: OptimConfig, runtime: RuntimeConfig) -> None:
+        """Refuse settings that this stage cannot use.
+
+        Raises:
+            UserError: names the field, its value and what would be right.
+        """
+        if optim.states is Precision.bf16:
+            refuse(
+                "optim.states",
+                "bf16",
+                f"needs parallel.zero_stage=1 and runtime.precision=bf16, not {self.number} and "
+                f"{runtime.precision.value}; or use fp32",
+            )
+
+    def settings(self, optim: OptimConfig, runtime: RuntimeConfig, ranks: int) -> dict[str, Any]:
+        """Return DeepSpeed's configuration for `ranks` data-parallel ranks."""
+        settings: dict[str, Any] = {
+            "train_micro_batch_size_per_gpu": runtime.micro_batch_size,
+            # `Sharded` marks the last micro-batch itself, as the batch may grow during a run.
+            "gradient_accumulation_steps": 1,
+            "train_batch_size": runtime.micro_batch_size * ranks,
+            "gradient_clipping": optim.grad_clip,
+            "zero_optimization": {
+                "stage": self.number,
+                "contiguous_gradients": True,
+                "reduce_scatter": True,
+            },
+            "zero_allow_untested_optimizer": True,
+            "steps_per_print": 10**9,
+        }
+        if runtime.precision is Precision.bf16:
+            settings["bf16"] = {"enabled": True, "immediate_grad_update": False}
+            settings["data_types"] = {"grad_accum_dtype": "fp32"}
+        return settings
+
+    @abstractmethod
+    def owned(self, group: GroupSizes) -> int:
+        """Return the elements of a group whose optimizer state this rank keeps."""
+
+    @abstractmethod
+    def states(self, job: Job) -> States:
+        """Return the bytes after a step: nothing in flight, no activations."""
+
+    @abstractmethod
+    def traffic(self, micro_batches: int, weight_bytes: int) -> float:
+        """Return the bytes moved per step and element: once by a gather or scatter, twice by a sum."""
+
+    def moments(self, job: Job) -> int:
+        """Return the bytes of the optimizer's states."""
+        return job.state_bytes * sum(
+            len(job.optimizer.state_names(name)) * self.owned(group)
+            for name, group in job.parameters._asdict().items()
+        )
+
+    def all_owned(self, job: Job) -> int:
+        """Return the elements of all groups whose optimizer state this rank keeps."""
+        return sum(self.owned(group) for group in job.parameters)
+
+    def step_gradients(self, job: Job) -> float:
+        """Return the bytes of further gradients while a step accumulates them."""
+        return job.weight_bytes * job.parameters.elements
+
+    def gradients_after_backward(self, job: Job) -> float:
+        """Return which of them still exist after the last backward pass."""
+        return self.step_gradients(job)
+
+    def step_buffers(self, job: Job) -> float:
+        """Return the bytes of buffers that exist from a step's first backward pass on."""
+        return 0
+
+    def reduction(self, job: Job) -> float:
+        """Return the most bytes of copies that exist while gradients are reduced."""
+        return 0
+
+    def stepping(self, job: Job) -> float:
+        """Return the bytes of temporaries in the optimizer step: here of one flat fp32 gradient.
+
+        torch's fused optimizer itself makes none.
+        """
+        return FP32 * max(self.owned(group) for group in job.parameters)
+
+    def building(self, job: Job) -> float:
+        """Return the bytes of the model as built, before ZeRO partitions it.
+
+        A matrix is drawn in fp32 and scaled out of place.
+        """
+        parameters = job.parameters
+        return job.weight_bytes * parameters.elements + 2 * FP32 * max(parameters.decay.sizes)
+
+    def forward_and_backward(self, job: Job, activations: ActivationBytes) -> float:
+        """Return the peak of activations and further gradients together."""
+        return self.step_gradients(job) + activations.peak
+
+    def wrap(
+        self,
+        model: "nn.Module",
+        optimizer: Optimizer,
+        *,
+        optim: OptimConfig,
+        runtime: RuntimeConfig,
+        mesh: "Mesh",
+        kernels: "KernelSet",
+    ) -> Sharded:
+        """Put a freshly built model under DeepSpeed. Collective.
+
+        Args:
+            kernels: the model's operations, for stages with an optimizer step of their own.
+        """
+        from dsv2.parallel.zero.deepspeed_engine import deepspeed_engine, make_engine
+
+        settings = self.settings(optim, runtime, mesh[Dim.dp].size)
+        engine = make_engine(model, optimizer, optim, deepspeed_engine, settings)
+        return self.sharded(engine, optimizer, mesh, optim)

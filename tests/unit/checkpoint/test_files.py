@@ -99,12 +99,13 @@ def test_load_falls_back_past_an_older_one_that_is_torn(tmp_path, monkeypatch):
     tear_state(torn)
     problems = {newest: "its checksum differs", torn: "state.json cannot be read"}
     monkeypatch.setattr(CheckpointStore, "_damage", lambda self, path, mesh: problems.get(path))
-    monkeypatch.setattr(CheckpointStore, "_load", lambda self, engine, path, changed: path)
+    monkeypatch.setattr(CheckpointStore, "_read", lambda self, path, shards, mesh: check(path))
     checkpoints: Any = store(tmp_path)
     found = checkpoints.find("auto")
-    engine = SimpleNamespace(mesh=SimpleNamespace(is_main=True))
-    assert checkpoints.load(engine, found) == oldest
-    assert [text.split(";")[0] for text in found.warnings] == list(problems.values())
+    loaded = checkpoints.load(found, [], SimpleNamespace(is_main=True))
+    assert (loaded.path, loaded.state.step) == (oldest, 3)
+    assert [text.split(";")[0] for text in loaded.warnings] == list(problems.values())
+    assert found.warnings == [], "what was found stays as it was found"
 
 
 def test_all_damaged_is_no_fresh_start(tmp_path):

@@ -9,9 +9,10 @@ import torch
 
 from data.config import DataConfig
 from dsv2.checkpoint.files import find_checkpoint
-from dsv2.checkpoint.reader import CheckpointReader, load_model
+from dsv2.checkpoint.reader import CheckpointReader
 from dsv2.config.schema import Config
 from dsv2.errors import UserError
+from dsv2.inference.model import load_model
 from dsv2.model.init import init_weights
 from dsv2.model.transformer import DeepseekV2
 from tests.unit.helpers import YARN, save_checkpoint, tiny_config

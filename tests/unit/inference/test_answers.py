@@ -56,7 +56,7 @@ def answer(run_dir: Path, capsys: pytest.CaptureFixture) -> Callable[..., str]:
 @torch.no_grad()
 def by_full_forwards(checkpoint: Path, tokenizer: Tokenizer, prompt: str, count: int) -> str:
     """The likeliest tokens, each from a forward over all before it."""
-    from dsv2.checkpoint.reader import load_model
+    from dsv2.inference.model import load_model
 
     model = load_model(checkpoint)
     ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from data.config import DataConfig
-from dsv2.checkpoint.store import Found, RunState
+from dsv2.checkpoint.state import Loaded, RunState
 from dsv2.config.schema import Config, LoggingConfig, OptimConfig, WandbMode
 from dsv2.errors import Diverged
 from dsv2.moe.balance import BalanceLosses
@@ -18,7 +18,7 @@ from dsv2.monitoring.metrics import routing_metrics
 from dsv2.monitoring.monitor import Monitor
 from dsv2.monitoring.tracker import read_metrics
 from dsv2.parallel.mesh import Mesh, MeshDim
-from dsv2.training.engine import StepResult
+from dsv2.training.results import StepResult
 from dsv2.training.schedule import plan_steps
 from tests.unit.helpers import tiny_config
 
@@ -68,7 +68,9 @@ class Recorder:
 
 def result(stats: RoutingStats | None = None, loss: float = 2.0, grad_norm: float = 1.0) -> StepResult:
     balance = BalanceLosses(torch.ones(2), torch.ones(2), torch.ones(2))
-    return StepResult(loss, 1.5, balance, grad_norm, stats or stats_of(0))
+    return StepResult(
+        loss=loss, lm_loss=1.5, balance=balance, grad_norm=grad_norm, stats=stats or stats_of(0), wait_ms=0.0
+    )
 
 
 def stats_of(step: int) -> RoutingStats:
@@ -151,8 +153,8 @@ def test_other_errors_and_good_ends_do_not_alert(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="lost"), monitor(tmp_path, RunState()):
         raise OSError("lost")
     state = RunState(step=2, tokens=80)
-    with monitor(tmp_path, state):
-        state.step = 3
+    with monitor(tmp_path, state) as watch:
+        watch.state = state.after(3, 120)
     assert (tracker.alerts, tracker.exit_codes) == ([], [1, 0])
     status = json.loads((tmp_path / "status.json").read_text())
     assert status == {"state": "stopped", "step": 3, "total_steps": 7}
@@ -160,7 +162,7 @@ def test_other_errors_and_good_ends_do_not_alert(tmp_path, monkeypatch):
 
 def test_a_finished_run_stays_finished_whatever_becomes_of_another_evaluation(tmp_path):
     with monitor(tmp_path, RunState()) as watch:
-        watch.state.step = 7
+        watch.state = watch.state.after(7, 280)
     kept = {name: (tmp_path / name).read_text() for name in ("config.yaml", "status.json")}
     assert '"finished"' in kept["status.json"]
     other = replace(CONFIG, logging=replace(CONFIG.logging, every=5))
@@ -190,8 +192,9 @@ def test_a_run_with_all_its_steps_is_not_finished_for_that(tmp_path, before):
 
 def test_options_that_are_others_than_the_checkpoints_are_told(tmp_path, capsys):
     state = RunState(step=2, tokens=80)
-    found = Found(Path("step-2"), state, [], [], ["optim.lr 0.001 -> 0.0005", "logging.every 1 -> 3"])
-    with Monitor(CONFIG, ONE, tmp_path, state, found):
+    changed = ["optim.lr 0.001 -> 0.0005", "logging.every 1 -> 3"]
+    loaded = Loaded(state, Path("step-2"), warnings=[], changed=changed, optimizer_steps=2)
+    with Monitor(CONFIG, ONE, tmp_path, state, loaded):
         pass
     line = "note: changed since that checkpoint: optim.lr 0.001 -> 0.0005, logging.every 1 -> 3\n"
     assert line in capsys.readouterr().out

@@ -1,0 +1,38 @@
+"""What a checkpoint holds besides tensors, and what finding and loading one returns."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Everything except tensors that a run needs to continue."""
+
+    step: int = 0  # optimizer steps done
+    tokens: int = 0  # tokens seen
+    data: dict[str, Any] | None = None  # the stream's state
+    wandb_id: str | None = None
+
+    def after(self, step: int, tokens: int) -> "RunState":
+        """Return the state after so many steps and tokens."""
+        return replace(self, step=step, tokens=tokens)
+
+
+class Found(NamedTuple):
+    """A checkpoint to continue from."""
+
+    path: Path
+    state: RunState  # of this run: step 0 at the start of a new stage
+    warnings: list[str]  # about damaged ones that were passed over
+    older: list[Path]  # the run's own, newest first, to fall back on
+
+
+class Loaded(NamedTuple):
+    """A checkpoint whose tensors have been loaded."""
+
+    state: RunState
+    path: Path
+    warnings: list[str]  # about damaged ones that were passed over or set aside
+    changed: list[str]  # options whose values differ from those it was saved with
+    optimizer_steps: float  # as the optimizer counts them

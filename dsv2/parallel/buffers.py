@@ -1,0 +1,9 @@
+"""A model's buffers that belong to its checkpoint: those that are registered as persistent."""
+
+from torch import Tensor, nn
+
+
+def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Return the model's persistent buffers by name."""
+    saved = model.state_dict(keep_vars=True)
+    return {name: buffer for name, buffer in model.named_buffers() if name in saved}

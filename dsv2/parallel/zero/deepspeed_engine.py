@@ -1,0 +1,93 @@
+"""DeepSpeed's engine, and those of its private names that every ZeRO stage needs (0.19.8, pinned).
+
+DeepSpeed recognises a mixture-of-experts layer by its type (moe/engine_layer.py) and an expert's parameter
+by attributes on it. Without both, ZeRO-3 silently averages different experts.
+"""
+
+import contextlib
+import io
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+from deepspeed.utils import groups
+from deepspeed.utils import logger as deepspeed_logger
+from torch import nn
+
+from dsv2.config.schema import OptimConfig
+from dsv2.optimizers.base import Optimizer
+from dsv2.parallel.zero.experts import is_expert
+
+
+def start_deepspeed() -> None:
+    """Let DeepSpeed use the running process group."""
+    deepspeed_logger.setLevel(logging.WARNING)
+    # Its shared-memory CPU collectives would be compiled on first use, for minutes.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
+
+
+def expert_groups(ep_size: int) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+    """Return this rank's two groups: sharing one copy of the experts, and holding the same experts."""
+    groups._create_expert_and_data_parallel(ep_size)
+    name = f"ep_size_{ep_size}"
+    return groups._get_expert_parallel_group(name), groups._get_expert_data_parallel_group(name)
+
+
+def mark_experts(model: nn.Module) -> None:
+    """Mark the parameters of routed experts for DeepSpeed and for `is_expert`, in place."""
+    layers = [layer for layer in model.modules() if isinstance(layer, AutoEPMoELayer)]
+    assert layers, "the model must be built with moe/engine_layer.py's layer"
+    for layer in layers:
+        for parameter in layer.experts.parameters():
+            mark: Any = parameter
+            mark.allreduce = False  # reduced over the expert-data group, not over all ranks
+            mark.group_name = layer.ep_group_name
+            mark.ds_zero_placement_family = "autoep_expert"
+            mark.ds_zero_partition_group_name = layer.ep_group_name
+            mark.expert_rank = layer.ep_rank
+            mark.expert_ranks = layer.ep_size
+
+
+def build_optimizer(model: nn.Module, optimizer: Optimizer, optim: OptimConfig) -> torch.optim.Optimizer:
+    """Return torch's optimizer with one group per rule, as DeepSpeed expects them."""
+    experts = [parameter for parameter in model.parameters() if is_expert(parameter)]
+    dense = [parameter for parameter in model.parameters() if not is_expert(parameter)]
+    built = []
+    for group in optimizer.groups(dense, experts, optim):
+        settings: dict[str, Any] = {
+            "name": group.name,
+            "rule": group.name,
+            "params": group.parameters,
+            "weight_decay": group.weight_decay,
+        }
+        if group.parameters and is_expert(group.parameters[0]):
+            first: Any = group.parameters[0]
+            settings["moe"] = True
+            settings["name"] = first.group_name  # DeepSpeed finds the process group by it
+        built.append(settings)
+    return optimizer.build(built, optim)
+
+
+def make_engine(
+    model: nn.Module,
+    optimizer: Optimizer,
+    optim: OptimConfig,
+    initialize: Callable[..., Any],
+    settings: dict[str, Any],
+) -> Any:
+    """Return DeepSpeed's engine over a freshly built model. Collective."""
+    mark_experts(model)
+    built = build_optimizer(model, optimizer, optim)
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints the memory after every parameter group
+        return initialize(model=model, optimizer=built, config=settings)
+
+
+def deepspeed_engine(model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> Any:
+    """Return DeepSpeed's own engine."""
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    return engine

@@ -1,0 +1,38 @@
+"""One rank's share of the model, built on its device."""
+
+import torch
+
+from dsv2.config.schema import ModelConfig, Precision, RuntimeConfig
+from dsv2.hf.init_from import HFWeights
+from dsv2.kernels.sets import load_kernels
+from dsv2.model.init import init_weights, materialize
+from dsv2.model.transformer import DeepseekV2
+from dsv2.moe.engine_layer import EngineMoELayer
+from dsv2.moe.execution import Execution
+from dsv2.parallel.mesh import Mesh
+from dsv2.parallel.plan import Dim
+
+
+def build_model(
+    config: ModelConfig,
+    runtime: RuntimeConfig,
+    seed: int,
+    mesh: Mesh,
+    weights: HFWeights | None = None,
+) -> DeepseekV2:
+    """Return this rank's share of the model in its precision: fresh, or filled with `weights`."""
+    execution = Execution(
+        ep=mesh[Dim.ep],
+        recompute=runtime.recompute,
+        kernels=load_kernels(runtime.kernels),
+        clock=mesh.clock,
+        moe_layer=EngineMoELayer,
+    )
+    with torch.device("meta"):  # so that memory is allocated once, in the final precision
+        model = DeepseekV2(config, execution)
+    materialize(model, torch.bfloat16 if runtime.precision is Precision.bf16 else torch.float32, mesh.device)
+    if weights is None:
+        init_weights(model, config.initializer_range, seed)
+    else:
+        weights.fill(model)
+    return model
