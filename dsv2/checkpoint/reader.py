@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from data.streams.stream import tokenizer_of
 from data.tokenizers.base import Tokenizer, load_tokenizer
@@ -59,6 +60,7 @@ class CheckpointReader:
         if size != (numel,):
             there = f"{size[0]} numbers" if size else "nothing"
             raise UserError(f"checkpoint {self.path}: {there} under {key} in place of {numel} numbers")
+        assert isinstance(saved, TensorStorageMetadata), "only a tensor has a size"
         flat = torch.empty(numel, dtype=saved.properties.dtype if kind == "buffer" else torch.float32)
         planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
         planner.set_up_planner({key: flat}, self._metadata, is_coordinator=True)

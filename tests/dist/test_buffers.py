@@ -104,7 +104,8 @@ def test_stepped_saved_resumed_and_read(pools, tmp_path, saved_on, loaded_on):
     for layer in (1, 2):
         gate = f"model.layers.{layer}.mlp.gate"
         if "bf16" not in saved_on:
-            expected = [sum(step["load_E"][layer - 1] for step in routing[:n]) for n in (SAVE_AT, STEPS)]
+            loads = np.stack([step["load_E"][layer - 1] for step in routing])
+            expected = [loads[:steps].sum(axis=0) for steps in (SAVE_AT, STEPS)]
             np.testing.assert_array_equal(saved[0][f"{gate}.load_E"], expected[0])
             np.testing.assert_array_equal(resumed[0][1][f"{gate}.load_E"], expected[1])
         pairs = jobs.BATCH * jobs.SEQUENCE * 3

@@ -171,11 +171,12 @@ class BF16Engine(DeepSpeedEngine):
         super().__init__(args=None, model=model, optimizer=optimizer, config=config, config_class=parsed)
 
     def _configure_bf16_optimizer(self, optimizer: torch.optim.Optimizer) -> ZeRO1BF16:
+        settings: Any = self._config
         return ZeRO1BF16(
             **self._step_arguments,
             init_optimizer=optimizer,
             param_names=self.param_names,
-            bfloat16_config=self._config.bfloat16_config,
+            bfloat16_config=settings.bfloat16_config,
             clip_grad=self.gradient_clipping(),
             allgather_bucket_size=self.zero_allgather_bucket_size(),
             timers=NoopTimer(),
