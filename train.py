@@ -39,7 +39,7 @@ def train(config: Config) -> None:
     validate(config, world_size)
     # Torch and DeepSpeed take seconds to import: they wait until the configuration makes sense.
     with without_warnings_logged():
-        from data.streams.stream import build_stream
+        from data.streams.sources import build_stream
         from dsv2.checkpoint.state import RunState
         from dsv2.monitoring.monitor import Monitor
         from dsv2.parallel.device import pick_device

@@ -1,4 +1,4 @@
-"""The error for a mistake of the user: in a text, a folder, an option or the configuration."""
+"""The error for a mistake of the user's: in a text, a folder, an option or the configuration."""
 
 
 class UserError(ValueError):
@@ -8,10 +8,10 @@ class UserError(ValueError):
     once, from rank 0, without a traceback, and exit with code 2.
     """
 
-    of_one_rank = False  # True where only the rank that raises it knows; then that rank prints it
+    of_one_rank = False  # True if only the rank that raises it knows of it; then that rank prints it
 
 
 class OneRankError(UserError):
-    """A UserError that one rank found alone: every rank that raises it prints it."""
+    """A UserError that only some ranks know of: every rank that raises it prints it."""
 
     of_one_rank = True

@@ -1,4 +1,4 @@
-"""Opening a Hugging Face dataset as a stream: quietly, and with errors that say what to change."""
+"""Hugging Face datasets opened as streams: quietly, and with errors in one line that say what to change."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -9,16 +9,21 @@ from data.errors import UserError
 FILE_READERS = ("arrow", "csv", "json", "parquet", "text")  # the library's own readers of local files
 
 
-def open_stream(dataset: str, subset: str | None, data_files: list[str] | None, split: str) -> Any:
-    """Return the `datasets.IterableDataset` of one split; a UserError says why it cannot be opened."""
+def open_stream(
+    dataset: str, subset: str | None, data_files: list[str] | None, split: str, section: str = ""
+) -> Any:
+    """Return the `datasets.IterableDataset` of one split; a UserError says why it cannot be opened.
+
+    `section` stands before the field names in errors: "data." if they come from the configuration.
+    """
     import datasets
     from datasets.exceptions import DatasetNotFoundError
 
     if dataset in FILE_READERS and not data_files:  # the library would read the working directory
-        raise UserError(f"dataset {dataset!r} reads files: data_files must name them")
+        raise UserError(f"{section}dataset={dataset}: reads files; data_files must name them")
     datasets.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()
-    name = f"dataset {dataset!r} (subset {subset!r}, split {split!r}, data_files {data_files!r})"
+    name = f"{section}dataset={dataset}: split {split!r} (subset {subset!r}, data_files {data_files!r})"
     try:
         return datasets.load_dataset(dataset, subset, data_files=data_files, split=split, streaming=True)
     except (DatasetNotFoundError, FileNotFoundError, ValueError) as error:
@@ -27,25 +32,37 @@ def open_stream(dataset: str, subset: str | None, data_files: list[str] | None, 
         raise UserError(f"{name} cannot be reached: {_first_line(error)}; is there a network?") from error
 
 
-def rows_of(dataset: Any) -> Iterator[dict[str, Any]]:
-    """Yield a dataset's rows; a UserError says why one cannot be read, such as a broken line of JSON."""
+def rows_of(dataset: Any, name: str) -> Iterator[dict[str, Any]]:
+    """Yield a dataset's rows; a UserError, which begins with `name`, says where one cannot be read.
+
+    The library reads rows in blocks, so a broken row may stop the rows shortly before it as well.
+    """
     import pyarrow as pa
     from datasets.exceptions import DatasetsError
 
+    count = 0
     try:
-        yield from dataset
-    except (pa.ArrowException, DatasetsError, ValueError) as error:  # a network's errors are no ValueError
-        raise UserError(f"the dataset holds what cannot be read: {_first_line(error)}") from error
+        for row in dataset:
+            count += 1
+            yield row
+    except (
+        pa.ArrowException,
+        DatasetsError,
+        ValueError,
+    ) as error:  # not the network's
+        raise UserError(
+            f"{name}: cannot be read after {count} rows ({_first_line(error)}); fix or remove the broken row"
+        ) from error
 
 
 def text_of(row: Mapping[str, Any], column: str, field: str, where: str | Path) -> str:
-    """Return the text of a row, "" for a null; a UserError names `field` if the column holds none."""
-    given = f"{field}{' ' if field.startswith('--') else '='}{column}"
+    """Return the text of a row, "" for a null; a UserError names `field` if the column holds no text."""
+    setting = f"{field} {column}" if field.startswith("--") else f"{field}={column}"
     if column not in row:
-        raise UserError(f"{given}: no such column in {where}; it has {_listed(row)}")
+        raise UserError(f"{setting}: no such column in {where}; it has {_listed(row)}")
     value = row[column]
     if value is not None and not isinstance(value, str):
-        raise UserError(f"{given}: that column of {where} holds {type(value).__name__}, not text")
+        raise UserError(f"{setting}: that column of {where} holds {type(value).__name__}, not text")
     return value or ""
 
 

@@ -1,4 +1,4 @@
-"""What an interrupted preparation left: which parts are finished, and for which request."""
+"""The progress file of a preparation: its request and finished parts, from which the next run continues."""
 
 import dataclasses
 import json
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import UserError
-from data.prepared.manifest import MANIFEST, PROGRESS, Shard, load_manifest
+from data.prepared.manifest import PROGRESS, Shard
 
 LOCK = ".lock"
 
@@ -27,7 +27,7 @@ class Part:
 @dataclass
 class Progress:
     request: dict[str, Any]
-    tokenizer_sha256: str | None = None  # None: not there yet
+    tokenizer_sha256: str | None = None  # None: not written yet
     parts: list[Part] = field(default_factory=list)
 
     def save(self, folder: Path) -> None:
@@ -44,73 +44,63 @@ class Progress:
 
 
 def open_progress(out: Path, request: dict[str, Any]) -> Progress:
-    """Return what an interrupted run left, or a fresh start; a UserError names a folder that is not ours."""
+    """Return what an interrupted run left, or a fresh start.
+
+    Raises:
+        UserError: the progress file cannot be read, or belongs to another request.
+    """
     if (out / PROGRESS).is_file():
         try:
             progress = Progress.load(out)
         except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{out / PROGRESS} is no progress file of ours: choose another folder") from error
+            raise UserError(f"{out / PROGRESS} is not a progress file; choose another folder") from error
         if progress.parts or progress.request == request:
             refuse_other(out, progress.request, request)
             return progress
-        discard(out, progress)  # begun with other arguments, and no further than the tokenizer
+        discard(out, progress)  # begun with other arguments, and only the tokenizer was written
     progress = Progress(request)
     progress.save(out)
     return progress
 
 
 def refuse_foreign(out: Path) -> None:
-    """Raise a UserError for a folder with somebody else's files in it."""
+    """Raise a UserError if the folder holds files that a preparation did not write."""
     if not out.is_dir() or (out / PROGRESS).is_file():
         return
-    # A `.part` can only be the progress file of a run that ended while writing it.
-    if others := sorted(path.name for path in out.iterdir() if path.name not in (LOCK, PROGRESS + ".part")):
-        raise UserError(f"{out} is not empty ({others[0]}) and holds no preparation: choose another folder")
+    ours = (
+        LOCK,
+        PROGRESS + ".part",
+    )  # left by a run that ended while writing its first progress
+    if foreign := sorted(path.name for path in out.iterdir() if path.name not in ours):
+        raise UserError(f"--out {out}: is not empty ({foreign[0]}) and not prepared; choose another folder")
 
 
 def discard(out: Path, progress: Progress) -> None:
-    """Remove what an unfinished preparation wrote."""
+    """Remove the files of an unfinished preparation."""
     shards = [shard.file for part in progress.parts for shard in (part.train, part.validation) if shard]
     for name in (*shards, "tokenizer.model", "tokenizer.json", "tokenizer_config.json", PROGRESS):
         (out / name).unlink(missing_ok=True)
 
 
 def close_progress(out: Path) -> None:
-    """Forget the progress of a finished run."""
+    """Remove the progress file of a finished run."""
     (out / PROGRESS).unlink()
 
 
-def refuse_other(out: Path, there: dict[str, Any], asked: dict[str, Any]) -> None:
+def refuse_other(out: Path, previous: dict[str, Any], request: dict[str, Any]) -> None:
     """Raise a UserError that lists the differences if `out` was begun for another request."""
-    keys = sorted(key for key in there.keys() | asked.keys() if there.get(key) != asked.get(key))
+    keys = sorted(key for key in previous.keys() | request.keys() if previous.get(key) != request.get(key))
     if "kind" in keys:
-        keys = ["kind"]  # its own options are another's as well
+        keys = ["kind"]  # another kind has other options as well
     if keys:
         differences = "; ".join(
-            f"{_option(key)} {_words(there.get(key))}, now asked for {_words(asked.get(key))}" for key in keys
+            f"{_option(key)} {_words(previous.get(key))}, now {_words(request.get(key))}" for key in keys
         )
-        raise UserError(f"{out} was prepared with {differences}: choose another folder, or remove that one")
-
-
-def refuse_instead_of_stdlib(folder: str | Path, vocab_size: int) -> None:
-    """Raise a UserError, in the configuration's words, where data=stdlib would have another preparation."""
-    if not (Path(folder) / MANIFEST).is_file():
-        return
-    there = load_manifest(folder)
-    if (kind := there.request.get("kind")) != "stdlib":
-        raise UserError(
-            f"data.path={folder}: holds {kind} of your own, and data=stdlib, the default, would have the "
-            "standard library there; add data=local to train on what it holds"
-        )
-    if (pieces := there.request.get("vocab_size")) != vocab_size:
-        raise UserError(
-            f"data.vocab_size={vocab_size}: {folder} was prepared with {pieces}; take that, or another "
-            "folder as data.path"
-        )
+        raise UserError(f"--out {out}: was prepared with {differences}; choose another folder, or remove it")
 
 
 def _option(key: str) -> str:
-    """A request's key as the command line spells it."""
+    """Return a request's key as the command line spells it."""
     words = {"kind": "source", "paths": "paths", "dataset": "dataset", "tokenizer_sha256": "--tokenizer"}
     return words.get(key, "--" + key.replace("_", "-"))
 

@@ -1,8 +1,7 @@
-"""What a prepared folder holds: `manifest.json`, written last, so that its presence means "finished"."""
+"""`manifest.json`, which describes a prepared folder. It is written last: its presence means "finished"."""
 
 import dataclasses
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from data.errors import UserError
 FORMAT = "dsv2-prepared"
 VERSION = 1
 MANIFEST = "manifest.json"
-PROGRESS = "progress.json"  # there in place of it until all is done
+PROGRESS = "progress.json"  # exists until the manifest is written
 TOKEN_BYTES = "token_bytes.npy"  # int32 [vocab_size]: UTF-8 bytes of each id
 
 
@@ -47,12 +46,12 @@ class Split:
 class Manifest:
     """A finished folder.
 
-    `train.unigram_nats` is the entropy of the training tokens' distribution; `validation.unigram_nats`
-    the mean nats a token of predicting the validation tokens by that distribution (each count plus
-    one): what a model that only knows frequencies reaches, so the baseline to beat.
+    `train.unigram_nats` is the entropy of the training tokens' distribution. `validation.unigram_nats` is
+    the mean nats per token of predicting the validation tokens by that distribution (each count plus one).
+    A model that knows only frequencies reaches it, so it is the baseline to beat.
     """
 
-    request: dict[str, Any]  # what was asked for; the same request finds the folder finished
+    request: dict[str, Any]  # the arguments of the preparation; the same request is not prepared again
     source: str  # a line for people
     tokenizer_file: str
     tokenizer_sha256: str
@@ -71,31 +70,35 @@ class Manifest:
 
 
 def load_manifest(folder: str | Path) -> Manifest:
-    """Read and check a prepared folder: all shards are there, with the sizes they were written with.
+    """Read the manifest of a prepared folder, and check that all files exist with the sizes they had.
 
-    UserError: no folder, not finished, not one of ours, or damaged; it names the command that makes one.
+    Raises:
+        UserError: the folder is missing, unfinished, of another format or damaged; it names the command
+            that makes one.
     """
     folder = Path(folder)
     path = folder / MANIFEST
     make = f"make one with: python -m data.prepare files TEXTS --out {folder} (or jsonl, parquet, hub)"
     if (folder / PROGRESS).is_file():
-        make = "it was interrupted: run the command that began it again, and it continues"
+        make = "it was interrupted: run the same command again, and it continues"
     if not path.is_file():
-        there = "holds no finished preparation" if folder.is_dir() else "does not exist"
-        raise UserError(f"data.path={folder}: that folder {there}; {make}")
+        problem = "holds no finished preparation" if folder.is_dir() else "does not exist"
+        raise UserError(f"data.path={folder}: that folder {problem}; {make}")
     try:
         manifest = _parse(json.loads(path.read_text(encoding="utf-8")))
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"data: {path} is not a manifest of format {FORMAT} {VERSION}; {make}") from error
+        raise UserError(
+            f"data.path={folder}: {MANIFEST} is not of format {FORMAT} {VERSION}; {make}"
+        ) from error
     for shard in (*manifest.train.shards, *manifest.validation.shards):
         name, size = shard.file, shard.file_bytes
-        found = (folder / name).stat().st_size if (folder / name).is_file() else None
-        if found != size:
-            state = "is missing" if found is None else f"has {found} bytes in place of {size}"
-            raise UserError(f"data: {folder / name} {state}; remove {folder} and prepare it again")
+        actual = (folder / name).stat().st_size if (folder / name).is_file() else None
+        if actual != size:
+            state = "is missing" if actual is None else f"has {actual} bytes instead of {size}"
+            raise UserError(f"data.path={folder}: {name} {state}; remove the folder and prepare it again")
     for name in (manifest.tokenizer_file, TOKEN_BYTES):
         if not (folder / name).is_file():
-            raise UserError(f"data: {folder / name} is missing; remove {folder} and prepare it again")
+            raise UserError(f"data.path={folder}: {name} is missing; remove the folder and prepare it again")
     return manifest
 
 
@@ -114,21 +117,3 @@ def _parse(content: dict[str, Any]) -> Manifest:
         content[name] = Split(**split)
     content["skipped_examples"] = tuple(content["skipped_examples"])
     return Manifest(**content)
-
-
-def summary(out: str | Path, manifest: Manifest) -> str:
-    """Return what was prepared, a line a split."""
-    lines = [f"{out}: {manifest.source}, {manifest.vocab_size} pieces"]
-    if manifest.skipped:
-        names = ", ".join(manifest.skipped_examples[:5]) + (", ..." if manifest.skipped > 5 else "")
-        lines.append(f"skipped: {manifest.skipped} documents that are not text ({names})")
-    for name in ("train", "validation"):
-        split = manifest.split(name)
-        if split.unigram_nats is not None:
-            per_token = split.text_bytes / split.tokens
-            lines.append(
-                f"{name}: {split.documents} documents, {split.tokens} tokens, {per_token:.2f} bytes a token; "
-                f"by frequencies alone {split.unigram_nats:.3f} nats a token, "
-                f"{split.unigram_nats / math.log(2) / per_token:.3f} bits a byte"
-            )
-    return "\n".join(lines)

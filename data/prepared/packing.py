@@ -1,5 +1,6 @@
-"""Prepared shards as training sequences: memory-mapped, cut out of the documents laid end to end."""
+"""Token arrays as training sequences, cut out of the documents laid end to end."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,36 +11,31 @@ from data.prepared.shards import read_tokens
 
 
 class PackedTokens:
-    """The sequences of one split of a prepared folder.
+    """Sequences of S + 1 tokens, cut from arrays of token ids that count as one long array.
 
-    Documents (each with its bos and eos) lie end to end in shard order. Sequence i is the S + 1 tokens
-    from i * S on: S inputs, and the labels one further; neighbours share one token, so every token but
-    the first is a label once.
+    Sequence i begins at token i * S: it holds S inputs, and the labels are one token further. Neighbours
+    share one token, so every token except the first is a label once.
+
+    Args:
+        pieces: (file, its ids) in order; a memory-mapped array stays on disk. Errors name the file.
+        what: names the whole in errors, such as "the train split of FOLDER".
 
     Raises:
-        UserError: the folder is not a prepared one, or the split holds less than one sequence.
+        UserError: there is less than one sequence.
     """
 
-    def __init__(self, folder: str | Path, split: str, sequence_length: int, vocab_size: int) -> None:
-        self.folder = Path(folder)
+    def __init__(
+        self, pieces: Sequence[tuple[Path, np.ndarray]], what: str, sequence_length: int, vocab_size: int
+    ) -> None:
         self.sequence_length = sequence_length
         self.vocab_size = vocab_size
-        self._arrays: list[np.ndarray] = []  # the memory-mapped pieces, in order
-        self._files: list[str] = []  # the shard of each piece
-        for shard in load_manifest(folder).split(split).shards:
-            arrays = read_tokens(self.folder / shard.file)
-            if (found := sum(map(len, arrays))) != shard.tokens:
-                raise UserError(
-                    f"data: {self.folder / shard.file} holds {found} tokens in place of {shard.tokens}; "
-                    f"remove {folder} and prepare it again"
-                )
-            self._arrays += arrays
-            self._files += [shard.file] * len(arrays)
-        self._starts = np.cumsum([0, *map(len, self._arrays)])  # where each piece begins, and the end
+        self._files = [file for file, _ in pieces]
+        self._arrays = [ids for _, ids in pieces]
+        self._starts = np.cumsum([0, *map(len, self._arrays)])  # where each array begins, and the end
         tokens = int(self._starts[-1])
         if tokens <= sequence_length:
             raise UserError(
-                f"data.sequence_length={sequence_length}: the {split} split of {folder} has {tokens} tokens; "
+                f"data.sequence_length={sequence_length}: {what} has {tokens} tokens; "
                 f"one sequence takes {sequence_length + 1}"
             )
         self._length = (tokens - 1) // sequence_length
@@ -55,7 +51,7 @@ class PackedTokens:
         """Return int64 [n, S + 1]: the sequences at `indices` [n], each in [0, len(self)).
 
         Raises:
-            UserError: one of them holds an id that the model has no embedding for.
+            UserError: a sequence holds an id that the model has no embedding for.
         """
         sequences = np.empty((len(indices), self.sequence_length + 1), np.int64)
         for row, index in zip(sequences, indices.tolist(), strict=True):
@@ -65,7 +61,7 @@ class PackedTokens:
         return sequences
 
     def _copy(self, start: int, row: np.ndarray) -> None:
-        """Fill `row` with the tokens from `start` on, from as many pieces as that takes."""
+        """Fill `row` with the tokens from `start` on, from as many arrays as that takes."""
         piece = int(np.searchsorted(self._starts, start, side="right")) - 1
         filled = 0
         while filled < len(row):
@@ -73,9 +69,29 @@ class PackedTokens:
             values = self._arrays[piece][offset : offset + len(row) - filled]
             if len(values) and (largest := int(values.max())) >= self.vocab_size:
                 raise UserError(
-                    f"data: {self.folder / self._files[piece]} holds the token id {largest}, "
-                    f"and model.vocab_size={self.vocab_size} must be above it"
+                    f"model.vocab_size={self.vocab_size}: must be above {largest}, a token id in "
+                    f"{self._files[piece]}"
                 )
             row[filled : filled + len(values)] = values
             filled += len(values)
             piece += 1
+
+
+def open_split(folder: str | Path, split: str, sequence_length: int, vocab_size: int) -> PackedTokens:
+    """Return the sequences of one split of a prepared folder, memory-mapped.
+
+    Raises:
+        UserError: the folder is not prepared or is damaged, or the split holds less than one sequence.
+    """
+    pieces: list[tuple[Path, np.ndarray]] = []
+    for shard in load_manifest(folder).split(split).shards:
+        file = Path(folder) / shard.file
+        arrays = read_tokens(file)
+        tokens = sum(map(len, arrays))
+        if tokens != shard.tokens:
+            raise UserError(
+                f"data.path={folder}: {shard.file} holds {tokens} tokens instead of {shard.tokens}; "
+                "remove the folder and prepare it again"
+            )
+        pieces += [(file, ids) for ids in arrays]
+    return PackedTokens(pieces, f"the {split} split of {folder}", sequence_length, vocab_size)

@@ -1,4 +1,4 @@
-"""Arrow shards of token ids: one row a document, read back as memory-mapped arrays without a copy.
+"""Arrow shards of token ids: one row per document, read back as memory-mapped arrays without a copy.
 
 A shard is an Arrow IPC stream with the one column `input_ids`, which `datasets.load_dataset("arrow",
 data_files=...)` and `datasets.Dataset.from_file` read too.
@@ -17,17 +17,20 @@ COLUMN = "input_ids"
 
 
 class ShardWriter:
-    """Writes one shard aside; `finish` gives it its name, so a file under that name is complete."""
+    """Write one shard under a temporary name; `finish` gives it its own, so only whole shards have theirs."""
 
     def __init__(self, folder: Path, file: str, dtype: np.dtype) -> None:
         import pyarrow as pa
 
-        self._path, self._aside = folder / file, folder / (file + ".part")
+        self._path = folder / file
+        self._aside = folder / (file + ".part")
         self._dtype = dtype
         self._schema = pa.schema([(COLUMN, pa.list_(pa.from_numpy_dtype(dtype)))])
         self._sink = pa.OSFile(str(self._aside), "wb")
         self._stream = pa.ipc.new_stream(self._sink, self._schema)
-        self._documents = self._tokens = self._text_bytes = 0
+        self._documents = 0
+        self._tokens = 0
+        self._text_bytes = 0
 
     def write(self, documents: Sequence[Sequence[int]], text_bytes: int) -> None:
         """Append documents (their ids, bos and eos included) as one record batch."""
@@ -46,17 +49,23 @@ class ShardWriter:
         self.close()
         size = self._aside.stat().st_size
         os.replace(self._aside, self._path)
-        return Shard(self._path.name, self._documents, self._tokens, self._text_bytes, size)
+        return Shard(
+            file=self._path.name,
+            documents=self._documents,
+            tokens=self._tokens,
+            text_bytes=self._text_bytes,
+            file_bytes=size,
+        )
 
     def close(self) -> None:
-        """Let go of the file; without `finish` it stays aside, and the next run writes it again."""
+        """Close the file; without `finish` it keeps its temporary name, and the next run writes it again."""
         if not self._sink.closed:
             self._stream.close()
             self._sink.close()
 
 
 def read_tokens(path: Path) -> list[np.ndarray]:
-    """Return the ids of a shard as memory-mapped arrays, one a record batch, in order."""
+    """Return the ids of a shard as memory-mapped arrays, one per record batch, in order."""
     import pyarrow as pa
 
     try:
@@ -64,7 +73,7 @@ def read_tokens(path: Path) -> list[np.ndarray]:
             columns = [batch.column(COLUMN) for batch in stream]
             return [column.flatten().to_numpy(zero_copy_only=True) for column in columns]
     except (pa.ArrowInvalid, OSError, KeyError) as error:
-        raise UserError(f"data: {path} is no shard of ours ({error}); prepare its folder again") from error
+        raise UserError(f"data: {path} is not a shard ({error}); prepare its folder again") from error
 
 
 def count_tokens(paths: Iterable[Path], vocab_size: int) -> np.ndarray:
@@ -77,7 +86,7 @@ def count_tokens(paths: Iterable[Path], vocab_size: int) -> np.ndarray:
 
 
 def unigram_nats(counts: np.ndarray, model_counts: np.ndarray) -> float | None:
-    """Return the mean nats a token of coding `counts` [V] by the frequencies of `model_counts` [V].
+    """Return the mean nats per token of coding `counts` [V] by the frequencies of `model_counts` [V].
 
     With `counts` itself as the model that is its entropy. None if there is nothing to code.
     """

@@ -1,8 +1,8 @@
 """The order of training sequences as a pure function, so that it needs no state.
 
-A Feistel network permutes the smallest [0, 4^h) that covers [0, n); walking a cycle until it comes
-back below n makes that a bijection of [0, n) itself (format-preserving encryption by cycle walking).
-Every position is looked up by itself: no permutation is ever stored.
+A Feistel network permutes the smallest [0, 4^h) that covers [0, n). Following a cycle until it comes back
+below n makes that a bijection of [0, n) itself (format-preserving encryption by cycle walking). Every
+position is computed on its own, so no permutation is ever stored.
 """
 
 import numpy as np
@@ -20,7 +20,7 @@ def permuted_index(positions: np.ndarray, n: int, seed: int, epoch: int) -> np.n
     half_bits = max(1, ((n - 1).bit_length() + 1) // 2)
     keys = np.random.default_rng([seed, epoch]).integers(0, 2**64, ROUNDS, np.uint64)
     result = _feistel(values.astype(np.uint64).ravel(), half_bits, keys)
-    outside = np.flatnonzero(result >= n)  # at most 3/4 of the covering range, so this ends soon
+    outside = np.flatnonzero(result >= n)  # at most 3/4 of the covering range, so the loop ends soon
     while outside.size:
         result[outside] = _feistel(result[outside], half_bits, keys)
         outside = outside[result[outside] >= n]
@@ -29,10 +29,14 @@ def permuted_index(positions: np.ndarray, n: int, seed: int, epoch: int) -> np.n
 
 def _feistel(values: np.ndarray, half_bits: int, keys: np.ndarray) -> np.ndarray:
     """Permute uint64 `values` of 2 * half_bits bits; arithmetic is modulo 2^64, as numpy's is on arrays."""
-    shift, mask = np.uint64(half_bits), np.uint64((1 << half_bits) - 1)
-    left, right = values >> shift, values & mask
+    shift = np.uint64(half_bits)
+    mask = np.uint64((1 << half_bits) - 1)
+    left = values >> shift
+    right = values & mask
     for key in keys:
-        left, right = right, left ^ (_mix(right ^ key) & mask)
+        mixed = left ^ (_mix(right ^ key) & mask)
+        left = right
+        right = mixed
     return (left << shift) | right
 
 

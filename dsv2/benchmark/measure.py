@@ -72,7 +72,7 @@ def measure(config: Config, device: Any, arguments: argparse.Namespace) -> dict[
     from torch import Tensor, arange, tensor
 
     with without_warnings_logged():
-        from data.streams.stream import Batch
+        from data.streams.base import Batch
         from dsv2.benchmark.timing import balance_routing, random_tokens, row, stream_tokens, time_steps
         from dsv2.parallel.plan import Dim, ParallelPlan
         from dsv2.parallel.start import end_process_group, start_mesh

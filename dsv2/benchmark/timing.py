@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from data.streams.stream import build_stream
+from data.streams.sources import build_stream
 from dsv2.benchmark.peers import Work
 from dsv2.config.schema import Config
 from dsv2.kernels.reference.router import Routing

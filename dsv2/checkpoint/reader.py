@@ -7,8 +7,9 @@ from torch import Tensor
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from data.streams.stream import tokenizer_of
-from data.tokenizers.base import Tokenizer, load_tokenizer
+from data.streams.sources import source_of
+from data.tokenizers.base import Tokenizer
+from data.tokenizers.load import load_tokenizer
 from dsv2.checkpoint.files import check
 from dsv2.config.compose import from_plain
 from dsv2.config.schema import Config
@@ -22,7 +23,7 @@ def run_tokenizer(config: Config, given: str | None) -> Tokenizer:
         UserError: it is not there, or has more pieces than the model.
     """
     try:
-        tokenizer = load_tokenizer(given) if given else tokenizer_of(config.data)
+        tokenizer = load_tokenizer(given) if given else source_of(config.data).tokenizer(config.data)
     except UserError as error:
         raise UserError(f"{error}; --tokenizer FILE names the one that the run was trained with") from error
     if tokenizer.vocab_size > config.model.vocab_size:

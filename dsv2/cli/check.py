@@ -28,11 +28,11 @@ def find_start(config: Config) -> tuple["CheckpointStore", "Found | None", "HFWe
     Raises:
         UserError: the data, the checkpoint or the weights are not what the configuration needs.
     """
-    from data.streams.stream import check_data, check_resumed
+    from data.streams.sources import check_resumed, source_of
     from dsv2.checkpoint.store import CheckpointStore
     from dsv2.hf.init_from import HFWeights
 
-    check_data(config.data, config.model.vocab_size, config.eval.sequences)
+    source_of(config.data).check(config.data, config.model.vocab_size, config.eval.sequences)
     store = CheckpointStore(config.run_dir / "checkpoints", config.checkpoint.keep, to_plain(config))
     found = store.find(config.resume, config.stop_step)
     if found and found.state.data:

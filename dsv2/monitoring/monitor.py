@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from data.streams.stream import unigram_nats_of
+from data.streams.sources import source_of
 from dsv2.checkpoint.state import Loaded, RunState
 from dsv2.config.compose import to_plain, to_yaml
 from dsv2.config.schema import Config, Precision
@@ -263,7 +263,7 @@ class Monitor:
         """The last evaluation, against a model that knows only how often each token occurs, and a sample."""
         result = evaluator.evaluate()
         self.evaluation(self.total_steps, result)
-        if (unigram := unigram_nats_of(self.config.data)) is not None:
+        if (unigram := source_of(self.config.data).unigram_nats(self.config.data)) is not None:
             self.note(
                 f"validation loss {result.loss:.3f} nats a token; by each token's frequency alone "
                 f"(unigram entropy) {unigram:.3f}"

@@ -1,6 +1,6 @@
 """A rank's micro-batches of one optimizer step."""
 
-from data.streams.stream import Batch, Stream
+from data.streams.base import Batch, Stream
 from dsv2.parallel.mesh import Mesh
 from dsv2.parallel.plan import Dim
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from data.streams.stream import Batch
+from data.streams.base import Batch
 from dsv2.checkpoint.state import Found, Loaded, RunState
 from dsv2.checkpoint.store import CheckpointStore
 from dsv2.config.schema import OptimConfig, ParallelConfig, RuntimeConfig

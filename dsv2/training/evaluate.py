@@ -8,7 +8,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from data.streams.stream import Batch, token_bytes_of, tokenizer_of, validation_sequences
+from data.streams.base import Batch
+from data.streams.sources import source_of
 from dsv2.config.schema import Config
 from dsv2.monitoring.metrics import bits_per_byte
 from dsv2.parallel.plan import Dim
@@ -25,9 +26,10 @@ class Evaluator:
 
     def __init__(self, engine: Engine, config: Config):
         self.engine, self.config = engine, config
-        self.sequences = validation_sequences(config.data, config.model.vocab_size, config.eval.sequences)
-        self.token_bytes = token_bytes_of(config.data)
-        self.tokenizer = tokenizer_of(config.data)
+        source = source_of(config.data)
+        self.sequences = source.validation(config.data, config.model.vocab_size, config.eval.sequences)
+        self.token_bytes = source.token_bytes(config.data)
+        self.tokenizer = source.tokenizer(config.data)
 
     def evaluate(self) -> Evaluation:
         """Mean cross-entropy over all labels of the validation sequences; nothing is dropped. Collective.

@@ -2,7 +2,7 @@
 
 import math
 
-from data.config import DataSource
+from data.streams.sources import check_config
 from dsv2.config.rules import divisors, refuse, require_above_0, require_fraction, require_positive
 from dsv2.config.schema import (
     AttentionKind,
@@ -32,12 +32,7 @@ def validate(config: Config, world_size: int) -> None:
     _validate_moe(config.model)
     _validate_optim(config.optim)
     _validate_parallel(config, world_size)
-    require_positive("data", config.data, ["sequence_length", "lanes", "shuffle_window", "vocab_size"])
-    require_positive("data", config.data, ["seed"], least=0)
-    if config.data.source is DataSource.hf_stream:
-        for name in ("dataset", "tokenizer"):
-            if not getattr(config.data, name):
-                refuse(f"data.{name}", getattr(config.data, name), "must be given for data=hf_stream")
+    check_config(config.data)
     if config.data.sequence_length > config.model.max_position_embeddings:
         refuse(
             "data.sequence_length",

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from data.config import DataConfig
-from data.streams.stream import Batch
+from data.streams.base import Batch
 from dsv2.config.compose import to_plain
 from dsv2.config.schema import (
     BalanceConfig,

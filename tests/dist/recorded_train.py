@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from data.streams.stream import Batch
+from data.streams.base import Batch
 from dsv2.model.transformer import DeepseekV2, ModelOutput
 from dsv2.parallel.clock import WaitClock
 from dsv2.parallel.environment import launched_ranks

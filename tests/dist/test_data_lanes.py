@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data.config import DataConfig, DataSource
-from data.streams.stream import Batch, build_stream
-from data.tokenizers.base import train_tokenizer
+from data.config import DataConfig
+from data.streams.base import Batch
+from data.streams.sources import build_stream
+from data.tokenizers.train import train_tokenizer
 from dsv2.parallel.mesh import ALONE, MeshDim
 from tests.dist.pool import Pool
 
@@ -27,7 +28,7 @@ def config(tmp_path: Path) -> DataConfig:
         )
     train_tokenizer(words * 9, 290, tmp_path / "tokenizer.model")
     return DataConfig(
-        source=DataSource.hf_stream,
+        source="hf_stream",
         dataset="json",
         data_files=[str(tmp_path / f"{number}.jsonl") for number in range(FILES)],
         val_split="other",

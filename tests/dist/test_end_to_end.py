@@ -235,7 +235,7 @@ def test_start_from_another_runs_checkpoint(command, tmp_path):
     assert "resumed after step 4" in output
     _, _, *overrides = command("other", f"resume={source}", "data.seed=9")
     found = run([PYTHON, "-m", "dsv2", "check", "1", *overrides], expect=2)  # before anything is started
-    assert "error: the checkpoint is of other data: data.seed was 0, is 9; use" in found
+    assert "error: the checkpoint is of other data: data.seed was 0, is 9; set" in found
     assert "resumed after step 6" in run(command("other", f"resume={source}"))
     assert min(scalars(tmp_path / "other", "train/loss")) == 5
     ids = [

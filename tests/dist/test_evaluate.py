@@ -11,11 +11,13 @@ import sentencepiece
 import torch
 from torch.nn.functional import cross_entropy
 
-from data.config import DataConfig, DataSource
-from data.corpora.base import JsonlSource
-from data.prepare.command import Settings, prepare
-from data.prepared.packing import PackedTokens
-from data.tokenizers.base import Tokenizer, load_tokenizer
+from data.config import DataConfig
+from data.corpora.jsonl import JsonlCorpus
+from data.prepare.corpus import prepare
+from data.prepare.settings import Settings
+from data.prepared.packing import open_split
+from data.tokenizers.base import Tokenizer
+from data.tokenizers.load import load_tokenizer
 from dsv2.config.schema import Config, EvalConfig, RuntimeConfig
 from dsv2.model.init import init_weights
 from dsv2.model.transformer import DeepseekV2
@@ -39,11 +41,11 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
     lines = [json.dumps({"text": " ".join(rng.choice(WORDS, 30))}) + "\n" for _ in range(60)]
     (folder / "text.jsonl").write_text("".join(lines))
     settings = Settings(vocab_size=VOCABULARY, val_fraction=0.2)
-    prepare(JsonlSource((str(folder / "text.jsonl"),)), folder / "prepared", settings, quiet=True)
+    prepare(JsonlCorpus((str(folder / "text.jsonl"),)), folder / "prepared", settings, quiet=True)
     return Config(
         model=jobs.model_config(**MODEL),
         data=DataConfig(
-            source=DataSource.local, path=str(folder / "prepared"), sequence_length=LENGTH, val_split="train"
+            source="local", path=str(folder / "prepared"), sequence_length=LENGTH, val_split="train"
         ),
         eval=EvalConfig(sequences=SEQUENCES, sample_prompt="alpha", sample_tokens=12),
     )
@@ -74,7 +76,7 @@ def alone(config: Config) -> tuple[float, float, str]:
     init_weights(model, config.model.initializer_range, seed=0)
     model.eval()
     tokenizer = load_tokenizer(Path(config.data.path) / "tokenizer.model")
-    packed = PackedTokens(config.data.path, "validation", LENGTH, VOCABULARY)
+    packed = open_split(config.data.path, "validation", LENGTH, VOCABULARY)
     nats, labels, n_bytes = [], 0, 0
     for index in range(SEQUENCES):
         sequence = torch.from_numpy(packed[index])[None]
@@ -125,7 +127,7 @@ def test_the_reference_would_see_dropping_and_the_bytes(config, alone):
     """Else the test above could not fail: dropped tokens change the loss, and no token is one byte."""
     model = DeepseekV2(config.model)
     init_weights(model, config.model.initializer_range, seed=0)
-    packed = PackedTokens(config.data.path, "validation", LENGTH, VOCABULARY)
+    packed = open_split(config.data.path, "validation", LENGTH, VOCABULARY)
     sequences = torch.from_numpy(packed.take(np.arange(SEQUENCES)))
     with torch.no_grad():
         dropped = model.train()(sequences[:, :-1], sequences[:, 1:], torch.arange(SEQUENCES)).lm_loss

@@ -20,7 +20,7 @@ STEPS, SEQUENCES, LENGTH = 50, 8, 96
 
 def loss_curve(kernels: str, precision: Precision) -> list[float]:
     """Losses of the engine on text that repeats itself, so that there is something to learn."""
-    from data.streams.stream import Batch
+    from data.streams.base import Batch
     from dsv2.parallel.plan import ParallelPlan
     from dsv2.parallel.start import end_process_group, start_mesh
     from dsv2.training.build import build_model

@@ -30,7 +30,7 @@ def steps(
 
     Also this rank's parts of Adam's first moments after one step, which are 0.1 x the clipped gradient.
     """
-    from data.streams.stream import Batch
+    from data.streams.base import Batch
     from dsv2.parallel.plan import ParallelPlan
     from dsv2.parallel.start import end_process_group, start_mesh
     from dsv2.training.build import build_model

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from data.streams.stream import build_stream
+from data.streams.sources import build_stream
 from dsv2 import packages
 from dsv2.benchmark import compare, peers
 from dsv2.benchmark import measure as benchmark

@@ -7,15 +7,15 @@ import torch
 from torch import Tensor, nn
 from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
 
-from data.config import DataConfig, DataSource
-from data.tokenizers.base import train_tokenizer
+from data.config import DataConfig
+from data.tokenizers.train import train_tokenizer
 from dsv2.config.schema import Config, ModelConfig
 from dsv2.hf.export import export
 from dsv2.hf.fields import published_config
 from dsv2.hf.names import published_parts
 from dsv2.model.init import init_weights
 from dsv2.model.transformer import DeepseekV2
-from tests.unit.data.test_tokenizers import SENTENCES
+from tests.unit.data.tokenizers.test_tokenizers import SENTENCES
 from tests.unit.helpers import save_checkpoint, tiny_config
 
 TOKENIZER_PIECES = 320
@@ -69,7 +69,7 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 def published_checkpoint(folder: Path, model: DeepseekV2, step: int = 7) -> Path:
     """A checkpoint of the model, `folder/step-N`, whose run had the tokenizer beside it."""
     tokenizer = folder / "tokenizer.model"
-    data = DataConfig(source=DataSource.hf_stream, path="", dataset="json", tokenizer=str(tokenizer))
+    data = DataConfig(source="hf_stream", path="", dataset="json", tokenizer=str(tokenizer))
     if not tokenizer.exists():
         folder.mkdir(parents=True, exist_ok=True)
         train_tokenizer(SENTENCES * 5, TOKENIZER_PIECES, tokenizer)

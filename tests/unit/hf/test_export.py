@@ -16,7 +16,8 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV2ForCausalLM
 
-from data.tokenizers.base import load_tokenizer, train_tokenizer
+from data.tokenizers.load import load_tokenizer
+from data.tokenizers.train import train_tokenizer
 from dsv2.checkpoint.reader import CheckpointReader
 from dsv2.config.schema import AttentionKind, ModelConfig, RopeScalingConfig
 from dsv2.errors import UserError
@@ -26,7 +27,7 @@ from dsv2.hf.fields import check_exportable, compare_config, published_config
 from dsv2.hf.init_from import HFWeights
 from dsv2.model.init import init_weights
 from dsv2.model.transformer import DeepseekV2
-from tests.unit.data.test_tokenizers import SENTENCES
+from tests.unit.data.tokenizers.test_tokenizers import SENTENCES
 from tests.unit.helpers import REPO, compose_config
 from tests.unit.hf.folders import (
     TOKENIZER_PIECES,

@@ -9,12 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from data.corpora.base import StdlibSource
-from data.tokenizers.base import Tokenizer, load_tokenizer, train_tokenizer
+from data.corpora.stdlib import StdlibCorpus
+from data.tokenizers.base import Tokenizer
+from data.tokenizers.load import load_tokenizer
+from data.tokenizers.train import train_tokenizer
 from dsv2.errors import UserError
 from dsv2.hf.fields import published_config
 from dsv2.hf.tokenizer import write_tokenizer
-from tests.unit.data.test_tokenizers import ODD_TEXTS, SENTENCES
+from tests.unit.data.tokenizers.test_tokenizers import ODD_TEXTS, SENTENCES
 from tests.unit.hf.folders import hf_tiny
 
 LONGEST = 10**6
@@ -31,7 +33,7 @@ def exported(tokenizer: Tokenizer, folder: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def documents() -> list[str]:
-    return [text for _, text in StdlibSource().documents([])]
+    return [text for _, text in StdlibCorpus().documents([])]
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from data.config import DataConfig, DataSource
-from data.tokenizers.base import Tokenizer, load_tokenizer, train_tokenizer
+from data.config import DataConfig
+from data.tokenizers.base import Tokenizer
+from data.tokenizers.load import load_tokenizer
+from data.tokenizers.train import train_tokenizer
 from dsv2.config.schema import BalanceConfig, Config
 from dsv2.inference.answers import main, print_answers, settled
 from dsv2.model.init import init_weights
@@ -29,7 +31,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         max_position_embeddings=CONTEXT,
         balance=BalanceConfig(token_dropping=True, capacity_factor=0.1, exempt_fraction=0.0),
     )
-    data = DataConfig(source=DataSource.hf_stream, path="", tokenizer=str(folder / "tokenizer.model"))
+    data = DataConfig(source="hf_stream", path="", tokenizer=str(folder / "tokenizer.model"))
     model = DeepseekV2(model_config)
     for step, seed in ((3, 1), (7, 0)):
         init_weights(model, 0.3, seed)

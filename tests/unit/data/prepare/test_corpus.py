@@ -9,16 +9,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import data.prepare.command
-from data.corpora.base import JsonlSource, StdlibSource
-from data.prepare.command import Settings, main, prepare, prepare_stdlib
+import data.prepare.corpus
+from data.corpora.jsonl import JsonlCorpus
+from data.corpora.stdlib import StdlibCorpus
+from data.prepare.command import main
+from data.prepare.corpus import prepare
+from data.prepare.progress import Progress
+from data.prepare.settings import Settings
 from data.prepared.manifest import load_manifest
 from data.prepared.shards import ShardWriter, read_tokens, unigram_nats
-from data.tokenizers.base import load_tokenizer
+from data.tokenizers.load import load_tokenizer
 from dsv2.errors import UserError
 from tests.unit.corpus import VOCAB, arguments, contents, documents
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 
 
 def documents_in(folder: Path, split: str) -> list[str]:
@@ -61,7 +65,7 @@ def test_end_to_end(jsonl: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 def test_unigram_baseline(jsonl: Path, tmp_path: Path) -> None:
     manifest = prepare(
-        JsonlSource((str(jsonl),)), tmp_path / "o", Settings(VOCAB, val_fraction=0.2), quiet=True
+        JsonlCorpus((str(jsonl),)), tmp_path / "o", Settings(VOCAB, val_fraction=0.2), quiet=True
     )
     ids = {
         name: np.concatenate(read_tokens(tmp_path / "o" / manifest.split(name).shards[0].file)).tolist()
@@ -87,7 +91,7 @@ def test_load_dataset_reads_the_shards(jsonl: Path, tmp_path: Path) -> None:
     import datasets
 
     out = tmp_path / "out"
-    manifest = prepare(JsonlSource((str(jsonl),)), out, Settings(VOCAB, shard_mb=0.01), quiet=True)
+    manifest = prepare(JsonlCorpus((str(jsonl),)), out, Settings(VOCAB, shard_mb=0.01), quiet=True)
     loaded = datasets.load_dataset(
         "arrow",
         data_files={"train": f"{out}/train-*.arrow"},
@@ -129,7 +133,7 @@ def test_interrupted_and_continued(
     }
     assert (at == 0) == (not before)
     monkeypatch.setattr(ShardWriter, "finish", finish)
-    monkeypatch.setattr(data.prepare.command, "train_tokenizer", None)  # it is there already
+    monkeypatch.setattr(data.prepare.corpus, "train_tokenizer", None)  # it is there already
     assert main(arguments(jsonl, out)) == 0
     assert contents(out) == contents(tmp_path / "whole")
     assert {name: (out / name).stat().st_ino for name in kept} == {name: before[name] for name in kept}
@@ -142,12 +146,12 @@ def test_killed_and_continued(jsonl: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     script = (
         "import os, signal, sys\n"
-        "from data import prepare, progress\n"
+        "from data.prepare import command, progress\n"
         "save, calls = progress.Progress.save, []\n"
         "def killed(self, folder):\n"
         "    calls.append(save(self, folder) if len(calls) < int(sys.argv[1]) else os.kill(os.getpid(), 9))\n"
         "progress.Progress.save = killed\n"
-        "prepare.main(sys.argv[2:])\n"
+        "command.main(sys.argv[2:])\n"
     )
     for saves in ("1", "2", "3"):
         ended = subprocess.run(
@@ -159,19 +163,19 @@ def test_killed_and_continued(jsonl: Path, tmp_path: Path) -> None:
 
 
 def test_input_changed_between_runs(jsonl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    saved = data.prepare.command.Progress.save
+    saved = Progress.save
 
     def interrupted(self, folder: Path) -> None:
         saved(self, folder)
         if len(self.parts) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(data.prepare.command.Progress, "save", interrupted)
+    monkeypatch.setattr(Progress, "save", interrupted)
     assert main(arguments(jsonl, tmp_path / "out")) == 130
-    monkeypatch.setattr(data.prepare.command.Progress, "save", saved)
+    monkeypatch.setattr(Progress, "save", saved)
     jsonl.write_text(jsonl.read_text().replace("lorem", "Lorem", 1))
-    with pytest.raises(UserError, match="the text has changed since"):
-        prepare(JsonlSource((str(jsonl),)), tmp_path / "out", Settings(VOCAB, shard_mb=0.01), quiet=True)
+    with pytest.raises(UserError, match=r"--out .*: the text has changed since"):
+        prepare(JsonlCorpus((str(jsonl),)), tmp_path / "out", Settings(VOCAB, shard_mb=0.01), quiet=True)
 
 
 def test_two_processes_at_once(jsonl: Path, tmp_path: Path) -> None:
@@ -191,34 +195,34 @@ def test_two_processes_at_once(jsonl: Path, tmp_path: Path) -> None:
 
 def test_finished_folder(jsonl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same request returns at once, without a look at the text; another one is refused."""
-    source, out = JsonlSource((str(jsonl),)), tmp_path / "out"
+    source, out = JsonlCorpus((str(jsonl),)), tmp_path / "out"
     manifest = prepare(source, out, Settings(VOCAB), quiet=True)
     before = contents(out)
-    monkeypatch.setattr(JsonlSource, "documents", None)
+    monkeypatch.setattr(JsonlCorpus, "documents", None)
     assert prepare(source, out, Settings(VOCAB), quiet=True) == manifest
-    with pytest.raises(UserError, match=r"out was prepared with --vocab-size 320, now asked for 330"):
+    with pytest.raises(UserError, match=r"out was prepared with --vocab-size 320, now 330"):
         prepare(source, out, Settings(330))
-    with pytest.raises(UserError, match=r"--val-fraction 0\.05, now asked for 0\.1"):
+    with pytest.raises(UserError, match=r"--val-fraction 0\.05, now 0\.1"):
         prepare(source, out, Settings(VOCAB, val_fraction=0.1))
-    with pytest.raises(UserError, match="source jsonl, now asked for stdlib"):
-        prepare_stdlib(out, VOCAB)
-    with pytest.raises(UserError, match="--tokenizer none, now asked for"):
+    with pytest.raises(UserError, match="source jsonl, now stdlib"):
+        prepare(StdlibCorpus(), out, Settings(VOCAB))
+    with pytest.raises(UserError, match="--tokenizer none, now"):
         prepare(source, out, Settings(tokenizer=str(out / "tokenizer.model")))
     assert contents(out) == before
 
 
 def test_given_tokenizer(jsonl: Path, tmp_path: Path) -> None:
-    first = prepare(JsonlSource((str(jsonl),)), tmp_path / "a", Settings(VOCAB), quiet=True)
+    first = prepare(JsonlCorpus((str(jsonl),)), tmp_path / "a", Settings(VOCAB), quiet=True)
     given = Settings(tokenizer=str(tmp_path / "a" / "tokenizer.model"))
-    second = prepare(JsonlSource((str(jsonl),)), tmp_path / "b", given, quiet=True)
+    second = prepare(JsonlCorpus((str(jsonl),)), tmp_path / "b", given, quiet=True)
     assert second.fingerprint == first.fingerprint
     assert second.train == first.train
-    assert prepare(JsonlSource((str(jsonl),)), tmp_path / "b", given, quiet=True) == second
+    assert prepare(JsonlCorpus((str(jsonl),)), tmp_path / "b", given, quiet=True) == second
 
 
 def test_fingerprint_depends_on_all_of_the_data(jsonl: Path, tmp_path: Path) -> None:
     def fingerprint(name: str, settings: Settings) -> str:
-        return prepare(JsonlSource((str(jsonl),)), tmp_path / name, settings, quiet=True).fingerprint
+        return prepare(JsonlCorpus((str(jsonl),)), tmp_path / name, settings, quiet=True).fingerprint
 
     first = fingerprint("a", Settings(VOCAB))
     assert fingerprint("shards", Settings(VOCAB, shard_mb=0.01)) == first  # the same tokens, cut elsewhere
@@ -234,7 +238,7 @@ def test_the_split_is_by_the_text(tmp_path: Path) -> None:
         (tmp_path / folder).mkdir()
         rows = "".join(json.dumps({"text": text}) + "\n" for text in texts)
         (tmp_path / folder / "rows.jsonl").write_text(rows)
-        source = JsonlSource((str(tmp_path / folder),))
+        source = JsonlCorpus((str(tmp_path / folder),))
         prepare(source, tmp_path / ("out-" + folder), Settings(VOCAB, val_fraction=0.3), quiet=True)
     here, there, twice = (
         documents_in(tmp_path / f"out-{name}", "validation") for name in ("here", "there", "twice")
@@ -246,9 +250,9 @@ def test_says_that_nothing_is_read_anew(
     jsonl: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(arguments(jsonl, tmp_path / "out")) == 0
-    assert "was there already" not in capsys.readouterr().out
+    assert "already exists" not in capsys.readouterr().out
     assert main(arguments(jsonl, tmp_path / "out")) == 0
-    assert "out was there already; to read the text anew, remove that folder" in capsys.readouterr().out
+    assert "out already exists; to read the text again, remove that folder" in capsys.readouterr().out
 
 
 def test_large_vocabulary_takes_uint32(jsonl: Path, tmp_path: Path) -> None:
@@ -263,7 +267,7 @@ def test_large_vocabulary_takes_uint32(jsonl: Path, tmp_path: Path) -> None:
     made.add_special_tokens(["<s>", "</s>"])
     made.save(str(tmp_path / "tokenizer.json"))
     settings = Settings(tokenizer=str(tmp_path / "tokenizer.json"))
-    manifest = prepare(JsonlSource((str(jsonl),)), tmp_path / "out", settings, quiet=True)
+    manifest = prepare(JsonlCorpus((str(jsonl),)), tmp_path / "out", settings, quiet=True)
     assert (manifest.dtype, manifest.vocab_size, manifest.tokenizer_file) == (
         "uint32",
         70_000,
@@ -272,12 +276,12 @@ def test_large_vocabulary_takes_uint32(jsonl: Path, tmp_path: Path) -> None:
     assert read_tokens(tmp_path / "out" / manifest.train.shards[0].file)[0].dtype == np.uint32
 
 
-def test_prepare_stdlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stdlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On every 60th file; the whole library takes 15 s."""
-    files = StdlibSource().files()[::60]
-    monkeypatch.setattr(StdlibSource, "files", lambda self: files)
-    manifest = prepare_stdlib(tmp_path / "out", 500, quiet=True)
+    files = StdlibCorpus().files()[::60]
+    monkeypatch.setattr(StdlibCorpus, "files", lambda self: files)
+    manifest = prepare(StdlibCorpus(), tmp_path / "out", Settings(500), quiet=True)
     assert manifest.vocab_size == 500
     assert manifest.train.documents + manifest.validation.documents + manifest.skipped <= len(files)
     assert manifest.train.documents > 10
-    assert prepare_stdlib(tmp_path / "out", 500, quiet=True) == manifest
+    assert prepare(StdlibCorpus(), tmp_path / "out", Settings(500), quiet=True) == manifest

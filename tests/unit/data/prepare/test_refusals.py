@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from data.corpora.base import FilesSource, JsonlSource
-from data.prepare.command import Settings, main, prepare
+from data.corpora.files import FilesCorpus
+from data.corpora.jsonl import JsonlCorpus
+from data.prepare.command import main
+from data.prepare.corpus import prepare
+from data.prepare.settings import Settings
 from data.prepared.manifest import load_manifest
 from data.prepared.shards import ShardWriter
 from dsv2.errors import UserError
@@ -36,10 +39,10 @@ def test_bad_file_then_skip(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     ("more", "message"),
     [
         ([], "give either --vocab-size .* or --tokenizer"),
-        (["--vocab-size", "2"], "--vocab-size 2 must be at least 260"),
-        (["--vocab-size", "9999"], "--vocab-size 9999 is more than this text can fill"),
-        (["--vocab-size", "320", "--val-fraction", "1"], r"--val-fraction 1\.0 must be at least 0"),
-        (["--vocab-size", "320", "--shard-mb", "0"], r"--shard-mb 0\.0 must be positive"),
+        (["--vocab-size", "2"], "--vocab-size 2: must be at least 260"),
+        (["--vocab-size", "9999"], r"--vocab-size 9999: .* a value <= \d+"),
+        (["--vocab-size", "320", "--val-fraction", "1"], r"--val-fraction 1\.0: must be at least 0"),
+        (["--vocab-size", "320", "--shard-mb", "0"], r"--shard-mb 0\.0: must be above 0"),
         (["--tokenizer", "missing.model"], "there is no file missing.model"),
     ],
 )
@@ -55,13 +58,13 @@ def test_bad_settings(
 
 def test_documents_of_no_lines(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["files", "x", "--out", "out", "--vocab-size", "320", "--document-lines", "0"]) == 2
-    assert capsys.readouterr().err == "error: --document-lines 0 must be at least 1\n"
+    assert capsys.readouterr().err == "error: --document-lines 0: must be at least 1\n"
 
 
 def test_empty_corpus(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("")
     with pytest.raises(UserError, match="there is no text in"):
-        prepare(FilesSource((str(tmp_path / "empty.txt"),)), tmp_path / "out", Settings(VOCAB))
+        prepare(FilesCorpus((str(tmp_path / "empty.txt"),)), tmp_path / "out", Settings(VOCAB))
     assert not (tmp_path / "out").exists()
 
 
@@ -69,11 +72,13 @@ def test_one_document_has_no_validation(tmp_path: Path) -> None:
     """A hash cannot split one document; the error says how to, and the way it names works."""
     path = tmp_path / "book.txt"
     path.write_text("".join(documents()))
-    with pytest.raises(UserError, match=r"no document fell into the validation split .*--document-lines N"):
-        prepare(FilesSource((str(path),)), tmp_path / "a", Settings(VOCAB), quiet=True)
-    cut = prepare(FilesSource((str(path),), document_lines=2), tmp_path / "b", Settings(VOCAB), quiet=True)
+    with pytest.raises(
+        UserError, match=r"fraction 0\.05: leaves the validation split empty; .*--document-lines N"
+    ):
+        prepare(FilesCorpus((str(path),)), tmp_path / "a", Settings(VOCAB), quiet=True)
+    cut = prepare(FilesCorpus((str(path),), document_lines=2), tmp_path / "b", Settings(VOCAB), quiet=True)
     assert cut.validation.documents > 0
-    alone = prepare(FilesSource((str(path),)), tmp_path / "c", Settings(VOCAB, val_fraction=0), quiet=True)
+    alone = prepare(FilesCorpus((str(path),)), tmp_path / "c", Settings(VOCAB, val_fraction=0), quiet=True)
     assert (alone.train.documents, alone.validation.documents) == (1, 0)
     assert alone.validation.unigram_nats is None
 
@@ -84,13 +89,14 @@ def test_the_fraction_that_the_error_names_fills_both_splits(
 ) -> None:
     for index, text in enumerate(documents()[:6]):
         (tmp_path / f"{index}.txt").write_text(text)
-    source = FilesSource((str(tmp_path / "*.txt"),))
+    source = FilesCorpus((str(tmp_path / "*.txt"),))
     prepare(source, tmp_path / "all", Settings(VOCAB, val_fraction=0), quiet=True)
     tokenizer = str(tmp_path / "all" / "tokenizer.model")
-    with pytest.raises(UserError, match=f"no document fell into the {empty} split") as refusal:
+    with pytest.raises(UserError, match=f"leaves the {empty} split empty") as refusal:
         prepare(source, tmp_path / "out", Settings(None, tokenizer, fraction), quiet=True)
     found = re.search(
-        rf"{fraction}: --val-fraction ([\d.]+) holds out (\d) of 6; or give", str(refusal.value)
+        rf"{fraction}: leaves the {empty} split empty; --val-fraction ([\d.]+) holds out (\d) of 6; or give",
+        str(refusal.value),
     )
     assert found, refusal.value
     done = prepare(source, tmp_path / "out", Settings(None, tokenizer, float(found[1])), quiet=True)
@@ -105,7 +111,7 @@ def test_corrected_arguments_after_a_failure(tmp_path: Path, capsys: pytest.Capt
     command = ["files", str(path), "--out", str(out), "--quiet"]
     assert main([*command, "--vocab-size", "9999"]) == 2
     assert main([*command, "--vocab-size", str(VOCAB)]) == 2  # one document: no validation split
-    assert "no document fell into the validation split" in capsys.readouterr().err
+    assert "leaves the validation split empty" in capsys.readouterr().err
     assert main([*command, "--vocab-size", "330", "--document-lines", "2"]) == 0
     main(["files", str(path), "--out", str(tmp_path / "b"), "--vocab-size", "330", "--document-lines", "2"])
     assert contents(out) == contents(tmp_path / "b")
@@ -128,7 +134,7 @@ def test_full_disk_then_continued(
     with monkeypatch.context() as patch:
         patch.setattr(ShardWriter, "finish", full)
         assert main(arguments(jsonl, tmp_path / "out")) == 1
-    assert "No space left on device; put it right and run the same command again" in capsys.readouterr().err
+    assert "No space left on device; fix this and run the same command again" in capsys.readouterr().err
     assert main(arguments(jsonl, tmp_path / "out")) == 0
     main(arguments(jsonl, tmp_path / "whole"))
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
@@ -138,8 +144,8 @@ def test_foreign_folders(jsonl: Path, tmp_path: Path) -> None:
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "thesis.tex").write_text("precious")
-    with pytest.raises(UserError, match=r"is not empty \(thesis\.tex\) and holds no preparation"):
-        prepare(JsonlSource((str(jsonl),)), foreign, Settings(VOCAB))
+    with pytest.raises(UserError, match=r"is not empty \(thesis\.tex\) and not prepared"):
+        prepare(JsonlCorpus((str(jsonl),)), foreign, Settings(VOCAB))
     assert [path.name for path in foreign.iterdir()] == ["thesis.tex"], "nothing was left there"
     with pytest.raises(UserError, match="holds no finished preparation"):
         load_manifest(foreign)
@@ -147,17 +153,17 @@ def test_foreign_folders(jsonl: Path, tmp_path: Path) -> None:
         load_manifest(tmp_path / "missing")
     for text in ("{}", "[]", "oops", '{"format": "dsv2-prepared", "version": 99}'):
         (foreign / "manifest.json").write_text(text)
-        with pytest.raises(UserError, match="is not a manifest of format dsv2-prepared 1"):
+        with pytest.raises(UserError, match=r"manifest\.json is not of format dsv2-prepared 1"):
             load_manifest(foreign)
 
 
 def test_damaged_folders(jsonl: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    manifest = prepare(JsonlSource((str(jsonl),)), out, Settings(VOCAB), quiet=True)
+    manifest = prepare(JsonlCorpus((str(jsonl),)), out, Settings(VOCAB), quiet=True)
     shard = out / manifest.train.shards[0].file
     size = shard.stat().st_size
     os.truncate(shard, size - 8)
-    with pytest.raises(UserError, match=rf"{shard.name} has {size - 8} bytes in place of {size}"):
+    with pytest.raises(UserError, match=rf"{shard.name} has {size - 8} bytes instead of {size}"):
         load_manifest(out)
     shard.unlink()
     with pytest.raises(UserError, match=rf"{shard.name} is missing"):

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data.prepared.manifest import TOKEN_BYTES, Manifest, Split, to_json
-from data.prepared.packing import PackedTokens
+from data.prepared.packing import open_split
 from data.prepared.shards import ShardWriter, read_tokens
 from dsv2.errors import UserError
 
@@ -67,9 +67,9 @@ def test_against_a_slow_concatenation(
     expected = [tokens[i : i + length + 1] for i in range(0, len(tokens) - length, length)]
     if not expected:
         with pytest.raises(UserError, match=f"has {len(tokens)} tokens; one sequence takes {length + 1}"):
-            PackedTokens(folder, "train", length, 100)
+            open_split(folder, "train", length, 100)
         return
-    packed = PackedTokens(folder, "train", length, 100)
+    packed = open_split(folder, "train", length, 100)
     assert len(packed) == len(expected)
     everything = packed.take(np.arange(len(packed)))
     assert everything.dtype == np.int64
@@ -89,25 +89,27 @@ def test_shards_are_memory_mapped(tmp_path: Path) -> None:
 
 def test_too_short(tmp_path: Path) -> None:
     write_folder(tmp_path, [[[[1, 5, 6, 2]]]])
-    assert len(PackedTokens(tmp_path, "train", 3, 100)) == 1
+    assert len(open_split(tmp_path, "train", 3, 100)) == 1
     with pytest.raises(UserError, match=r"data\.sequence_length=4: the train split of .* has 4 tokens"):
-        PackedTokens(tmp_path, "train", 4, 100)
+        open_split(tmp_path, "train", 4, 100)
     with pytest.raises(UserError, match=r"data\.sequence_length=4: the validation split of .* has 0 tokens"):
-        PackedTokens(tmp_path, "validation", 4, 100)
+        open_split(tmp_path, "validation", 4, 100)
 
 
 def test_token_outside_the_vocabulary(tmp_path: Path) -> None:
     write_folder(tmp_path, [[[[1, 5, 6, 2]]], [[[1, 50, 6, 2]]]])
-    assert PackedTokens(tmp_path, "train", 3, 51).take(np.arange(2)).max() == 50
-    packed = PackedTokens(tmp_path, "train", 3, 50)
+    assert open_split(tmp_path, "train", 3, 51).take(np.arange(2)).max() == 50
+    packed = open_split(tmp_path, "train", 3, 50)
     assert packed[0].tolist() == [1, 5, 6, 2]
-    with pytest.raises(UserError, match=r"train-00001\.arrow holds the token id 50.*model\.vocab_size=50"):
+    with pytest.raises(
+        UserError, match=r"model\.vocab_size=50: must be above 50, a token id in .*train-00001\.arrow"
+    ):
         packed.take(np.array([0, 1]))
 
 
 def test_index_outside(tmp_path: Path) -> None:
     write_folder(tmp_path, [[[[1, 5, 6, 2]]]])
-    packed = PackedTokens(tmp_path, "train", 1, 100)
+    packed = open_split(tmp_path, "train", 1, 100)
     for index in (-1, 3):
         with pytest.raises(IndexError, match=r"not in \[0, 3\)"):
             packed.take(np.array([index]))
@@ -118,12 +120,12 @@ def test_shard_that_is_not_what_the_manifest_says(tmp_path: Path) -> None:
     path = tmp_path / "manifest.json"
     manifest = json.loads(path.read_text())
     path.write_text(json.dumps(_with_shard(manifest, tokens=5)))
-    with pytest.raises(UserError, match="holds 4 tokens in place of 5"):
-        PackedTokens(tmp_path, "train", 2, 100)
+    with pytest.raises(UserError, match=r"train-00000\.arrow holds 4 tokens instead of 5"):
+        open_split(tmp_path, "train", 2, 100)
     shard = tmp_path / "train-00000.arrow"
     shard.write_bytes(b"x" * shard.stat().st_size)
-    with pytest.raises(UserError, match=r"train-00000\.arrow is no shard of ours"):
-        PackedTokens(tmp_path, "train", 2, 100)
+    with pytest.raises(UserError, match=r"train-00000\.arrow is not a shard"):
+        open_split(tmp_path, "train", 2, 100)
 
 
 def _with_shard(manifest: dict, **changes: int) -> dict:

@@ -1,0 +1,91 @@
+"""Prepared folders as data sources: `local`, and `stdlib`, which prepares its folder on first use."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.config import DataConfig
+from data.corpora.stdlib import StdlibCorpus
+from data.errors import UserError
+from data.prepare.corpus import prepare
+from data.prepare.settings import Settings
+from data.prepared.manifest import MANIFEST, TOKEN_BYTES, load_manifest
+from data.prepared.packing import open_split
+from data.streams.base import DataSource, Ranks, require_count, require_vocabulary
+from data.streams.map_stream import MapStream
+from data.tokenizers.base import Tokenizer
+from data.tokenizers.load import load_tokenizer
+
+
+class LocalSource(DataSource):
+    """A folder that `python -m data.prepare` wrote."""
+
+    name = "local"
+
+    def check(self, config: DataConfig, vocab_size: int, validation: int) -> None:
+        pieces = load_manifest(config.path).vocab_size
+        require_vocabulary(pieces, vocab_size, f"the tokenizer of {config.path}")
+        open_split(config.path, "train", config.sequence_length, vocab_size)
+        if validation:
+            held_out = open_split(config.path, "validation", config.sequence_length, vocab_size)
+            require_count(validation, len(held_out), config)
+
+    def tokenizer(self, config: DataConfig) -> Tokenizer:
+        manifest = load_manifest(config.path)
+        tokenizer = load_tokenizer(Path(config.path) / manifest.tokenizer_file)
+        if tokenizer.sha256 != manifest.tokenizer_sha256:
+            raise UserError(
+                f"data.path={config.path}: {tokenizer.path.name} is not the tokenizer that the folder was "
+                "prepared with; prepare it again"
+            )
+        return tokenizer
+
+    def training(self, config: DataConfig, vocab_size: int, ranks: Ranks) -> MapStream:
+        sequences = open_split(config.path, "train", config.sequence_length, vocab_size)
+        return MapStream(sequences, config.seed, self.fingerprint(config))
+
+    def validation(self, config: DataConfig, vocab_size: int, count: int) -> np.ndarray:
+        sequences = open_split(config.path, "validation", config.sequence_length, vocab_size)
+        require_count(count, len(sequences), config)
+        return sequences.take(np.arange(count))
+
+    def token_bytes(self, config: DataConfig) -> np.ndarray:
+        return np.load(Path(config.path) / TOKEN_BYTES)
+
+    def unigram_nats(self, config: DataConfig) -> float | None:
+        return load_manifest(config.path).validation.unigram_nats
+
+    def fingerprint(self, config: DataConfig) -> dict[str, Any]:
+        dataset = load_manifest(config.path).fingerprint
+        return {"dataset": dataset, "sequence_length": config.sequence_length, "seed": config.seed}
+
+
+class StdlibSource(LocalSource):
+    """The running Python's standard library."""
+
+    name = "stdlib"
+
+    def check(self, config: DataConfig, vocab_size: int, validation: int) -> None:
+        if (Path(config.path) / MANIFEST).is_file():
+            _refuse_other_content(config)
+        require_vocabulary(config.vocab_size, vocab_size, "data.vocab_size")
+        prepare(StdlibCorpus(), config.path, Settings(vocab_size=config.vocab_size))
+        super().check(config, vocab_size, validation)
+
+
+def _refuse_other_content(config: DataConfig) -> None:
+    """Refuse a folder prepared otherwise, in the configuration's words instead of the command line's."""
+    request = load_manifest(config.path).request
+    kind = request.get("kind")
+    pieces = request.get("vocab_size")
+    if kind != "stdlib":
+        raise UserError(
+            f"data.path={config.path}: holds {kind} of your own, but data=stdlib, the default, needs the "
+            "standard library; add data=local to train on what the folder holds"
+        )
+    if pieces != config.vocab_size:
+        raise UserError(
+            f"data.vocab_size={config.vocab_size}: {config.path} was prepared with {pieces}; "
+            "take that, or another folder as data.path"
+        )

@@ -1,0 +1,19 @@
+"""Loading a tokenizer file; its suffix says of which kind it is."""
+
+from pathlib import Path
+
+from data.errors import UserError
+from data.tokenizers import sentencepiece_model, tokenizer_json
+from data.tokenizers.base import Tokenizer
+
+LOADERS = {".model": sentencepiece_model.load, ".json": tokenizer_json.load}
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Load a sentencepiece `.model` or a `tokenizer.json`; a UserError says why that fails."""
+    path = Path(path)
+    if path.suffix not in LOADERS:
+        raise UserError(f"tokenizer: {path} is neither a sentencepiece .model nor a tokenizer.json")
+    if not path.is_file():
+        raise UserError(f"tokenizer: there is no file {path}")
+    return LOADERS[path.suffix](path)

@@ -1,0 +1,78 @@
+"""Prepared folders as data sources: validation, and what is refused."""
+
+import shutil
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data.corpora.jsonl import JsonlCorpus
+from data.errors import UserError
+from data.prepare.corpus import prepare
+from data.prepare.settings import Settings
+from data.prepared.packing import open_split
+from data.streams.folder import LocalSource
+from data.streams.sources import check_resumed, source_of
+from data.tokenizers.train import train_tokenizer
+from tests.unit.data.streams.helpers import (
+    LENGTH,
+    WORDS,
+    build,
+    check,
+    local,
+)
+
+
+def test_validation_of_a_prepared_folder(folder: Path) -> None:
+    config = local(folder)
+    packed = open_split(config.path, "validation", LENGTH, 300)
+    sequences = source_of(config).validation(config, 300, 3)
+    assert sequences.dtype == np.int64
+    assert sequences.tolist() == packed.take(np.arange(3)).tolist()
+    available = len(packed)
+    assert len(source_of(config).validation(config, 300, available)) == available
+    with pytest.raises(UserError, match=rf"eval\.sequences={available + 1}: must be at most {available}"):
+        source_of(config).validation(config, 300, available + 1)
+
+
+def test_state_of_another_dataset(folder: Path, tmp_path: Path) -> None:
+    state = build(local(folder)).state_dict()
+    source = JsonlCorpus((str(folder / "4.jsonl"),))
+    settings = Settings(tokenizer=str(folder / "tokenizer.model"), val_fraction=0)
+    prepare(source, tmp_path / "other", settings, quiet=True)
+    other = local(folder, path=str(tmp_path / "other"))
+    for find in (build(other).load_state_dict, partial(check_resumed, other)):
+        with pytest.raises(UserError, match=r"other data: data\.dataset was"):
+            find(state)
+
+
+def test_other_tokenizer_in_the_folder(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "prepared", tmp_path / "copy")
+    train_tokenizer(WORDS * 9, 290, tmp_path / "copy" / "tokenizer.model")
+    with pytest.raises(UserError, match="is not the tokenizer that"):
+        LocalSource().tokenizer(local(folder, path=str(tmp_path / "copy")))
+
+
+@pytest.mark.parametrize(
+    ("changes", "vocab_size", "message"),
+    [
+        ({"path": "/nowhere"}, 300, "does not exist; make one with: python -m data.prepare"),
+        ({"sequence_length": 9999}, 300, r"data\.sequence_length=9999: the train split .* tokens"),
+        ({}, 299, r"model\.vocab_size=299: must be at least 300, the pieces of the tokenizer of"),
+        (
+            {"source": "stdlib", "vocab_size": 301, "path": "/nowhere"},
+            300,
+            r"at least 301, the pieces of data\.vocab_size",
+        ),
+        ({"source": "stdlib", "vocab_size": 301}, 300, "holds jsonl of your own.* add data=local"),
+        (
+            {"source": "hf_stream", "dataset": "x", "tokenizer": "missing.model"},
+            300,
+            "there is no file missing.model",
+        ),
+    ],
+)
+def test_check_data_refuses(folder: Path, changes: dict, vocab_size: int, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        check(local(folder, **changes), vocab_size)
