@@ -2,7 +2,6 @@
 
 import math
 
-from data.streams.sources import check_config
 from dsv2.config.rules import divisors, refuse, require_above_0, require_fraction, require_positive
 from dsv2.config.schema import (
     AttentionKind,
@@ -28,6 +27,8 @@ def validate(config: Config, world_size: int) -> None:
     Raises:
         UserError: names the field, its value and what would be right.
     """
+    from data.streams.sources import check_config  # not above: it imports numpy, which --help does not need
+
     _validate_model(config.model)
     _validate_moe(config.model)
     _validate_optim(config.optim)
