@@ -23,6 +23,7 @@ FILES = 5  # more than lanes: some lanes read two
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa"]
 COUNT = 130  # sequences: more than two epochs of either stream
 
+
 def write_folder(folder: Path) -> Path:
     """Write five small files of JSON lines (with empty documents), a tokenizer, a prepared folder."""
     rng = np.random.default_rng(1)
