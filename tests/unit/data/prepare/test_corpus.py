@@ -123,7 +123,7 @@ def test_interrupted_and_continued(
     assert main(arguments(jsonl, out)) == 130
     assert "run the same command again to continue" in capsys.readouterr().err
     with pytest.raises(
-        UserError, match=r"holds no finished preparation; it was interrupted: run the command"
+        UserError, match=r"holds no finished preparation; it was interrupted: run the same command"
     ):
         load_manifest(out)
     before = {path.name: path.stat().st_ino for path in out.glob("*.arrow")}
@@ -200,7 +200,7 @@ def test_finished_folder(jsonl: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     before = contents(out)
     monkeypatch.setattr(JsonlCorpus, "documents", None)
     assert prepare(source, out, Settings(VOCAB), quiet=True) == manifest
-    with pytest.raises(UserError, match=r"out was prepared with --vocab-size 320, now 330"):
+    with pytest.raises(UserError, match=r"out: was prepared with --vocab-size 320, now 330"):
         prepare(source, out, Settings(330))
     with pytest.raises(UserError, match=r"--val-fraction 0\.05, now 0\.1"):
         prepare(source, out, Settings(VOCAB, val_fraction=0.1))
