@@ -91,11 +91,13 @@ def load_manifest(folder: str | Path) -> Manifest:
             f"data.path={folder}: {MANIFEST} is not of format {FORMAT} {VERSION}; {make}"
         ) from error
     for shard in (*manifest.train.shards, *manifest.validation.shards):
-        name, size = shard.file, shard.file_bytes
-        actual = (folder / name).stat().st_size if (folder / name).is_file() else None
-        if actual != size:
-            state = "is missing" if actual is None else f"has {actual} bytes instead of {size}"
-            raise UserError(f"data.path={folder}: {name} {state}; remove the folder and prepare it again")
+        file = folder / shard.file
+        actual = file.stat().st_size if file.is_file() else None
+        if actual != shard.file_bytes:
+            state = "is missing" if actual is None else f"has {actual} bytes instead of {shard.file_bytes}"
+            raise UserError(
+                f"data.path={folder}: {file.name} {state}; remove the folder and prepare it again"
+            )
     for name in (manifest.tokenizer_file, TOKEN_BYTES):
         if not (folder / name).is_file():
             raise UserError(f"data.path={folder}: {name} is missing; remove the folder and prepare it again")

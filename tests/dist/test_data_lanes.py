@@ -14,7 +14,8 @@ from data.tokenizers.train import train_tokenizer
 from dsv2.parallel.mesh import ALONE, MeshDim
 from tests.dist.pool import Pool
 
-FILES, LANES = 6, 3  # three lanes on up to four ranks: one rank may have none
+FILES = 6
+LANES = 3  # on up to four ranks: one rank may have none
 
 
 @pytest.fixture
@@ -64,7 +65,9 @@ def job(rank: int, world_size: int, config: DataConfig, plan: list[tuple[int, in
     """
     import torch.distributed as dist
 
-    state, got, states = None, {}, []
+    state = None
+    got = {}
+    states = []
     for ranks, steps in plan:
         group = dist.new_group(list(range(ranks)), backend="gloo") if ranks > 1 else None
         if rank < ranks:

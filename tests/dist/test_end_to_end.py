@@ -187,9 +187,7 @@ def test_a_token_outside_the_vocabulary_is_told_by_the_rank_that_meets_it(comman
 
     output = run(command("run", *TWO, f"data.path={folder}", launcher=TORCHRUN), expect=1)
     told = [line for line in output.splitlines() if line.startswith("error: ")]
-    assert told[0] == (
-        f"error: data: {shard} holds the token id 700, and model.vocab_size=600 must be above it"
-    )
+    assert told[0] == f"error: model.vocab_size=600: must be above 700, a token id in {shard}"
     assert len(told) <= 2, output
     assert all(line.startswith("error: another process has ended; its own") for line in told[1:]), output
     assert "exitcode  : 2" in output.split("Root Cause")[1]

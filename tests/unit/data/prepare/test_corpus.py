@@ -109,7 +109,8 @@ def test_interrupted_and_continued(
 ) -> None:
     """Ctrl-C while shard number `at` is finished: the next run goes on, and ends with the same bytes."""
     main(arguments(jsonl, tmp_path / "whole"))
-    finish, finished = ShardWriter.finish, []
+    finish = ShardWriter.finish
+    finished = []
 
     def interrupted(writer: ShardWriter):
         if len(finished) == at:

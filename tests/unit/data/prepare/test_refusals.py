@@ -19,7 +19,8 @@ from tests.unit.corpus import VOCAB, arguments, contents, documents
 
 def test_bad_file_then_skip(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A run that stopped at a binary file goes on with --on-bad-file skip."""
-    folder, out = tmp_path / "corpus", tmp_path / "out"
+    folder = tmp_path / "corpus"
+    out = tmp_path / "out"
     folder.mkdir()
     for k, text in enumerate(documents(40)):
         (folder / f"{k:02d}.txt").write_text(text)
@@ -106,7 +107,8 @@ def test_the_fraction_that_the_error_names_fills_both_splits(
 
 def test_corrected_arguments_after_a_failure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A preparation that came to nothing does not stand in the way of the next one."""
-    path, out = tmp_path / "book.txt", tmp_path / "out"
+    path = tmp_path / "book.txt"
+    out = tmp_path / "out"
     path.write_text("".join(documents()))
     command = ["files", str(path), "--out", str(out), "--quiet"]
     assert main([*command, "--vocab-size", "9999"]) == 2
