@@ -15,7 +15,7 @@ from dsv2.hf.fields import published_config
 from dsv2.hf.names import published_parts
 from dsv2.model.init import init_weights
 from dsv2.model.transformer import DeepseekV2
-from tests.unit.data.tokenizers.test_tokenizers import SENTENCES
+from tests.unit.data.tokenizers.texts import SENTENCES
 from tests.unit.helpers import save_checkpoint, tiny_config
 
 TOKENIZER_PIECES = 320

@@ -27,7 +27,7 @@ from dsv2.hf.fields import check_exportable, compare_config, published_config
 from dsv2.hf.init_from import HFWeights
 from dsv2.model.init import init_weights
 from dsv2.model.transformer import DeepseekV2
-from tests.unit.data.tokenizers.test_tokenizers import SENTENCES
+from tests.unit.data.tokenizers.texts import SENTENCES
 from tests.unit.helpers import REPO, compose_config
 from tests.unit.hf.folders import (
     TOKENIZER_PIECES,

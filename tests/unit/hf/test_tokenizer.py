@@ -16,7 +16,7 @@ from data.tokenizers.train import train_tokenizer
 from dsv2.errors import UserError
 from dsv2.hf.fields import published_config
 from dsv2.hf.tokenizer import write_tokenizer
-from tests.unit.data.tokenizers.test_tokenizers import ODD_TEXTS, SENTENCES
+from tests.unit.data.tokenizers.texts import ODD_TEXTS, SENTENCES
 from tests.unit.hf.folders import hf_tiny
 
 LONGEST = 10**6
