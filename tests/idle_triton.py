@@ -5,6 +5,7 @@ same bytes are taken, and only the values are nonsense. Integers that are indice
 kernels that write them do, with tensors that nobody counts.
 """
 
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -23,56 +24,57 @@ from dsv2.kernels.sets import KernelSet, load_kernels
 FUSED = "dsv2.kernels.fused"
 
 
-def _select(logits: Any, affinity: Any, ids_TK: torch.Tensor, weights: Any, *sizes: int) -> None:
-    """Experts at random, within the groups' limit: always the same ones for as many tokens."""
-    tokens, experts, n_group, topk_group, top_k = sizes[:5]
-    scores_TE = torch.rand(tokens, experts, generator=torch.Generator().manual_seed(0))
-    ids_TK.copy_(route(scores_TE, torch.eye(experts), top_k, n_group, topk_group).expert_ids_TK)
+def _select(*, ids: torch.Tensor, T: int, E: int, G: int, M: int, K: int, **_: Any) -> None:
+    """Experts at random, within the groups' limit: always the same ones for the same number of tokens."""
+    scores_TE = torch.rand(T, E, generator=torch.Generator().manual_seed(0))
+    ids.copy_(route(scores_TE, torch.eye(E), top_k=K, n_group=G, topk_group=M).expert_ids_TK)
 
 
-def _sums(affinity: Any, ids_TK: torch.Tensor, weights: Any, out_BPN: torch.Tensor, S: int, E: int, *_: int):
+def _sums(*, ids: torch.Tensor, out: torch.Tensor, S: int, E: int, **_: Any) -> None:
     """How often each expert is chosen: from these counts come the sizes of what crosses between ranks."""
-    out_BPN.zero_()
-    for out_PN, ids_SK in zip(out_BPN, ids_TK.split(S), strict=True):
-        out_PN[0, E : 2 * E] = torch.bincount(ids_SK.flatten(), minlength=E)
+    out.zero_()
+    for parts, ids_SK in zip(out, ids.split(S), strict=True):
+        parts[0, E : 2 * E] = torch.bincount(ids_SK.flatten(), minlength=E)
 
 
-def _histogram(key: torch.Tensor, count_KB: torch.Tensor, N: int, KEYS: int, _: int) -> None:
+def _histogram(*, keys: torch.Tensor, counts: torch.Tensor, KEYS: int, **_: Any) -> None:
     """All keys as if of the first block."""
-    count_KB.zero_()
-    count_KB[:, 0] = torch.bincount(key.flatten(), minlength=KEYS)
+    counts.zero_()
+    counts[:, 0] = torch.bincount(keys.flatten(), minlength=KEYS)
 
 
 def _place(
-    key: torch.Tensor,
-    count: Any,
-    end: Any,
-    slot_P: torch.Tensor,
-    place: torch.Tensor,
-    N: int,
-    P: int,
-    absent: int,
-    *_: int,
+    *, keys: torch.Tensor, slots: torch.Tensor, places: torch.Tensor, n_slots: int, absent: int, **_: Any
 ) -> None:
-    order_N = key.flatten().argsort(stable=True)
-    slot_P.copy_(order_N[:P])
-    place.view(-1)[order_N] = torch.arange(N, dtype=place.dtype)
-    place[key == absent] = -1
+    order = keys.flatten().argsort(stable=True)
+    slots.copy_(order[: len(slots)])
+    places.view(-1)[order] = torch.arange(n_slots, dtype=places.dtype)
+    places[keys == absent] = -1
 
 
 WRITERS = {"_select": _select, "_sums": _sums, "_histogram": _histogram, "_place": _place}
 
 
 class Idle:
-    """A kernel that does nothing when it is launched, or writes indices alone."""
+    """A kernel that does nothing when it is launched, or only writes indices.
+
+    As on a GPU, a launch must name the kernel's parameters: each of them, once, and no other.
+    """
 
     def __init__(self, function: Callable[..., None]):
-        self.write = WRITERS.get(function.__name__, lambda *arguments: None)
+        self.name = function.__name__
+        self.signature = inspect.signature(function)
+        self.write = WRITERS.get(self.name, lambda **arguments: None)
+        self.is_launched = False
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        def launch(*arguments: Any, **options: Any) -> None:
+        assert all(type(size) is int for size in grid)
+
+        def launch(*arguments: Any, num_warps: int = 4, **options: Any) -> None:
+            bound = self.signature.bind(*arguments, **options)
+            self.is_launched = True
             with _disable_current_modes():
-                self.write(*arguments)
+                self.write(**bound.arguments)
 
         return launch
 

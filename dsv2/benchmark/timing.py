@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from data.streams.sources import build_stream
 from dsv2.benchmark.peers import Work
 from dsv2.config.schema import Config
-from dsv2.kernels.reference.router import Routing
+from dsv2.kernels.types import Routing
 from dsv2.model.sizes import flops_per_token
 from dsv2.moe.layer import MoELayer
 from dsv2.parallel.gpus import peak_flops

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from dsv2.kernels.reference.router import SequenceSums
+from dsv2.kernels.types import SequenceSums
 
 
 class BalanceLosses(NamedTuple):

@@ -14,7 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dsv2.kernels.reference.rows import RowMap, map_rows
+from dsv2.kernels.reference.rows import map_rows
+from dsv2.kernels.types import RowMap
 from dsv2.moe.execution import Execution
 from dsv2.parallel.clock import WaitClock
 from dsv2.parallel.mesh import MeshDim, Work

@@ -53,5 +53,11 @@ class RoutedExperts(nn.Module):
         Expert ids count from this rank's first. The kernel's arguments: dsv2/kernels/reference/experts.py.
         """
         return self.kernels.routed_experts(
-            x_XD, expert_ids_XK, weights_XK, rows_of_expert, n_pairs, self.w13, self.w2
+            x_XD,
+            expert_ids_XK,
+            weights_XK,
+            rows_of_expert,
+            n_pairs=n_pairs,
+            w13_E2FD=self.w13,
+            w2_EDF=self.w2,
         )

@@ -5,7 +5,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from dsv2.config.schema import ModelConfig
-from dsv2.kernels.reference.router import Routing
+from dsv2.kernels.types import Routing
 from dsv2.moe.balance import BalanceLosses, balance_losses
 from dsv2.moe.dispatch import combine, plan_dispatch, start_dispatch
 from dsv2.moe.drop import keep_within_budget

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dsv2.kernels.reference.router import SequenceSums
+from dsv2.kernels.types import SequenceSums
 from dsv2.moe.dispatch import Exchange
 
 

@@ -53,7 +53,7 @@ class AdamW(Optimizer):
         step: int,
         kernels: "KernelSet",
     ) -> None:
-        from dsv2.kernels.reference.adamw import AdamWStep
+        from dsv2.kernels.types import AdamWStep
 
         beta1, beta2 = settings["betas"]
         hyper = AdamWStep(
@@ -66,4 +66,6 @@ class AdamW(Optimizer):
             seed=zlib.crc32(shard.name.encode()) >> 1,
         )
         weights, mean, square = (shard.tensors[key] for key in ("fp32", *MOMENTS))
-        kernels.adamw(weights, mean, square, gradient, scale, weight, hyper, shard.offset)
+        kernels.adamw(
+            weights, mean, square, gradient, scale=scale, weight=weight, hyper=hyper, first=shard.offset
+        )

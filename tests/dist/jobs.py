@@ -170,7 +170,7 @@ def make_engine(
 def owned(engine: Any, key: str) -> list[tuple[str, int, int, np.ndarray]]:
     """(name, offset, total, values) of this rank's fragments of fp32 weights or a moment."""
     return [
-        (shard.name, shard.offset, shard.total, shard.tensors[key].float().numpy().copy())
+        (shard.name, shard.offset, shard.total, shard.tensors[key].float().cpu().numpy().copy())
         for shard in engine.sharded.shards()
         if key in shard.tensors
     ]

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsv2.kernels.reference.adamw import AdamWStep
-from dsv2.kernels.sets import REFERENCE, KernelSet
+from dsv2.kernels.base import KernelSet
+from dsv2.kernels.sets import REFERENCE
+from dsv2.kernels.types import AdamWStep
 from tests.gpu.process import FUSED_KERNELS, kernel_set
 
 pytestmark = pytest.mark.gpu
@@ -94,7 +95,9 @@ def test_routed_experts(poison, kernels, rows, top_k, experts, hidden, width, ki
     weights = torch.rand(rows, top_k, device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(4))
 
     def apply(kernels: KernelSet, n_pairs: int) -> Callable[..., Tensor]:
-        return lambda x, w, a, b: kernels.routed_experts(x, ids, w, counts, n_pairs, a, b)
+        return lambda x, w, a, b: kernels.routed_experts(
+            x, ids, w, counts, n_pairs=n_pairs, w13_E2FD=a, w2_EDF=b
+        )
 
     for n_pairs in {ids.numel(), int(counts.sum())}:
         check(apply(REFERENCE, n_pairs), apply(fused, n_pairs), [normal(rows, hidden), weights, w13, w2])
@@ -106,7 +109,7 @@ def test_experts_without_a_row(kernels):
     shapes = ((0, 64), (0, 3), (4, 64, 64), (4, 64, 32))
     x, weights, w13, w2 = (torch.ones(shape, device=DEVICE, requires_grad=True) for shape in shapes)
     ids, counts = torch.empty(0, 3, dtype=torch.int64, device=DEVICE), torch.zeros(4, device=DEVICE).long()
-    out = kernel_set(kernels).routed_experts(x, ids, weights, counts, 0, w13, w2)
+    out = kernel_set(kernels).routed_experts(x, ids, weights, counts, n_pairs=0, w13_E2FD=w13, w2_EDF=w2)
     out.sum().backward()
     assert out.shape == x.shape
     assert all(t.grad is not None and not t.grad.any() for t in (x, weights, w13, w2))
@@ -128,9 +131,9 @@ def test_sort_of_slots(fused, tokens, slots, keys, absent):
         for n_rows in {present, key.numel()}:
             rows, place, ends = sort_slots(key.to(torch.int16), keys, n_rows)
             want = map_rows(key, n_rows)
-            assert torch.equal(rows.slot_P, want.slot_P)
+            assert torch.equal(rows.slots, want.slots)
             assert ends.tolist() == [int((key <= k).sum()) for k in range(keys)]
-            assert place.flatten()[want.slot_P[:present]].tolist() == list(range(present))
+            assert place.flatten()[want.slots[:present]].tolist() == list(range(present))
             assert (place[key == keys] == -1).all()
 
 
@@ -149,7 +152,7 @@ def test_rows(fused, tokens, slots, width):
     check(
         lambda y: REFERENCE.sum_rows(y, rows, tokens),
         lambda y: fused.sum_rows(y, rows, tokens),
-        [normal(len(rows.slot_P), width)],
+        [normal(len(rows.slots), width)],
     )
 
 
@@ -287,7 +290,7 @@ def test_latent_attention(kernels, batch, length, heads, nope, rope, v_dim):
     latent_and_rope = normal(batch, length, 40 + rope, seed=2)
 
     def apply(kernels: KernelSet) -> Callable[..., Tensor]:
-        return lambda q, kv, c: kernels.latent_attention(q, kv, c[..., 40:], cos, sin, scale)
+        return lambda q, kv, c: kernels.latent_attention(q, kv, c[..., 40:], cos, sin, scale=scale)
 
     check(apply(REFERENCE), apply(fused), [q, kv, latent_and_rope], bound=1e-2)
 
@@ -299,7 +302,7 @@ def test_attention_of_one_token_is_its_value(kernels):
 
     cos, sin = rope_tables(torch.arange(1, device=DEVICE), 16, 10000.0)
     q, kv, k_rope = normal(2, 1, 4, 48), normal(2, 1, 4, 64, seed=1), normal(2, 1, 16, seed=2)
-    assert torch.equal(kernel_set(kernels).latent_attention(q, kv, k_rope, cos, sin, 0.1), kv[..., 32:])
+    assert torch.equal(kernel_set(kernels).latent_attention(q, kv, k_rope, cos, sin, scale=0.1), kv[..., 32:])
 
 
 @pytest.mark.parametrize("states", [torch.float32, torch.bfloat16])
@@ -320,7 +323,7 @@ def test_adamw(fused, states, gradient, count):
         weight = torch.zeros(count, dtype=torch.bfloat16, device=DEVICE) if separate else None
         for scale in (0.7, float("nan")):  # the second changes nothing
             factor = torch.tensor(scale, device=DEVICE)
-            kernels.adamw(*tensors, grad, factor, weight, hyper, first=2**32 + 5)
+            kernels.adamw(*tensors, grad, scale=factor, weight=weight, hyper=hyper, first=2**32 + 5)
         results.append([*tensors, *([weight] if separate else [])])
     for want, got, before in zip(*results, [*start, start[0] * 0], strict=False):
         assert not torch.equal(want, before)

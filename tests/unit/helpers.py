@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, settings
 from dsv2.checkpoint.files import FORMAT
 from dsv2.config import compose
 from dsv2.config.schema import AttentionKind, BalanceConfig, Config, ModelConfig, RopeScalingConfig
-from dsv2.kernels.reference.router import Routing, sequence_sums
+from dsv2.kernels.reference.router import sequence_sums
+from dsv2.kernels.types import Routing
 from dsv2.model.transformer import DeepseekV2
 from dsv2.moe.balance import BalanceLosses, balance_losses
 from dsv2.parallel.buffers import persistent_buffers

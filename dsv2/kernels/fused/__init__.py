@@ -1,4 +1,4 @@
-"""The operations of dsv2/kernels for an NVIDIA GPU, in Triton and torch's own fused calls.
+"""The kernels for an NVIDIA GPU, in Triton and torch's own fused calls.
 
-Nothing imports this package but `dsv2.kernels.sets`, as Triton is not everywhere.
+Only dsv2/kernels/sets.py imports this package, and only on demand: Triton exists only on machines with a GPU.
 """

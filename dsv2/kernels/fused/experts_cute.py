@@ -1,13 +1,12 @@
-"""The routed experts of kernels/reference/experts.py with quack's grouped products and SwiGLU at their ends.
+"""The routed experts with quack's grouped products, which apply SwiGLU before they write.
 
-A pair's weight comes last, in the sum over a token's pairs: w (W2 h). In backward the product with W2
-ends in the gradients of gate and up, the weighted activations that W2's own gradient needs, and the
-gradient of the weight. quack interleaves gate and up within a row; `concat_layout` names the tensors, w13
-and its gradient, in which all of gate comes before all of up. Kept for backward: the pairs' rows, and
-gate and up.
+A pair's weight comes last, in the sum over a token's pairs: w (W2 h). In the backward pass the product with
+W2 ends in three results: the gradients of gate and up, the weighted activations that W2's own gradient needs,
+and the gradient of the weight. quack interleaves gate and up within a row. `concat_layout` names the tensors
+in which all of gate comes before all of up: w13 and its gradient. Kept for the backward pass: the pairs'
+rows, and gate and up.
 
-Shapes: R rows, K slots a row, P pairs of a row and an expert (and some spare), D hidden_size, E experts,
-F their width.
+The P rows of the pairs are followed by some spare ones.
 """
 
 from functools import partial
@@ -19,21 +18,23 @@ from quack.gemm_interface import gemm, gemm_act, gemm_dact
 
 from dsv2.kernels.fused.experts import routed_experts_by, weights_gradient
 from dsv2.kernels.fused.rows import add_rows, copy_rows
-from dsv2.kernels.reference.rows import RowMap
+from dsv2.kernels.types import RowMap
 
-# quack keeps a plan for every shape it has seen: a changing number of pairs must not be ever new ones.
+# quack caches a plan per shape. Rounding the number of pairs up to a multiple of SPARE keeps the number of
+# shapes small.
 SPARE = 2048
-# SwiGLU's backward needs registers: 2.5 ms where quack's own choice takes 3.6 (196608 pairs, V2-Lite, H200).
+# SwiGLU's backward pass needs registers: 2.5 ms, with quack's own choice 3.6 (196608 pairs, V2-Lite, H200).
 NARROW = GemmConfig(tile_m=128, tile_n=128, pingpong=True, is_dynamic_persistent=False, cluster_m=2)
 
 
 class _RoutedExperts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_RD, weights_RK, w13_E2FD, w2_EDF, pairs: RowMap, place_RK, ends_E):
-        ctx.pairs, n_pairs = pairs, len(pairs.slot_P)
+    def forward(ctx, x_XD, weights_XK, w13_E2FD, w2_EDF, pairs: RowMap, places_XK, ends_E):
+        n_pairs = len(pairs.slots)
+        ctx.pairs = pairs
         ctx.length = n_pairs + -n_pairs % SPARE
         starts = F.pad(ends_E, (1, 0))
-        x_PD = copy_rows(x_RD, pairs, ctx.length)
+        x_PD = copy_rows(x_XD, pairs, ctx.length)
         gate_up_P2F, hidden_PF = gemm_act(
             x_PD,
             w13_E2FD.mT,
@@ -43,21 +44,23 @@ class _RoutedExperts(torch.autograd.Function):
             tuned=False,
         )
         y_PD = gemm(hidden_PF, w2_EDF.mT, cu_seqlens_m=starts, tuned=False)
-        ctx.save_for_backward(x_PD, weights_RK, w13_E2FD, w2_EDF, place_RK, starts, gate_up_P2F)
-        return add_rows(y_PD, place_RK, weights_RK)
+        kept = (x_PD, weights_XK, w13_E2FD, w2_EDF, places_XK, starts, gate_up_P2F)
+        ctx.save_for_backward(*kept)
+        return add_rows(y_PD, places_XK, weights_XK)
 
     @staticmethod
-    def backward(ctx, grad_RD):
-        x_PD, weights_RK, w13_E2FD, w2_EDF, place_RK, starts, gate_up_P2F = ctx.saved_tensors
-        pairs, n_pairs = ctx.pairs, len(ctx.pairs.slot_P)
-        grad_y_PD = copy_rows(grad_RD.contiguous(), pairs, ctx.length)
-        weight_P = F.pad(weights_RK.flatten()[pairs.slot_P], (0, ctx.length - n_pairs))
-        grad_gate_up_P2F, hidden_PF, grad_weight_P = gemm_dact(
+    def backward(ctx, grad_XD):
+        x_PD, weights_XK, w13_E2FD, w2_EDF, places_XK, starts, gate_up_P2F = ctx.saved_tensors
+        pairs = ctx.pairs
+        n_pairs = len(pairs.slots)
+        grad_y_PD = copy_rows(grad_XD.contiguous(), pairs, ctx.length)
+        weights_P = F.pad(weights_XK.flatten()[pairs.slots], (0, ctx.length - n_pairs))
+        grad_gate_up_P2F, hidden_PF, grad_weights_P = gemm_dact(
             grad_y_PD,
             w2_EDF,
             gate_up_P2F,
             activation="swiglu",
-            colvec_scale=weight_P,
+            colvec_scale=weights_P,
             colvec_reduce=True,
             cu_seqlens_m=starts,
             dynamic_scheduler=False,
@@ -75,8 +78,8 @@ class _RoutedExperts(torch.autograd.Function):
             tuned=False,
         )
         grad_x_PD = gemm(grad_gate_up_P2F, w13_E2FD, cu_seqlens_m=starts, concat_layout=("B",), tuned=False)
-        grad_weights = weights_gradient(grad_weight_P[:n_pairs], pairs, place_RK)
-        return add_rows(grad_x_PD, place_RK), grad_weights, grad_w13, grad_w2, *[None] * 3
+        grad_weights = weights_gradient(grad_weights_P[:n_pairs], pairs, places_XK)
+        return add_rows(grad_x_PD, places_XK), grad_weights, grad_w13, grad_w2, *[None] * 3
 
 
 routed_experts = partial(routed_experts_by, _RoutedExperts)

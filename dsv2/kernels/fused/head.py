@@ -1,8 +1,7 @@
-"""Head and cross-entropy a chunk of tokens at a time: logits become their own gradient in place.
+"""Head and cross-entropy in chunks of tokens: logits become their own gradient in place.
 
-Forward computes the gradients too, so that no chunk's logits are kept: backward only scales them.
-
-Shapes: T tokens, C tokens of a chunk, D hidden_size, V vocabulary.
+The forward pass computes the gradients too, so that no chunk's logits are kept. The backward pass only scales
+them.
 """
 
 import torch
@@ -12,72 +11,84 @@ from torch import Tensor
 
 from dsv2.kernels.specs import HEAD_CHUNK
 
+BLOCK = 4096
+
 
 @triton.jit
-def _cross_entropy(logits, label_C, loss_C, scale, V, step, BLOCK: tl.constexpr):
+def _cross_entropy(logits, labels, losses, scale, vocab, row_step, BLOCK: tl.constexpr):
     """A row's loss; the row becomes scale * (softmax - onehot)."""
     row = tl.program_id(0).to(tl.int64)
-    logits += row * step
-    label = tl.load(label_C + row)
-    highest, total = float("-inf"), 0.0
-    for start in range(0, V, BLOCK):
-        v = start + tl.arange(0, BLOCK)
-        x = tl.load(logits + v, mask=v < V, other=float("-inf")).to(tl.float32)
+    logits += row * row_step
+    label = tl.load(labels + row)
+    highest = float("-inf")
+    total = 0.0
+    for start in range(0, vocab, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        x = tl.load(logits + column, mask=column < vocab, other=float("-inf")).to(tl.float32)
         new = tl.maximum(highest, tl.max(x, 0))
         total = total * tl.exp(highest - new) + tl.sum(tl.exp(x - new), 0)
         highest = new
     log_sum = highest + tl.log(total)
-    tl.store(loss_C + row, log_sum - tl.load(logits + label).to(tl.float32))
+    tl.store(losses + row, log_sum - tl.load(logits + label).to(tl.float32))
     tl.debug_barrier()
-    for start in range(0, V, BLOCK):
-        v = start + tl.arange(0, BLOCK)
-        x = tl.load(logits + v, mask=v < V, other=float("-inf")).to(tl.float32)
-        grad = (tl.exp(x - log_sum) - tl.where(v == label, 1.0, 0.0)) * scale
-        tl.store(logits + v, grad.to(logits.dtype.element_ty), mask=v < V)
+    for start in range(0, vocab, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        x = tl.load(logits + column, mask=column < vocab, other=float("-inf")).to(tl.float32)
+        grad = (tl.exp(x - log_sum) - tl.where(column == label, 1.0, 0.0)) * scale
+        tl.store(logits + column, grad.to(logits.dtype.element_ty), mask=column < vocab)
 
 
 @triton.jit
-def _scale(x, factor, out, N, BLOCK: tl.constexpr):
+def _scale(x, factor, out, count, BLOCK: tl.constexpr):
     n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    value = tl.load(x + n, mask=n < N).to(tl.float32) * tl.load(factor)
-    tl.store(out + n, value.to(out.dtype.element_ty), mask=n < N)
+    value = tl.load(x + n, mask=n < count).to(tl.float32) * tl.load(factor)
+    tl.store(out + n, value.to(out.dtype.element_ty), mask=n < count)
 
 
 def _scaled(x: Tensor, factor: Tensor) -> Tensor:
     out = torch.empty_like(x)
-    _scale[(triton.cdiv(x.numel(), 4096),)](x, factor, out, x.numel(), 4096)
+    _scale[(triton.cdiv(x.numel(), BLOCK),)](x=x, factor=factor, out=out, count=x.numel(), BLOCK=BLOCK)
     return out
 
 
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor) -> Tensor:
-        tokens, vocab = len(hidden_TD), len(weight_VD)
+    def forward(ctx, hidden_TD: Tensor, weight_vocab_D: Tensor, labels_T: Tensor) -> Tensor:
+        tokens = len(hidden_TD)
+        vocab = len(weight_vocab_D)
         losses_T = torch.empty(tokens, dtype=torch.float32, device=hidden_TD.device)
-        grad_hidden, grad_weight = torch.empty_like(hidden_TD), None
+        grad_hidden_TD = torch.empty_like(hidden_TD)
+        grad_weight = None
         for start in range(0, tokens, HEAD_CHUNK):
             part = slice(start, min(start + HEAD_CHUNK, tokens))
-            hidden_CD = hidden_TD[part]
-            logits_CV = hidden_CD @ weight_VD.t()
-            _cross_entropy[(len(hidden_CD),)](
-                logits_CV, labels_T[part], losses_T[part], 1.0 / tokens, vocab, vocab, 4096, num_warps=8
+            hidden = hidden_TD[part]
+            logits = hidden @ weight_vocab_D.t()
+            _cross_entropy[(len(hidden),)](
+                logits=logits,
+                labels=labels_T[part],
+                losses=losses_T[part],
+                scale=1.0 / tokens,
+                vocab=vocab,
+                row_step=vocab,
+                BLOCK=BLOCK,
+                num_warps=8,
             )
-            torch.mm(logits_CV, weight_VD, out=grad_hidden[part])
+            torch.mm(logits, weight_vocab_D, out=grad_hidden_TD[part])
             if tokens <= HEAD_CHUNK:
-                grad_weight = torch.mm(logits_CV.t(), hidden_CD)
-            elif grad_weight is None:  # several terms are added up in fp32
-                grad_weight = torch.mm(logits_CV.t(), hidden_CD, out_dtype=torch.float32)
+                grad_weight = torch.mm(logits.t(), hidden)
+            elif grad_weight is None:  # several terms are summed in fp32
+                grad_weight = torch.mm(logits.t(), hidden, out_dtype=torch.float32)
             else:
-                torch.addmm(grad_weight, logits_CV.t(), hidden_CD, out_dtype=torch.float32, out=grad_weight)
-            del logits_CV  # before the next chunk's are made
-        ctx.save_for_backward(grad_hidden, grad_weight.to(weight_VD.dtype))
+                torch.addmm(grad_weight, logits.t(), hidden, out_dtype=torch.float32, out=grad_weight)
+            del logits  # before the next chunk's are made
+        ctx.save_for_backward(grad_hidden_TD, grad_weight.to(weight_vocab_D.dtype))
         return losses_T.mean()
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        grad_hidden, grad_weight = ctx.saved_tensors
-        return _scaled(grad_hidden, grad), _scaled(grad_weight, grad), None
+        grad_hidden_TD, grad_weight = ctx.saved_tensors
+        return _scaled(grad_hidden_TD, grad), _scaled(grad_weight, grad), None
 
 
-def head_loss(hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor) -> Tensor:
-    return _HeadLoss.apply(hidden_TD.contiguous(), weight_VD, labels_T)
+def head_loss(hidden_TD: Tensor, weight_vocab_D: Tensor, labels_T: Tensor) -> Tensor:
+    return _HeadLoss.apply(hidden_TD.contiguous(), weight_vocab_D, labels_T)

@@ -1,7 +1,4 @@
-"""RMSNorm with the residual sum before it in one pass; backward with the residual's gradient in another.
-
-Shapes: R rows, D width, P programs of the backward.
-"""
+"""RMSNorm in one pass with the residual sum before it; its backward pass adds the residual's gradient."""
 
 import torch
 import triton
@@ -11,7 +8,7 @@ from torch import Tensor
 from dsv2.kernels.reference import norm as reference
 
 ADDED = 2048  # elements of one program of the sum
-PROGRAMS = 1056  # of the backward, 8 for each of a Hopper's multiprocessors; each adds up a weight gradient
+PROGRAMS = 1056  # of the backward pass, 8 per multiprocessor of a Hopper; each sums a weight gradient
 
 
 @triton.jit
@@ -21,25 +18,25 @@ def _forward(
     weight,
     total,
     out,
-    scale_R,
+    inverse_rms,
     x_step,
     eps,
-    D: tl.constexpr,
+    WIDTH: tl.constexpr,
     ADD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK)
-    value = tl.load(x + row * x_step + d, mask=d < D, other=0.0).to(tl.float32)
+    value = tl.load(x + row * x_step + d, mask=d < WIDTH, other=0.0).to(tl.float32)
     if ADD:
-        value += tl.load(change + row * D + d, mask=d < D, other=0.0).to(tl.float32)
+        value += tl.load(change + row * WIDTH + d, mask=d < WIDTH, other=0.0).to(tl.float32)
         rounded = value.to(total.dtype.element_ty)
-        tl.store(total + row * D + d, rounded, mask=d < D)
+        tl.store(total + row * WIDTH + d, rounded, mask=d < WIDTH)
         value = rounded.to(tl.float32)
-    scale = tl.rsqrt(tl.sum(value * value, 0) / D + eps)
-    tl.store(scale_R + row, scale)
-    w = tl.load(weight + d, mask=d < D, other=0.0).to(tl.float32)
-    tl.store(out + row * D + d, (value * scale * w).to(out.dtype.element_ty), mask=d < D)
+    scale = tl.rsqrt(tl.sum(value * value, 0) / WIDTH + eps)
+    tl.store(inverse_rms + row, scale)
+    w = tl.load(weight + d, mask=d < WIDTH, other=0.0).to(tl.float32)
+    tl.store(out + row * WIDTH + d, (value * scale * w).to(out.dtype.element_ty), mask=d < WIDTH)
 
 
 @triton.jit
@@ -48,39 +45,39 @@ def _backward(
     grad_total,
     x,
     weight,
-    scale_R,
+    inverse_rms,
     grad_x,
-    grad_weight_PD,
-    R,
+    grad_weights,
+    n_rows,
     x_step,
-    D: tl.constexpr,
+    WIDTH: tl.constexpr,
     ADD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     d = tl.arange(0, BLOCK)
-    w = tl.load(weight + d, mask=d < D, other=0.0).to(tl.float32)
+    w = tl.load(weight + d, mask=d < WIDTH, other=0.0).to(tl.float32)
     to_weight = tl.zeros((BLOCK,), tl.float32)
-    for step in range(0, tl.cdiv(R, tl.num_programs(0))):
+    for step in range(0, tl.cdiv(n_rows, tl.num_programs(0))):
         row = tl.program_id(0).to(tl.int64) + step * tl.num_programs(0)
-        live = (d < D) & (row < R)
-        g = tl.load(grad + row * D + d, mask=live, other=0.0).to(tl.float32)
-        scale = tl.load(scale_R + row, mask=row < R, other=0.0)
+        live = (d < WIDTH) & (row < n_rows)
+        g = tl.load(grad + row * WIDTH + d, mask=live, other=0.0).to(tl.float32)
+        scale = tl.load(inverse_rms + row, mask=row < n_rows, other=0.0)
         normed = tl.load(x + row * x_step + d, mask=live, other=0.0).to(tl.float32) * scale
         to_weight += g * normed
         g *= w
-        to_x = (g - normed * (tl.sum(g * normed, 0) / D)) * scale
+        to_x = (g - normed * (tl.sum(g * normed, 0) / WIDTH)) * scale
         if ADD:
-            to_x += tl.load(grad_total + row * D + d, mask=live, other=0.0).to(tl.float32)
-        tl.store(grad_x + row * D + d, to_x.to(grad_x.dtype.element_ty), mask=live)
-    tl.store(grad_weight_PD + tl.program_id(0) * D + d, to_weight, mask=d < D)
+            to_x += tl.load(grad_total + row * WIDTH + d, mask=live, other=0.0).to(tl.float32)
+        tl.store(grad_x + row * WIDTH + d, to_x.to(grad_x.dtype.element_ty), mask=live)
+    tl.store(grad_weights + tl.program_id(0) * WIDTH + d, to_weight, mask=d < WIDTH)
 
 
 @triton.jit
-def _add(a, b, c, out, N, BLOCK: tl.constexpr):
+def _add(a, b, c, out, count, BLOCK: tl.constexpr):
     n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.load(a + n, mask=n < N).to(tl.float32) + tl.load(b + n, mask=n < N).to(tl.float32)
-    total += tl.load(c + n, mask=n < N).to(tl.float32)
-    tl.store(out + n, total.to(out.dtype.element_ty), mask=n < N)
+    total = tl.load(a + n, mask=n < count).to(tl.float32) + tl.load(b + n, mask=n < count).to(tl.float32)
+    total += tl.load(c + n, mask=n < count).to(tl.float32)
+    tl.store(out + n, total.to(out.dtype.element_ty), mask=n < count)
 
 
 def _warps(width: int) -> int:
@@ -88,41 +85,62 @@ def _warps(width: int) -> int:
 
 
 def _norm(x: Tensor, change: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(the sum, or x, as rows [R, D]; its norm; 1 / rms [R]). The rows of x may be strided."""
+    """Return the sum (or x) as rows [rows, width], its norm, and 1 / rms [rows]. Rows may be strided."""
     width = x.shape[-1]
-    x_RD = x.flatten(0, -2)
-    assert x_RD.stride(1) == 1
-    out_RD = x_RD.new_empty(x_RD.shape)
-    scale_R = x_RD.new_empty(len(x_RD), dtype=torch.float32)
-    total_RD = x_RD if change is None else torch.empty_like(out_RD)
-    change_RD = x_RD if change is None else change.contiguous()
-    tensors = (x_RD, change_RD, weight, total_RD, out_RD, scale_R)
-    sizes = (x_RD.stride(0), eps, width, change is not None, triton.next_power_of_2(width))
-    _forward[(len(x_RD),)](*tensors, *sizes, num_warps=_warps(width))
-    return total_RD, out_RD, scale_R
+    rows = x.flatten(0, -2)
+    assert rows.stride(1) == 1
+    out = rows.new_empty(rows.shape)
+    inverse_rms = rows.new_empty(len(rows), dtype=torch.float32)
+    total = rows if change is None else torch.empty_like(out)
+    _forward[(len(rows),)](
+        x=rows,
+        change=rows if change is None else change.contiguous(),
+        weight=weight,
+        total=total,
+        out=out,
+        inverse_rms=inverse_rms,
+        x_step=rows.stride(0),
+        eps=eps,
+        WIDTH=width,
+        ADD=change is not None,
+        BLOCK=triton.next_power_of_2(width),
+        num_warps=_warps(width),
+    )
+    return total, out, inverse_rms
 
 
 def _norm_backward(
-    grad: Tensor, grad_total: Tensor | None, x_RD: Tensor, weight: Tensor, scale_R: Tensor
+    grad: Tensor, grad_total: Tensor | None, rows: Tensor, weight: Tensor, inverse_rms: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of x (and of what was added to it) as rows, and of the weight."""
-    rows, width = x_RD.shape
-    grad_x = x_RD.new_empty(x_RD.shape)
-    programs = min(rows, PROGRAMS)
-    grad_weight_PD = torch.empty(programs, width, dtype=torch.float32, device=x_RD.device)
-    with_total = grad if grad_total is None else grad_total
-    tensors = (grad.contiguous(), with_total.contiguous(), x_RD, weight, scale_R, grad_x, grad_weight_PD)
-    sizes = (rows, x_RD.stride(0), width, grad_total is not None, triton.next_power_of_2(width))
-    _backward[(programs,)](*tensors, *sizes, num_warps=_warps(width))
-    return grad_x, grad_weight_PD.sum(dim=0).to(weight.dtype)
+    """Return the gradients of x (and of what was added to it) as rows, and of the weight."""
+    n_rows, width = rows.shape
+    grad_x = rows.new_empty(rows.shape)
+    programs = min(n_rows, PROGRAMS)
+    grad_weights = torch.empty(programs, width, dtype=torch.float32, device=rows.device)
+    _backward[(programs,)](
+        grad=grad.contiguous(),
+        grad_total=(grad if grad_total is None else grad_total).contiguous(),
+        x=rows,
+        weight=weight,
+        inverse_rms=inverse_rms,
+        grad_x=grad_x,
+        grad_weights=grad_weights,
+        n_rows=n_rows,
+        x_step=rows.stride(0),
+        WIDTH=width,
+        ADD=grad_total is not None,
+        BLOCK=triton.next_power_of_2(width),
+        num_warps=_warps(width),
+    )
+    return grad_x, grad_weights.sum(dim=0).to(weight.dtype)
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        x_RD, out_RD, scale_R = _norm(x, None, weight, eps)
-        ctx.save_for_backward(x_RD, weight, scale_R)
-        return out_RD.view(x.shape)
+        rows, out, inverse_rms = _norm(x, None, weight, eps)
+        ctx.save_for_backward(rows, weight, inverse_rms)
+        return out.view(x.shape)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
@@ -133,10 +151,10 @@ class _RMSNorm(torch.autograd.Function):
 class _AddRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, change: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        total_RD, out_RD, scale_R = _norm(x, change, weight, eps)
-        ctx.save_for_backward(total_RD, weight, scale_R)
+        total, out, inverse_rms = _norm(x, change, weight, eps)
+        ctx.save_for_backward(total, weight, inverse_rms)
         ctx.changed = change is not None
-        return total_RD.view(x.shape), out_RD.view(x.shape)
+        return total.view(x.shape), out.view(x.shape)
 
     @staticmethod
     def backward(ctx, grad_total: Tensor, grad: Tensor):
@@ -148,10 +166,12 @@ class _AddRMSNorm(torch.autograd.Function):
 class _AddUp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-        a, b, c = a.contiguous(), b.contiguous(), c.contiguous()
+        a = a.contiguous()
         out = torch.empty_like(a)
-        if out.numel():
-            _add[(triton.cdiv(out.numel(), ADDED),)](a, b, c, out, out.numel(), ADDED)
+        count = out.numel()
+        if count:
+            grid = (triton.cdiv(count, ADDED),)
+            _add[grid](a=a, b=b.contiguous(), c=c.contiguous(), out=out, count=count, BLOCK=ADDED)
         return out
 
     @staticmethod
@@ -167,6 +187,6 @@ def add_rms_norm(x: Tensor, change: Tensor | None, weight: Tensor, eps: float) -
     return _AddRMSNorm.apply(x, change, weight, eps)
 
 
-def add_up(x: Tensor, *others: Tensor) -> Tensor:
-    """Three in one pass; torch adds two as well."""
-    return _AddUp.apply(x, *others) if len(others) == 2 else reference.add_up(x, *others)
+def add_up(x: Tensor, *terms: Tensor) -> Tensor:
+    """Sum three tensors in one pass; torch needs no help with two."""
+    return _AddUp.apply(x, *terms) if len(terms) == 2 else reference.add_up(x, *terms)

@@ -1,11 +1,8 @@
-"""The router's choice and its sums, a pass each (see dsv2/kernels/reference/router.py).
+"""The router's choice and its sums, one pass each (see dsv2/kernels/reference/router.py).
 
-The product with the centroids multiplies bf16 and adds up in fp32, which is exact where a cast of both
-to fp32 is. Experts stand in columns, a power of 2 for each group, so that a group's best is a reduction
-over one dimension; of equal affinities the lower column wins.
-
-Shapes: B sequences, S tokens a sequence, T = B * S, D hidden_size, E experts, K experts a token, G groups,
-N numbers summed.
+The product with the centroids multiplies in bf16 and sums in fp32. This is as exact as a cast of both to
+fp32. Experts are columns. Each group gets a power of 2 of them, so that a group's best is a reduction over
+one dimension. Of equal affinities the lower column wins.
 """
 
 import torch
@@ -13,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsv2.kernels.reference.router import Routing, SequenceSums
+from dsv2.kernels.types import Routing, SequenceSums
 
 ROWS = 16  # tokens of one program
 SUMMED = 32  # tokens of one program of the sums
@@ -117,11 +114,14 @@ def _sums(
     GROUPS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """The sums of some tokens of one sequence: affinity, selected, sent, entropy, top1."""
-    sequence, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    """The sums over some tokens of one sequence: affinity, selected, sent, entropy, top1."""
+    sequence = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
     row = part * ROWS + tl.arange(0, ROWS)
-    t, live = sequence * S + row, row < S
-    column, group = tl.arange(0, COLUMNS), tl.arange(0, GROUPS)
+    t = sequence * S + row
+    live = row < S
+    column = tl.arange(0, COLUMNS)
+    group = tl.arange(0, GROUPS)
     inside = live[:, None] & (column < E)[None, :]
     s = tl.load(affinity + t[:, None] * E + column[None, :], mask=inside, other=0.0)
     selected = tl.zeros((ROWS, COLUMNS), tl.float32)
@@ -143,14 +143,26 @@ def _sums(
 class _Route(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_TD: Tensor, centroids_ED: Tensor, top_k: int, n_group: int, topk_group: int):
-        tokens, experts = len(x_TD), len(centroids_ED)
+        tokens = len(x_TD)
+        experts = len(centroids_ED)
         logits_TE = torch.mm(x_TD, centroids_ED.t(), out_dtype=torch.float32)
         affinity_TE = torch.empty_like(logits_TE)
         ids_TK = torch.empty(tokens, top_k, dtype=torch.int64, device=x_TD.device)
         weights_TK = logits_TE.new_empty(tokens, top_k)
-        columns = (triton.next_power_of_2(n_group), triton.next_power_of_2(experts // n_group))
-        sizes = (tokens, experts, n_group, topk_group, top_k, *columns)
-        _select[(triton.cdiv(tokens, ROWS),)](logits_TE, affinity_TE, ids_TK, weights_TK, *sizes, ROWS)
+        _select[(triton.cdiv(tokens, ROWS),)](
+            logits=logits_TE,
+            affinity=affinity_TE,
+            ids=ids_TK,
+            weights=weights_TK,
+            T=tokens,
+            E=experts,
+            G=n_group,
+            M=topk_group,
+            K=top_k,
+            GROUPS=triton.next_power_of_2(n_group),
+            SIZE=triton.next_power_of_2(experts // n_group),
+            ROWS=ROWS,
+        )
         ctx.save_for_backward(x_TD, centroids_ED, ids_TK, affinity_TE)
         ctx.mark_non_differentiable(ids_TK)
         ctx.set_materialize_grads(False)
@@ -159,14 +171,23 @@ class _Route(torch.autograd.Function):
     @staticmethod
     def backward(ctx, _, grad_weights_TK: Tensor | None, grad_affinity_TE: Tensor | None):
         x_TD, centroids_ED, ids_TK, affinity_TE = ctx.saved_tensors
-        (tokens, experts), top_k = affinity_TE.shape, ids_TK.shape[1]
+        tokens, experts = affinity_TE.shape
         if grad_weights_TK is None:
             grad_weights_TK = affinity_TE.new_zeros(ids_TK.shape)
         grad_T2E = x_TD.new_empty(tokens, 2 * experts)
-        given = affinity_TE if grad_affinity_TE is None else grad_affinity_TE.contiguous()
-        tensors = (affinity_TE, ids_TK, grad_weights_TK.contiguous(), given, grad_T2E)
-        sizes = (tokens, grad_affinity_TE is not None, experts, top_k, triton.next_power_of_2(experts))
-        _select_backward[(triton.cdiv(tokens, ROWS),)](*tensors, *sizes, ROWS)
+        _select_backward[(triton.cdiv(tokens, ROWS),)](
+            affinity=affinity_TE,
+            ids=ids_TK,
+            grad_weights=grad_weights_TK.contiguous(),
+            grad_affinity=affinity_TE if grad_affinity_TE is None else grad_affinity_TE.contiguous(),
+            out=grad_T2E,
+            T=tokens,
+            HAS_AFFINITY=grad_affinity_TE is not None,
+            E=experts,
+            K=ids_TK.shape[1],
+            COLUMNS=triton.next_power_of_2(experts),
+            ROWS=ROWS,
+        )
         grad_x = torch.mm(grad_T2E, torch.cat((centroids_ED, centroids_ED)))
         high_ED, low_ED = torch.mm(grad_T2E.t(), x_TD, out_dtype=torch.float32).chunk(2)
         return grad_x, (high_ED + low_ED).to(centroids_ED.dtype), None, None, None
@@ -175,17 +196,27 @@ class _Route(torch.autograd.Function):
 class _SequenceSums(torch.autograd.Function):
     @staticmethod
     def forward(ctx, affinity_TE: Tensor, ids_TK: Tensor, weights_TK: Tensor, n_sequences: int, n_group: int):
-        (tokens, experts), top_k = affinity_TE.shape, ids_TK.shape[1]
+        tokens, experts = affinity_TE.shape
         length = tokens // n_sequences
         grid = (n_sequences, triton.cdiv(length, SUMMED))
         parts = affinity_TE.new_empty(*grid, 2 * experts + n_group + 2)
-        columns = (triton.next_power_of_2(experts), triton.next_power_of_2(n_group))
-        sizes = (length, experts, top_k, n_group, *columns)
-        _sums[grid](affinity_TE, ids_TK, weights_TK, parts, *sizes, SUMMED)
+        _sums[grid](
+            affinity=affinity_TE,
+            ids=ids_TK,
+            weights=weights_TK,
+            out=parts,
+            S=length,
+            E=experts,
+            K=ids_TK.shape[1],
+            G=n_group,
+            COLUMNS=triton.next_power_of_2(experts),
+            GROUPS=triton.next_power_of_2(n_group),
+            ROWS=SUMMED,
+        )
         ctx.length = length
-        affinity_BE, others_BN = parts.sum(dim=1).split([experts, experts + n_group + 2], dim=1)
-        ctx.mark_non_differentiable(others_BN)
-        return affinity_BE, others_BN
+        affinity_BE, constants = parts.sum(dim=1).split([experts, experts + n_group + 2], dim=1)
+        ctx.mark_non_differentiable(constants)
+        return affinity_BE, constants
 
     @staticmethod
     def backward(ctx, grad_BE: Tensor, _):
@@ -198,9 +229,9 @@ def route(x_TD: Tensor, centroids_ED: Tensor, top_k: int, n_group: int, topk_gro
 
 
 def sequence_sums(routing: Routing, n_sequences: int, n_group: int) -> SequenceSums:
-    ids_TK, weights_TK, affinity_TE = routing
-    affinity_BE, others_BN = _SequenceSums.apply(
-        affinity_TE, ids_TK, weights_TK.detach(), n_sequences, n_group
+    affinity_BE, constants = _SequenceSums.apply(
+        routing.affinity_TE, routing.expert_ids_TK, routing.weights_TK.detach(), n_sequences, n_group
     )
-    selected_BE, sent_BG, entropy_B, top1_B = others_BN.split([affinity_BE.shape[1], n_group, 1, 1], dim=1)
-    return SequenceSums(affinity_BE, selected_BE, sent_BG, entropy_B.squeeze(1), top1_B.squeeze(1))
+    sizes = [affinity_BE.shape[1], n_group, 1, 1]
+    selected_BE, sent_BG, entropy_B1, top1_B1 = constants.split(sizes, dim=1)
+    return SequenceSums(affinity_BE, selected_BE, sent_BG, entropy_B1.squeeze(1), top1_B1.squeeze(1))

@@ -1,23 +1,21 @@
-"""Moving rows (see dsv2/kernels/reference/rows.py): one pass over the bytes, no atomics, fp32 sums.
-
-Shapes: T tokens, J slots a token, P rows, D width.
-"""
+"""Rows that move (see dsv2/kernels/reference/rows.py): one pass over the bytes, no atomics, fp32 sums."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsv2.kernels.reference.rows import RowMap
+from dsv2.kernels.types import RowMap
 
 BLOCK = 2048
-SORTED, STEP = 128, 32  # slots of one program of the sort, and how many of them are compared at once
+SORTED = 128  # slots of one program of the sort
+STEP = 32  # of them are compared at once
 
 
 @triton.jit
-def _copy(x, slot_P, out, J: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
+def _copy(x, slots, out, SLOTS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    token = tl.load(slot_P + row) // J
+    token = tl.load(slots + row) // SLOTS
     for start in tl.static_range(0, D, BLOCK):
         d = start + tl.arange(0, BLOCK)
         tl.store(out + row * D + d, tl.load(x + token * D + d, mask=d < D), mask=d < D)
@@ -26,10 +24,10 @@ def _copy(x, slot_P, out, J: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr)
 @triton.jit
 def _sum(
     y,
-    place_TJ,
-    weight_TJ,
+    places,
+    weights,
     out,
-    J: tl.constexpr,
+    SLOTS: tl.constexpr,
     D: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -38,108 +36,154 @@ def _sum(
     for start in tl.static_range(0, D, BLOCK):
         d = start + tl.arange(0, BLOCK)
         total = tl.zeros((BLOCK,), tl.float32)
-        for j in tl.static_range(J):
-            row = tl.load(place_TJ + token * J + j).to(tl.int64)
+        for slot in tl.static_range(SLOTS):
+            row = tl.load(places + token * SLOTS + slot).to(tl.int64)
             width = tl.where(row >= 0, D, 0)  # a slot without a row reads nothing
             value = tl.load(y + row * D + d, mask=d < width, other=0.0).to(tl.float32)
             if HAS_WEIGHT:
-                value *= tl.load(weight_TJ + token * J + j)
+                value *= tl.load(weights + token * SLOTS + slot)
             total += value
         tl.store(out + token * D + d, total.to(out.dtype.element_ty), mask=d < D)
 
 
 @triton.jit
-def _histogram(key_N, count_KB, N, KEYS: tl.constexpr, SORTED: tl.constexpr):
+def _histogram(keys, counts, n_slots, KEYS: tl.constexpr, SORTED: tl.constexpr):
     """How often each key occurs in a block of consecutive slots."""
     block = tl.program_id(0)
     n = block * SORTED + tl.arange(0, SORTED)
-    key = tl.load(key_N + n, mask=n < N, other=KEYS - 1).to(tl.int32)
+    key = tl.load(keys + n, mask=n < n_slots, other=KEYS - 1).to(tl.int32)
     count = tl.histogram(key, KEYS)
-    tl.store(count_KB + tl.arange(0, KEYS) * tl.num_programs(0) + block, count)
+    tl.store(counts + tl.arange(0, KEYS) * tl.num_programs(0) + block, count)
 
 
 @triton.jit
-def _place(key_N, count_KB, end_KB, slot_P, place_N, N, P, absent, SORTED: tl.constexpr, STEP: tl.constexpr):
-    """Each slot's row: behind those of lower keys, of earlier blocks, and of earlier slots of its block."""
-    block, blocks = tl.program_id(0), tl.num_programs(0)
-    own = tl.arange(0, SORTED)
-    n = block * SORTED + own
-    key = tl.load(key_N + n, mask=n < N, other=0).to(tl.int32)
-    row = tl.load(end_KB + key * blocks + block) - tl.load(count_KB + key * blocks + block)
+def _place(
+    keys,
+    counts,
+    ends,
+    slots,
+    places,
+    n_slots,
+    n_rows,
+    absent,
+    SORTED: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """Each slot's row: after those of lower keys, of earlier blocks, and of earlier slots of its block."""
+    block = tl.program_id(0)
+    blocks = tl.num_programs(0)
+    index = tl.arange(0, SORTED)
+    n = block * SORTED + index
+    key = tl.load(keys + n, mask=n < n_slots, other=0).to(tl.int32)
+    row = tl.load(ends + key * blocks + block) - tl.load(counts + key * blocks + block)
     for start in tl.static_range(0, SORTED, STEP):
         other = start + tl.arange(0, STEP)
         m = block * SORTED + other
-        other_key = tl.load(key_N + m, mask=m < N, other=-1).to(tl.int32)
-        before = (other_key[None, :] == key[:, None]) & (other[None, :] < own[:, None])
+        other_key = tl.load(keys + m, mask=m < n_slots, other=-1).to(tl.int32)
+        before = (other_key[None, :] == key[:, None]) & (other[None, :] < index[:, None])
         row += tl.sum(before.to(tl.int32), 1)
-    tl.store(slot_P + row, n.to(tl.int64), mask=(n < N) & (row < P))
-    tl.store(place_N + n, tl.where(key == absent, -1, row), mask=n < N)
+    tl.store(slots + row, n.to(tl.int64), mask=(n < n_slots) & (row < n_rows))
+    tl.store(places + n, tl.where(key == absent, -1, row), mask=n < n_slots)
 
 
-def sort_slots(key_TJ: Tensor, n_keys: int, n_rows: int) -> tuple[RowMap, Tensor, Tensor]:
-    """A stable counting sort: `map_rows` of int16 keys 0 .. `n_keys`, of which `n_keys` means absent.
+def sort_slots(keys: Tensor, n_keys: int, n_rows: int) -> tuple[RowMap, Tensor, Tensor]:
+    """Sort slots by counting, stably: `map_rows` of int16 keys 0 .. `n_keys`, of which `n_keys` means absent.
+
+    Args:
+        keys: [T, slots per token].
 
     Returns:
-        The first `n_rows` slots by key; each slot's row, -1 for absent ones, int32 [T, J]; and where
-        each key's rows end, int32 [n_keys].
+        The first `n_rows` slots by key; each slot's row, -1 for absent ones, int32 [T, slots per token]; and
+        where each key's rows end, int32 [n_keys].
     """
-    slots = key_TJ.numel()
-    blocks, keys = triton.cdiv(slots, SORTED), triton.next_power_of_2(n_keys + 2)  # one is for padding
-    slot_P = torch.empty(n_rows, dtype=torch.int64, device=key_TJ.device)
-    place_TJ = torch.empty(key_TJ.shape, dtype=torch.int32, device=key_TJ.device)
-    if not slots:
-        ends = torch.zeros(n_keys, dtype=torch.int32, device=key_TJ.device)
-        return RowMap(slot_P, key_TJ.shape[1]), place_TJ, ends
-    count_KB = torch.empty(keys, blocks, dtype=torch.int32, device=key_TJ.device)
-    _histogram[(blocks,)](key_TJ, count_KB, slots, keys, SORTED)
-    end_KB = count_KB.view(-1).cumsum(0, dtype=torch.int32).view(keys, blocks)
-    tensors = (key_TJ, count_KB, end_KB, slot_P, place_TJ)
-    _place[(blocks,)](*tensors, slots, n_rows, n_keys, SORTED, STEP)
-    return RowMap(slot_P, key_TJ.shape[1]), place_TJ, end_KB[:n_keys, -1].contiguous()
+    n_slots = keys.numel()
+    blocks = triton.cdiv(n_slots, SORTED)
+    padded_keys = triton.next_power_of_2(n_keys + 2)  # one key is for padding
+    slots = torch.empty(n_rows, dtype=torch.int64, device=keys.device)
+    places = torch.empty(keys.shape, dtype=torch.int32, device=keys.device)
+    if not n_slots:
+        ends = torch.zeros(n_keys, dtype=torch.int32, device=keys.device)
+        return RowMap(slots, keys.shape[1]), places, ends
+    counts = torch.empty(padded_keys, blocks, dtype=torch.int32, device=keys.device)
+    _histogram[(blocks,)](keys=keys, counts=counts, n_slots=n_slots, KEYS=padded_keys, SORTED=SORTED)
+    ends = counts.view(-1).cumsum(0, dtype=torch.int32).view(padded_keys, blocks)
+    _place[(blocks,)](
+        keys=keys,
+        counts=counts,
+        ends=ends,
+        slots=slots,
+        places=places,
+        n_slots=n_slots,
+        n_rows=n_rows,
+        absent=n_keys,
+        SORTED=SORTED,
+        STEP=STEP,
+    )
+    return RowMap(slots, keys.shape[1]), places, ends[:n_keys, -1].contiguous()
 
 
-def places(rows: RowMap, n_tokens: int) -> Tensor:
-    """int32 [T, J]: the row of each slot, -1 for a slot without one."""
-    place = torch.full((n_tokens * rows.n_slots,), -1, dtype=torch.int32, device=rows.slot_P.device)
-    numbers = torch.arange(len(rows.slot_P), dtype=torch.int32, device=place.device)
-    return place.index_copy_(0, rows.slot_P, numbers).view(n_tokens, rows.n_slots)
+def rows_of_slots(rows: RowMap, n_tokens: int) -> Tensor:
+    """Return the row of each slot, -1 for a slot without one: int32 [T, slots per token]."""
+    places = torch.full((n_tokens * rows.n_slots,), -1, dtype=torch.int32, device=rows.slots.device)
+    numbers = torch.arange(len(rows.slots), dtype=torch.int32, device=places.device)
+    return places.index_copy_(0, rows.slots, numbers).view(n_tokens, rows.n_slots)
 
 
 def copy_rows(x_TD: Tensor, rows: RowMap, length: int | None = None) -> Tensor:
-    """[P, D], or [length, D] of which the rows beyond P are uninitialised; no gradient."""
-    n_rows, width = len(rows.slot_P), x_TD.shape[1]
+    """Return a copy of its token for each row, [rows, D]; no gradient.
+
+    Args:
+        length: rows of the result; those after the last row are uninitialised. None: as many as there are.
+    """
+    n_rows = len(rows.slots)
+    width = x_TD.shape[1]
     out = x_TD.new_empty(n_rows if length is None else length, width)
     if n_rows and width:
-        _copy[(n_rows,)](x_TD.contiguous(), rows.slot_P, out, rows.n_slots, width, BLOCK)
+        _copy[(n_rows,)](
+            x=x_TD.contiguous(), slots=rows.slots, out=out, SLOTS=rows.n_slots, D=width, BLOCK=BLOCK
+        )
     return out
 
 
-def add_rows(y_PD: Tensor, place_TJ: Tensor, weight_TJ: Tensor | None = None) -> Tensor:
-    """[T, D]: each token's rows, times their fp32 weights if given, added up; no gradient."""
-    out = y_PD.new_empty(len(place_TJ), y_PD.shape[1])
+def add_rows(y: Tensor, places: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Return the sum of each token's rows of y, times their fp32 weights if given, [T, D]; no gradient.
+
+    Args:
+        places: each slot's row, int32 [T, slots per token].
+        weights: of each slot.
+    """
+    out = y.new_empty(len(places), y.shape[1])
     if out.numel():
-        weight, weighted = (y_PD, False) if weight_TJ is None else (weight_TJ, True)
-        widths = (place_TJ.shape[1], out.shape[1])
-        _sum[(len(out),)](y_PD, place_TJ, weight, out, *widths, weighted, BLOCK)
+        _sum[(len(out),)](
+            y=y,
+            places=places,
+            weights=y if weights is None else weights,
+            out=out,
+            SLOTS=places.shape[1],
+            D=out.shape[1],
+            HAS_WEIGHT=weights is not None,
+            BLOCK=BLOCK,
+        )
     return out
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_TD: Tensor, rows: RowMap) -> Tensor:
-        ctx.rows, ctx.n_tokens = rows, len(x_TD)
+        ctx.rows = rows
+        ctx.n_tokens = len(x_TD)
         return copy_rows(x_TD, rows)
 
     @staticmethod
-    def backward(ctx, grad_PD: Tensor):
-        return add_rows(grad_PD.contiguous(), places(ctx.rows, ctx.n_tokens)), None
+    def backward(ctx, grad: Tensor):
+        return add_rows(grad.contiguous(), rows_of_slots(ctx.rows, ctx.n_tokens)), None
 
 
 class _Sum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, y_PD: Tensor, rows: RowMap, n_tokens: int) -> Tensor:
+    def forward(ctx, y: Tensor, rows: RowMap, n_tokens: int) -> Tensor:
         ctx.rows = rows
-        return add_rows(y_PD.contiguous(), places(rows, n_tokens))
+        return add_rows(y.contiguous(), rows_of_slots(rows, n_tokens))
 
     @staticmethod
     def backward(ctx, grad_TD: Tensor):
@@ -150,5 +194,5 @@ def gather_rows(x_TD: Tensor, rows: RowMap) -> Tensor:
     return _Gather.apply(x_TD, rows)
 
 
-def sum_rows(y_PD: Tensor, rows: RowMap, n_tokens: int) -> Tensor:
-    return _Sum.apply(y_PD, rows, n_tokens)
+def sum_rows(y: Tensor, rows: RowMap, n_tokens: int) -> Tensor:
+    return _Sum.apply(y, rows, n_tokens)

@@ -1,7 +1,4 @@
-"""SwiGLU: silu(gate) * up in one pass, and its backward in another, between the products.
-
-Shapes: R rows, F width; of the network: T tokens, D hidden_size.
-"""
+"""SwiGLU between its products: silu(gate) * up in one pass, and its backward pass in another."""
 
 import torch
 import triton
@@ -17,7 +14,7 @@ BLOCK = 1024
 def _forward(
     gate,
     up,
-    weight_R,
+    weight,
     out,
     gate_step,
     up_step,
@@ -31,7 +28,7 @@ def _forward(
     u = tl.load(up + row * up_step + f, mask=f < F, other=0.0).to(tl.float32)
     value = g * tl.sigmoid(g) * u
     if HAS_WEIGHT:
-        value *= tl.load(weight_R + row)
+        value *= tl.load(weight + row)
     tl.store(out + row * F + f, value.to(out.dtype.element_ty), mask=f < F)
 
 
@@ -40,19 +37,19 @@ def _backward(
     grad,
     gate,
     up,
-    weight_R,
-    grad_weight_R,
+    weight,
+    grad_weight,
     gate_step,
     up_step,
     F: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """In place: the gradient becomes the forward's result, gate and up become their gradients."""
+    """In place: the gradient becomes the forward pass's result, gate and up become their gradients."""
     row = tl.program_id(0).to(tl.int64)
     factor = 1.0
     if HAS_WEIGHT:
-        factor = tl.load(weight_R + row)
+        factor = tl.load(weight + row)
     dot = 0.0
     for start in tl.static_range(0, F, BLOCK):
         f = start + tl.arange(0, BLOCK)
@@ -65,57 +62,80 @@ def _backward(
             dot += tl.sum(d * h, 0)
         tl.store(grad + row * F + f, (h * factor).to(grad.dtype.element_ty), mask=f < F)
         d *= factor
-        to_gate, to_up = d * u * s * (1 + g * (1 - s)), d * g * s
+        to_gate = d * u * s * (1 + g * (1 - s))
+        to_up = d * g * s
         tl.store(gate + row * gate_step + f, to_gate.to(gate.dtype.element_ty), mask=f < F)
         tl.store(up + row * up_step + f, to_up.to(up.dtype.element_ty), mask=f < F)
     if HAS_WEIGHT:
-        tl.store(grad_weight_R + row, dot)
+        tl.store(grad_weight + row, dot)
 
 
-def forward(gate_RF: Tensor, up_RF: Tensor, weight_R: Tensor | None) -> Tensor:
-    """[R, F]: silu(gate) * up, times each row's fp32 weight; no gradient. Rows may be strided."""
-    rows, width = gate_RF.shape
-    out = gate_RF.new_empty(rows, width)
+def forward(gate: Tensor, up: Tensor, weight: Tensor | None) -> Tensor:
+    """Return silu(gate) * up [rows, F], times each row's fp32 weight; no gradient. Rows may be strided."""
+    rows, width = gate.shape
+    out = gate.new_empty(rows, width)
     if out.numel():
-        weight, steps = (out if weight_R is None else weight_R), (gate_RF.stride(0), up_RF.stride(0))
-        grid = (rows, triton.cdiv(width, BLOCK))
-        _forward[grid](gate_RF, up_RF, weight, out, *steps, width, weight_R is not None, BLOCK)
+        _forward[(rows, triton.cdiv(width, BLOCK))](
+            gate=gate,
+            up=up,
+            weight=out if weight is None else weight,
+            out=out,
+            gate_step=gate.stride(0),
+            up_step=up.stride(0),
+            F=width,
+            HAS_WEIGHT=weight is not None,
+            BLOCK=BLOCK,
+        )
     return out
 
 
-def backward_in_place(
-    grad_RF: Tensor, gate_RF: Tensor, up_RF: Tensor, weight_R: Tensor | None
-) -> Tensor | None:
-    """The gradients of gate and up take their places, the forward's result takes `grad`'s; returned is
-    the gradient of the weights [R]. Rows of gate and up may be strided."""
-    rows, width = grad_RF.shape
-    grad_weight = None if weight_R is None else torch.empty_like(weight_R)
-    if grad_RF.numel():
-        weights = (grad_RF, grad_RF) if grad_weight is None else (weight_R, grad_weight)
-        tensors = (grad_RF, gate_RF, up_RF, *weights)
-        steps = (gate_RF.stride(0), up_RF.stride(0))
-        _backward[(rows,)](*tensors, *steps, width, weight_R is not None, BLOCK)
+def backward_in_place(grad: Tensor, gate: Tensor, up: Tensor, weight: Tensor | None) -> Tensor | None:
+    """Replace gate and up [rows, F] by their gradients, and `grad` by the forward pass's result.
+
+    Rows of gate and up may be strided.
+
+    Returns:
+        The gradient of the weights [rows]; None without weights.
+    """
+    rows, width = grad.shape
+    grad_weight = None if weight is None else torch.empty_like(weight)
+    if grad.numel():
+        _backward[(rows,)](
+            grad=grad,
+            gate=gate,
+            up=up,
+            weight=grad if weight is None else weight,
+            grad_weight=grad if grad_weight is None else grad_weight,
+            gate_step=gate.stride(0),
+            up_step=up.stride(0),
+            F=width,
+            HAS_WEIGHT=weight is not None,
+            BLOCK=BLOCK,
+        )
     return grad_weight
 
 
 class _SwiGLU(torch.autograd.Function):
-    """Kept for backward: x, gate and up; their product is made again in the pass that needs them anyway."""
+    """Keeps x, gate and up. Their product is recomputed in the backward pass that reads them anyway."""
 
     @staticmethod
     def forward(ctx, x: Tensor, gate_FD: Tensor, up_FD: Tensor, down_DF: Tensor) -> Tensor:
         x_TD = x.flatten(0, -2)
-        gate_TF, up_TF = torch.mm(x_TD, gate_FD.t()), torch.mm(x_TD, up_FD.t())
-        ctx.save_for_backward(x, gate_FD, up_FD, down_DF, gate_TF, up_TF)
+        gate_TF = torch.mm(x_TD, gate_FD.t())
+        up_TF = torch.mm(x_TD, up_FD.t())
+        kept = (x, gate_FD, up_FD, down_DF, gate_TF, up_TF)
+        ctx.save_for_backward(*kept)
         ctx.done = False
         return torch.mm(forward(gate_TF, up_TF, None), down_DF.t()).view(x.shape)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        assert not ctx.done, "a SwiGLU's backward runs once: it overwrites what forward kept"
+        assert not ctx.done, "a SwiGLU's backward pass runs once: it overwrites what the forward pass kept"
         ctx.done = True
         x, gate_FD, up_FD, down_DF, gate_TF, up_TF = ctx.saved_tensors
-        x_TD, grad_TD = x.flatten(0, -2), grad.flatten(0, -2)
-        hidden_TF = torch.mm(grad_TD, down_DF)  # its gradient, then in its place itself
+        x_TD = x.flatten(0, -2)
+        grad_TD = grad.flatten(0, -2)
+        hidden_TF = torch.mm(grad_TD, down_DF)  # its gradient, then in the same memory itself
         backward_in_place(hidden_TF, gate_TF, up_TF, None)
         grads = [gate_TF, up_TF]
         grad_down = torch.mm(grad_TD.t(), hidden_TF)

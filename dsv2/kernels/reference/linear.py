@@ -1,12 +1,9 @@
-"""Several matrices that multiply the same input.
-
-Shapes: D input width; any leading dimensions.
-"""
+"""Several matrices that multiply the same input."""
 
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def linears(x_D: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
-    """x W^T for each weight [width, D]."""
-    return tuple(F.linear(x_D, weight) for weight in weights)
+def linears(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+    """Return x W^T for each weight [width, input width]."""
+    return tuple(F.linear(x, weight) for weight in weights)

@@ -1,29 +1,27 @@
-"""RMSNorm (Zhang & Sennrich, arXiv 1910.07467), alone and in the residual stream, and the stream's sums.
-
-Shapes: any leading dimensions, D width.
-"""
+"""RMSNorm (Zhang & Sennrich, arXiv 1910.07467), alone and in the residual stream, and the stream's sums."""
 
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def rms_norm(x_D: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """x / rms(x) * weight, rms(x) = sqrt(mean(x^2) + eps), in x's dtype."""
-    return F.rms_norm(x_D, weight_D.shape, weight_D, eps)
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Return x / rms(x) * weight in x's dtype, where rms(x) = sqrt(mean(x^2) + eps)."""
+    return F.rms_norm(x, weight.shape, weight, eps)
 
 
-def add_rms_norm(x_D: Tensor, change_D: Tensor | None, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(x + change, or x itself, and its RMSNorm): the stream that goes on and what a block works on.
+def add_rms_norm(x: Tensor, change: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return x + change (or x) and its RMSNorm: the residual stream, and the input of the next block.
 
-    Whoever goes on with the x returned lets a fused backward add its gradient to the norm's on the way.
+    Continue with the returned x, not with the argument. Only then can the fused backward pass add its
+    gradient while it computes the norm's.
     """
-    if change_D is not None:
-        x_D = x_D + change_D
-    return x_D, rms_norm(x_D, weight_D, eps)
+    if change is not None:
+        x = x + change
+    return x, rms_norm(x, weight, eps)
 
 
-def add_up(x_D: Tensor, *others_D: Tensor) -> Tensor:
-    """The sum of tensors of one shape."""
-    for other_D in others_D:
-        x_D = x_D + other_D
-    return x_D
+def add_up(x: Tensor, *terms: Tensor) -> Tensor:
+    """Return the sum of tensors of one shape."""
+    for term in terms:
+        x = x + term
+    return x

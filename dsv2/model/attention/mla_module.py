@@ -72,7 +72,7 @@ class MultiHeadLatentAttention(nn.Module):
         latent_BSC, k_rope_BSR = self._latent(latent_down)
         kv_BSHX = self.kv_b_proj(latent_BSC).unflatten(-1, (self.num_heads, -1))
         out_BSHV = self.kernels.latent_attention(
-            self._queries(query_down), kv_BSHX, k_rope_BSR, cos_SP, sin_SP, self.scale
+            self._queries(query_down), kv_BSHX, k_rope_BSR, cos_SP, sin_SP, scale=self.scale
         )
         return self.o_proj(out_BSHV.flatten(-2))
 

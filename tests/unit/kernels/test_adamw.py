@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from dsv2.kernels.reference.adamw import AdamWStep, adamw, random_bits, round_stochastically
+from dsv2.kernels.reference.adamw import adamw, random_bits, round_stochastically
+from dsv2.kernels.types import AdamWStep
 
 HYPER = AdamWStep(lr=3e-3, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, step=1, seed=7)
 CPU = torch.device("cpu")
@@ -22,7 +23,9 @@ def test_fp32_states_follow_torch_s_adamw():
     copy = torch.empty(500, dtype=torch.bfloat16)
     for step in range(1, 21):
         gradient = torch.randn(500, generator=torch.manual_seed(step))
-        adamw(*ours, gradient, torch.tensor(0.25), copy, HYPER._replace(step=step), first=0)
+        adamw(
+            *ours, gradient, scale=torch.tensor(0.25), weight=copy, hyper=HYPER._replace(step=step), first=0
+        )
         theirs.grad = gradient * 0.25
         optimizer.step()
         torch.testing.assert_close(ours[0], theirs.detach(), rtol=1e-6, atol=1e-7)
@@ -34,7 +37,9 @@ def test_fp32_states_follow_torch_s_adamw():
 def test_a_norm_that_is_no_number_changes_nothing(dtype):
     before = state(30, dtype)
     after = [x.clone() for x in before]
-    adamw(*after, torch.full((30,), torch.inf), torch.tensor(torch.nan), None, HYPER, first=0)
+    adamw(
+        *after, torch.full((30,), torch.inf), scale=torch.tensor(torch.nan), weight=None, hyper=HYPER, first=0
+    )
     assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
 
 
@@ -59,7 +64,7 @@ def test_small_updates_are_not_lost_to_bf16():
     weights[0].fill_(1.0)
     for step in range(1, 401):
         hyper = HYPER._replace(lr=1 / 1600, weight_decay=0.0, step=step)
-        adamw(*weights, torch.ones(4000), torch.tensor(1.0), None, hyper, first=0)
+        adamw(*weights, torch.ones(4000), scale=torch.tensor(1.0), weight=None, hyper=hyper, first=0)
     # 400 steps of 1/1600 downwards
     assert weights[0].double().mean().item() == pytest.approx(0.75, abs=2e-3)
     assert weights[1].double().mean().item() == pytest.approx(1.0, abs=2e-3)
@@ -70,10 +75,17 @@ def test_bits_depend_on_the_place_in_the_parameter_alone():
     whole = state(1000, torch.bfloat16)
     gradient = torch.randn(1000, generator=torch.manual_seed(5))
     parts = [x.clone() for x in whole]
-    adamw(*whole, gradient, torch.tensor(1.0), None, HYPER, first=2**33)
+    adamw(*whole, gradient, scale=torch.tensor(1.0), weight=None, hyper=HYPER, first=2**33)
     for start, end in ((0, 130), (130, 1000)):
         views = [x[start:end] for x in parts]
-        adamw(*views, gradient[start:end], torch.tensor(1.0), None, HYPER, first=2**33 + start)
+        adamw(
+            *views,
+            gradient[start:end],
+            scale=torch.tensor(1.0),
+            weight=None,
+            hyper=HYPER,
+            first=2**33 + start,
+        )
     assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
 
 

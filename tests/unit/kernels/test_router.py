@@ -8,7 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsv2.kernels.reference.router import Routing, route, sequence_sums
+from dsv2.kernels.reference.router import route, sequence_sums
+from dsv2.kernels.types import Routing
 from tests.unit import reference
 from tests.unit.helpers import properties
 

@@ -6,7 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsv2.kernels.reference.router import Routing, route
+from dsv2.kernels.reference.router import route
+from dsv2.kernels.types import Routing
 from dsv2.moe.balance import BalanceLosses
 from tests.unit import reference
 from tests.unit.helpers import balance_of, properties

@@ -90,7 +90,7 @@ def test_round_trip_against_the_loop(case):
 
 def test_map_rows_orders_by_key_then_slot():
     rows = map_rows(torch.tensor([[2, 0], [1, 9], [0, 2]]), 5)
-    assert rows.slot_P.tolist() == [1, 4, 2, 0, 5]
+    assert rows.slots.tolist() == [1, 4, 2, 0, 5]
     assert rows.tokens().tolist() == [0, 2, 1, 0, 2]
 
 
@@ -102,7 +102,7 @@ def test_sum_rows_of_other_tokens_do_not_change_a_token_to_the_last_bit():
 
     def summed(tokens: slice) -> torch.Tensor:
         rows = map_rows(keys[tokens], keys[tokens].numel())
-        return sum_rows(y[tokens].flatten(0, 1)[rows.slot_P], rows, len(keys[tokens]), weights[tokens])
+        return sum_rows(y[tokens].flatten(0, 1)[rows.slots], rows, len(keys[tokens]), weights[tokens])
 
     together = summed(slice(0, 6))
     assert torch.equal(together, torch.cat([summed(slice(t, t + 1)) for t in range(6)]))

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from dsv2.config.schema import BalanceConfig
-from dsv2.kernels.reference.router import Routing, sequence_sums
+from dsv2.kernels.reference.router import sequence_sums
+from dsv2.kernels.types import Routing
 from dsv2.moe.balance import BalanceLosses
 from dsv2.moe.stats import RoutingStats, routing_stats
 from dsv2.moe.traffic import bytes_per_row

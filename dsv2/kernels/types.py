@@ -1,0 +1,46 @@
+"""What kernels take and return besides plain tensors."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Routing(NamedTuple):
+    """The router's outcome. Everything after the router is computed from it."""
+
+    expert_ids_TK: Tensor  # int64, by descending affinity
+    weights_TK: Tensor  # fp32: g_i of eq. 21, the affinity itself, not renormalised
+    affinity_TE: Tensor  # fp32: s_i of eq. 22, before any masking
+
+
+class SequenceSums(NamedTuple):
+    """Sums over each sequence's tokens, fp32 (exact for counts). Losses and statistics need no more."""
+
+    affinity_BE: Tensor  # of s; gradient flows
+    selected_BE: Tensor  # tokens that select the expert
+    sent_BG: Tensor  # tokens with an expert in the group
+    entropy_B: Tensor  # of the affinity's entropy, nats
+    top1_B: Tensor  # of the highest affinity selected
+
+
+class RowMap(NamedTuple):
+    """Rows for some of the tokens' slots, ordered by a key. A slot is one expert or one rank of a token."""
+
+    slots: Tensor  # int64 [rows]: each row's slot, an index into the tokens x n_slots slots
+    n_slots: int  # per token
+
+    def tokens(self) -> Tensor:
+        """Return each row's token, int64 [rows]."""
+        return self.slots // self.n_slots
+
+
+class AdamWStep(NamedTuple):
+    """The numbers of one AdamW update of one parameter."""
+
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    step: int  # counted from 1
+    seed: int  # of the stochastic rounding, 0 .. 2^31 - 1; each parameter has its own
