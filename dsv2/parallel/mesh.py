@@ -6,7 +6,8 @@ ended. plan.py says who belongs together; start.py makes the process groups. Dee
 run inside dsv2/parallel/zero.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -27,7 +28,23 @@ def _collective(call: Callable[..., T], *args: Any, **options: Any) -> T:
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        raise PeerLost(f"another process has ended; its own message says why ({error})") from error
+        raise _peer_lost(error) from error
+
+
+@contextmanager
+def peers_watched() -> Iterator[None]:
+    """Turn torch's errors of distribution into PeerLost where DeepSpeed runs its own collectives.
+
+    gloo raises a plain RuntimeError, which could be any other mistake here, and is left as it is.
+    """
+    try:
+        yield
+    except dist.DistError as error:
+        raise _peer_lost(error) from error
+
+
+def _peer_lost(error: RuntimeError) -> PeerLost:
+    return PeerLost(f"another process has ended; its own message says why ({error})")
 
 
 class Work:

@@ -20,7 +20,7 @@ from dsv2.model.transformer import DeepseekV2, ModelOutput
 from dsv2.moe.balance import BalanceLosses
 from dsv2.moe.stats import RoutingStats
 from dsv2.optimizers.rules import find_optimizer
-from dsv2.parallel.mesh import Mesh
+from dsv2.parallel.mesh import Mesh, peers_watched
 from dsv2.parallel.plan import Dim
 from dsv2.parallel.zero.stages import find_stage
 from dsv2.training.results import StepResult
@@ -72,6 +72,7 @@ class Engine:
         self.sharded.refresh()
         return loaded
 
+    @peers_watched()
     def train_step(self, micro_batches: Sequence[Batch], lr: float) -> StepResult:
         """Take one optimizer step over this rank's micro-batches."""
         count = len(micro_batches)

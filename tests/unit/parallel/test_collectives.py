@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from dsv2.parallel.mesh import ALONE, Mesh
+from dsv2.errors import PeerLost
+from dsv2.parallel.mesh import ALONE, Mesh, peers_watched
 from dsv2.parallel.plan import Dim
 from tests.unit.helpers import REPO
 
@@ -66,3 +68,24 @@ def test_a_mesh_of_one_rank():
     assert {(mesh[dim].rank, mesh[dim].size) for dim in Dim} == {(0, 1)}
     norm = mesh.gradient_norm(torch.tensor(9.0), torch.tensor(16.0))
     assert norm.item() == 5.0
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (dist.DistBackendError("NCCL"), PeerLost),
+        (dist.DistNetworkError("socket"), PeerLost),
+        (RuntimeError("shapes differ"), RuntimeError),
+        (ValueError("lr"), ValueError),
+    ],
+)
+def test_an_error_of_distribution_is_a_lost_peer_and_no_other_is(error, expected):
+    @peers_watched()
+    def step() -> None:
+        raise error
+
+    for _ in range(2):  # a method is called every step
+        with pytest.raises(expected) as raised:
+            step()
+        assert type(raised.value) is expected
+        assert error in (raised.value, raised.value.__cause__)
