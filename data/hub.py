@@ -40,16 +40,13 @@ def rows_of(dataset: Any, name: str) -> Iterator[dict[str, Any]]:
     import pyarrow as pa
     from datasets.exceptions import DatasetsError
 
+    unreadable = (pa.ArrowException, DatasetsError, ValueError)  # an error of the network is none of these
     count = 0
     try:
         for row in dataset:
             count += 1
             yield row
-    except (
-        pa.ArrowException,
-        DatasetsError,
-        ValueError,
-    ) as error:  # not the network's
+    except unreadable as error:
         raise UserError(
             f"{name}: cannot be read after {count} rows ({_first_line(error)}); fix or remove the broken row"
         ) from error
