@@ -19,8 +19,8 @@ help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
 
 train: $(STAMP)
-	$(BIN)/python -m data.prepare stdlib
-	launch/local.sh experiment=quickstart $(ARGS)
+	$(BIN)/python -m dsv2 prepare stdlib
+	$(BIN)/python -m dsv2 train experiment=quickstart $(ARGS)
 
 test: format
 	$(BIN)/python -m pytest -m "not full" $(ARGS)

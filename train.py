@@ -16,7 +16,6 @@ from typing import NoReturn
 import hydra
 from omegaconf import DictConfig
 
-from dsv2.cli.check import find_start
 from dsv2.config.compose import (
     COMPOSITION_ERRORS,
     check_command_line,
@@ -30,6 +29,7 @@ from dsv2.errors import CheckpointError, Diverged, PeerLost, UserError
 from dsv2.parallel.environment import launched_ranks, local_processes, without_warnings_logged
 from dsv2.training.out_of_memory import memory_explained
 from dsv2.training.rundir import claim
+from dsv2.training.start import find_start
 from dsv2.training.validate import validate
 
 

@@ -1,29 +1,33 @@
-"""`python -m dsv2 VERB`: every command but training."""
+"""`python -m dsv2 VERB`: the list of verbs. Each is a file of dsv2/cli."""
 
-import importlib
 import sys
 
-VERBS = {
-    "check": "dsv2.cli.check:main",
-    "generate": "dsv2.inference.answers:main",
-    "export": "dsv2.hf.export:main",
-    "plan": "dsv2.cli.plan:run",
-    "cache": "dsv2.planner.cache_table:main",
-    "report": "dsv2.monitoring.report.run:main",
-    "dashboard": "dsv2.monitoring.dashboard:main",
-    "benchmark": "dsv2.benchmark.measure:main",
-    "study": "dsv2.studies.run:main",
-}
+from dsv2.cli.base import Verb, main
+from dsv2.cli.benchmark import Benchmark
+from dsv2.cli.cache import Cache
+from dsv2.cli.check import Check
+from dsv2.cli.dashboard import Dashboard
+from dsv2.cli.export import Export
+from dsv2.cli.generate import Generate
+from dsv2.cli.plan import Plan
+from dsv2.cli.prepare import Prepare
+from dsv2.cli.report import Report
+from dsv2.cli.study import Study
+from dsv2.cli.train import Train
 
-
-def main(arguments: list[str]) -> int:
-    """Run the verb that `arguments` begins with; return its exit code."""
-    if not arguments or arguments[0] not in VERBS:
-        print(f"usage: python -m dsv2 VERB ...; VERB is one of {', '.join(VERBS)}", file=sys.stderr)
-        return 2
-    module, _, function = VERBS[arguments[0]].partition(":")
-    return getattr(importlib.import_module(module), function)(arguments[1:])
-
+VERBS: tuple[Verb, ...] = (
+    Train(),
+    Check(),
+    Prepare(),
+    Generate(),
+    Export(),
+    Plan(),
+    Cache(),
+    Report(),
+    Dashboard(),
+    Benchmark(),
+    Study(),
+)
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(sys.argv[1:], VERBS))

@@ -1,5 +1,6 @@
 # shellcheck shell=bash
-# What the launchers share; sourced, never run. Sets ROOT, TORCHRUN and PYTHON and goes to ROOT.
+# What launch/multinode.sh needs; sourced, never run. Sets ROOT and TORCHRUN and changes to ROOT.
+# `python -m dsv2 train` does the same for one machine (dsv2/cli/train.py); keep the two alike.
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$ROOT" || exit
@@ -19,13 +20,8 @@ if [[ -x .venv/bin/torchrun ]]; then
 else
     TORCHRUN=torchrun
 fi
-if [[ -x .venv/bin/python ]]; then
-    PYTHON=.venv/bin/python
-else
-    PYTHON=python
-fi
 
-# Number of GPUs that train.py will use on this machine: 0 where the overrides say runtime.device=cpu.
+# Print the number of GPUs that train.py will use on this machine: 0 if an override says runtime.device=cpu.
 count_gpus() {
     local override
     for override in "$@"; do
@@ -44,7 +40,7 @@ count_gpus() {
     fi
 }
 
-# Processes to start on this machine: NPROC if given, else one a GPU, else two on the CPU.
+# Print the number of processes for this machine: NPROC if given, else one per GPU, else two on the CPU.
 count_processes() {
     local gpus
     gpus=$(count_gpus "$@")
@@ -63,13 +59,13 @@ run_torchrun() {
     local processes=$1
     shift
     command -v "$TORCHRUN" >/dev/null || die "no torchrun: run 'make train', or activate an environment"
-    # torchrun's own default is 1 thread a process, which leaves cores idle.
+    # torchrun's own default is 1 thread per process, which leaves cores idle.
     local threads=$(($(nproc) / processes))
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
     # torchrun's own default, 30 s, is too short to save a large model after a signal.
     export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120}
-    # By itself glibc gives a tensor's memory back when it is freed, and the kernel zeroes it page by page for the
-    # next one: a tenth of a small model's time on the CPU. So blocks up to 32 MiB, and 256 MiB in all, are kept.
+    # By default glibc returns a tensor's memory when it is freed, and the kernel clears it page by page for the
+    # next tensor: a tenth of a small model's time on the CPU. These values keep blocks up to 32 MiB.
     export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-33554432}
     export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-268435456}
     local name

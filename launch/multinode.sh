@@ -4,10 +4,10 @@
 # Usage:    NNODES=N HEAD=host:port [NODE_RANK=R] [NPROC=N] [RDZV_ID=ID] launch/multinode.sh [overrides...]
 # Example:  NNODES=2 HEAD=node0:29500 launch/multinode.sh name=lite model=lite runtime=gpu
 #
-# HEAD is one of the machines and a free port on it. Each machine finds out by name whether it is HEAD; where
-# names do not resolve to the machine itself (containers, NAT), give NODE_RANK=0 on HEAD, 1, 2, ... elsewhere.
-# NPROC is the number of processes on this machine (else one a GPU, or two without GPUs). RDZV_ID tells apart
-# jobs that share a HEAD. runs_dir must be on a file system that all machines share.
+# HEAD is one of the machines and a free port on it. Each machine finds out by its name whether it is HEAD. If
+# names do not resolve to the machine itself (containers, NAT), give NODE_RANK=0 on HEAD and 1, 2, ... elsewhere.
+# NPROC is the number of processes on this machine (default: one per GPU, or two without GPUs). RDZV_ID tells
+# apart jobs that share a HEAD. runs_dir must be on a file system that all machines share.
 
 set -euo pipefail
 # shellcheck source=launch/common.sh

@@ -25,13 +25,8 @@ from data.prepared.manifest import MANIFEST, Manifest
 KINDS = {corpus.kind: corpus for corpus in CORPORA}
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """Parse the command line into the fields of the corpus and of `Settings`, `kind`, `out` and `quiet`."""
-    parser = argparse.ArgumentParser(
-        prog="python -m data.prepare",
-        description="Turn text into a prepared folder, which data=local trains on. "
-        "`python -m data.prepare SOURCE --help` explains a source's options.",
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments: the fields of the corpus and of `Settings`, `kind`, `out` and `quiet`."""
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="SOURCE")
     for kind, corpus in KINDS.items():
         command = kinds.add_parser(kind, help=corpus.summary, description=corpus.summary)
@@ -42,11 +37,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
             "--out", default=corpus.out, required=corpus.out is None, help=f"The folder to write.{default}"
         )
         command.add_argument("--quiet", action="store_true", help="Print nothing except errors.")
-    arguments = parser.parse_args(argv)
-    if arguments.vocab_size is None and arguments.tokenizer is None:
-        arguments.vocab_size = KINDS[arguments.kind].vocab_size
-    return arguments
-
 
 def _add_fields(parser: argparse.ArgumentParser, fields_of: type[Corpus] | type[Settings]) -> None:
     """Add an argument per field: an option if the field has a default, else a positional argument."""
@@ -74,15 +64,37 @@ def _fields(fields_of: type[Corpus] | type[Settings], arguments: argparse.Namesp
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
+def run(arguments: argparse.Namespace) -> None:
+    """Prepare what the arguments ask for, and print a summary.
+
+    Raises:
+        UserError: an argument or the text is wrong.
+        OSError: a file cannot be read or written.
+    """
+    kind = KINDS[arguments.kind]
+    if arguments.vocab_size is None and arguments.tokenizer is None:
+        arguments.vocab_size = kind.vocab_size
+    finished_before = (Path(arguments.out) / MANIFEST).is_file()
+    corpus = kind(**_fields(kind, arguments))
+    settings = Settings(**_fields(Settings, arguments))
+    manifest = prepare(corpus, arguments.out, settings, arguments.quiet)
+    if not arguments.quiet:
+        if finished_before:
+            print(f"{arguments.out} already exists; to read the text again, remove that folder")
+        print(summary(arguments.out, manifest))
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return its exit status: 0, 2 for a user's mistake, 130 for Ctrl-C."""
-    arguments = parse_arguments(argv)
-    kind = KINDS[arguments.kind]
-    finished_before = (Path(arguments.out) / MANIFEST).is_file()
+    parser = argparse.ArgumentParser(
+        prog="python -m data.prepare",
+        description="Turn text into a prepared folder, which data=local trains on. "
+        "`python -m data.prepare SOURCE --help` explains a source's options.",
+    )
+    add_arguments(parser)
+    arguments = parser.parse_args(argv)
     try:
-        corpus = kind(**_fields(kind, arguments))
-        settings = Settings(**_fields(Settings, arguments))
-        manifest = prepare(corpus, arguments.out, settings, arguments.quiet)
+        run(arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -92,10 +104,6 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\ninterrupted: run the same command again to continue", file=sys.stderr)
         return 130
-    if not arguments.quiet:
-        if finished_before:
-            print(f"{arguments.out} already exists; to read the text again, remove that folder")
-        print(summary(arguments.out, manifest))
     return 0
 
 

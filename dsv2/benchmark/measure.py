@@ -1,24 +1,10 @@
-"""Time optimizer steps of any model through the engine that trains it, and see where the time goes.
+"""Measure optimizer steps: through the engine that trains, or of another framework on the same work."""
 
-    python -m dsv2 benchmark --steps 10 model=lite_slice runtime=gpu runtime.micro_batch_size=8
-    torchrun --nproc_per_node=8 -m dsv2 benchmark model=lite runtime=gpu parallel.expert_parallel_size=8
-    python -m dsv2 benchmark --against transformers,deepspeed_autoep:6 model=lite_slice runtime=gpu
-
-Random tokens, data.sequence_length long (4096 unless given), or with data.path=FOLDER those of a prepared
-folder; routing as the model's weights have it, or with --balanced the same number of tokens for every expert.
-Prints a row and, of one more step, the share of each part; --out FILE writes both as JSON, and
---profile FILE keeps that step's trace for chrome://tracing and prints its top kernels.
-
---against has other frameworks do the same work: this one and they take turns, each turn in a process of
-its own. NAME:6 gives a peer another micro-batch than the configuration's. dsv2/benchmark/peers says how
-each is set up; one that is not installed is refused.
-"""
-
-import argparse
 import json
 import os
 import sys
 import tempfile
+from argparse import Namespace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -33,27 +19,16 @@ from dsv2.training.out_of_memory import memory_explained
 from dsv2.training.validate import validate
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Time optimizer steps.")
-    parser.add_argument("overrides", nargs="*", help="of the configuration, as for train.py")
-    parser.add_argument("--steps", type=int, default=10, help="steps that count (10)")
-    parser.add_argument("--warmup", type=int, default=4, help="steps before them (4)")
-    parser.add_argument("--balanced", action="store_true", help="as many tokens for every expert")
-    parser.add_argument("--out", help="write the figures there, as JSON")
-    parser.add_argument("--profile", help="write a trace of one step there, and print its top kernels")
-    parser.add_argument("--against", help="peers to compare with, such as transformers,torchtitan:4")
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each contender, with --against (3)")
-    parser.add_argument("--contender", default=None, help=argparse.SUPPRESS)  # one turn of `--against`
-    arguments = parser.parse_intermixed_args(argv)
-    if arguments.balanced and arguments.against:
+def check_options(options: Namespace) -> None:
+    """Refuse options that contradict each other or are out of range."""
+    if options.balanced and options.against:
         raise UserError("--balanced: peers route as their routers choose; leave it out with --against")
     for name, least in (("steps", 1), ("warmup", 0), ("rounds", 1)):
-        if (value := getattr(arguments, name)) < least:
+        if (value := getattr(options, name)) < least:
             raise UserError(f"--{name} {value}: must be at least {least}")
     for name in ("out", "profile"):
-        if (file := getattr(arguments, name)) and not Path(file).absolute().parent.is_dir():
+        if (file := getattr(options, name)) and not Path(file).absolute().parent.is_dir():
             raise UserError(f"--{name} {file}: there is no such folder")
-    return arguments
 
 
 def configuration(overrides: list[str], world_size: int) -> Config:
@@ -67,7 +42,7 @@ def configuration(overrides: list[str], world_size: int) -> Config:
     return config
 
 
-def measure(config: Config, device: Any, arguments: argparse.Namespace) -> dict[str, Any]:
+def measure(config: Config, device: Any, arguments: Namespace) -> dict[str, Any]:
     """Train and return what a step took, on this rank."""
     from torch import Tensor, arange, tensor
 
@@ -134,7 +109,7 @@ def _parts(engine: Any, step: Any, keep: Path | None) -> dict[str, Any]:
     }
 
 
-def measure_peer(config: Config, device: Any, arguments: argparse.Namespace) -> dict[str, Any]:
+def measure_peer(config: Config, device: Any, arguments: Namespace) -> dict[str, Any]:
     """The same of a peer, in this process."""
     import torch
 
@@ -153,7 +128,7 @@ def measure_peer(config: Config, device: Any, arguments: argparse.Namespace) -> 
     return row(config, device, timing, 1, f"{name}/{peer.STATES or name}")
 
 
-def compare(sizes: dict[str, int | None], arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
+def compare(sizes: dict[str, int | None], arguments: Namespace) -> tuple[dict[str, Any], str]:
     """Contenders in turn: (JSON, text to print)."""
 
     def turn(name: str, number: int) -> dict[str, Any]:
@@ -175,9 +150,7 @@ def compare(sizes: dict[str, int | None], arguments: argparse.Namespace) -> tupl
     return {"rounds": arguments.rounds, "contenders": found}, f"\n{first}\n{table(found)}"
 
 
-def announcement(
-    config: Config, device: Any, sizes: dict[str, int | None], arguments: argparse.Namespace
-) -> str:
+def announcement(config: Config, device: Any, sizes: dict[str, int | None], arguments: Namespace) -> str:
     """What is about to be timed."""
     steps = f"{arguments.warmup} + {arguments.steps} steps on {device.type}"
     length = config.data.sequence_length
@@ -200,32 +173,33 @@ def one_line(row: dict[str, Any]) -> str:
     return "  ".join(f"{k} {word(v)}" for k, v in row.items() if not isinstance(v, list | dict))
 
 
-def main(argv: list[str] | None = None) -> int:
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler says when it starts and ends
+def benchmark(options: Namespace) -> int:
+    """Time what the options of `python -m dsv2 benchmark` ask for and print it; return 1 if a peer failed.
+
+    Raises:
+        UserError: an option, the configuration or a peer is refused.
+    """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else torch's profiler announces its start and end
 
     from dsv2.parallel.device import pick_device
 
+    check_options(options)
     rank, world_size = launched_ranks()
-    try:
-        arguments = parse_arguments(argv)
-        config = configuration(arguments.overrides, world_size)
-        sizes = check_peers(arguments.against, config, world_size) if arguments.against else {}
-        device = pick_device(config, local_processes())
-        if rank == 0 and arguments.contender is None:  # on a CPU they take a while
-            print(announcement(config, device, sizes, arguments), file=sys.stderr, flush=True)
-        if sizes:
-            result, text = compare(sizes, arguments)
-        else:
-            peer = arguments.contender not in (None, OURS)
-            with memory_explained(config):
-                result = (measure_peer if peer else measure)(config, device, arguments)
-            parts = result.pop("text", "")
-            text = f"{one_line(result)}\n\n{parts}"
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    config = configuration(options.overrides, world_size)
+    sizes = check_peers(options.against, config, world_size) if options.against else {}
+    device = pick_device(config, local_processes())
+    if rank == 0 and options.contender is None:  # the steps take a while on a CPU
+        print(announcement(config, device, sizes, options), file=sys.stderr, flush=True)
+    if sizes:
+        result, text = compare(sizes, options)
+    else:
+        is_peer = options.contender not in (None, OURS)
+        with memory_explained(config):
+            result = (measure_peer if is_peer else measure)(config, device, options)
+        parts = result.pop("text", "")
+        text = f"{one_line(result)}\n\n{parts}"
     if rank == 0:
         print(text, flush=True)
-        if arguments.out:
-            Path(arguments.out).write_text(json.dumps(result) + "\n")
-    return int(any(found["errors"] for found in result.get("contenders", ())))
+        if options.out:
+            Path(options.out).write_text(json.dumps(result) + "\n")
+    return int(any(contender["errors"] for contender in result.get("contenders", ())))

@@ -1,63 +1,56 @@
-"""What is looked at before any process group is made; and, as a command, by itself:
+"""Check a configuration, its data, checkpoint and run folder without training.
 
     python -m dsv2 check PROCESSES [overrides...]
 
-torchrun buries a mistake under a report of its own and always exits with 1, so launch/local.sh asks
-here first: then a mistake is one line and exit code 2.
+The command refuses, with one line, whatever train.py would refuse on a machine with that many processes.
+`python -m dsv2 train` checks the same before it starts processes.
 """
 
-import sys
-from pathlib import Path
-from typing import TYPE_CHECKING
+from argparse import ArgumentParser, Namespace
 
-from dsv2.config.compose import compose_config, to_plain
-from dsv2.config.schema import Config
+from dsv2.cli.base import ExitCode, Verb
 from dsv2.errors import UserError
-from dsv2.training.rundir import claim, let_go
-from dsv2.training.validate import validate
-
-if TYPE_CHECKING:
-    from dsv2.checkpoint.state import Found
-    from dsv2.checkpoint.store import CheckpointStore
-    from dsv2.hf.init_from import HFWeights
 
 
-def find_start(config: Config) -> tuple["CheckpointStore", "Found | None", "HFWeights | None"]:
-    """The run's checkpoints, and where it starts: at one of them, else at init_from's weights, else afresh.
+def check(processes: int, overrides: list[str]) -> None:
+    """Check everything that can be checked before processes start.
 
     Raises:
-        UserError: the data, the checkpoint or the weights are not what the configuration needs.
+        UserError: what train.py would refuse with that many processes on this machine.
     """
-    from data.streams.sources import check_resumed, source_of
-    from dsv2.checkpoint.store import CheckpointStore
-    from dsv2.hf.init_from import HFWeights
+    from dsv2.config.compose import compose_config
+    from dsv2.training.validate import validate
 
-    source_of(config.data).check(config.data, config.model.vocab_size, config.eval.sequences)
-    store = CheckpointStore(config.run_dir / "checkpoints", config.checkpoint.keep, to_plain(config))
-    found = store.find(config.resume, config.stop_step)
-    if found and found.state.data:
-        check_resumed(config.data, found.state.data)
-    if found is not None or config.init_from is None:
-        return store, found, None
-    return store, None, HFWeights(Path(config.init_from), config.model)
+    config = compose_config(overrides)
+    validate(config, processes)
 
-
-def _look(config: Config, processes: int) -> None:
     from dsv2.parallel.device import pick_device
+    from dsv2.training.rundir import claim, let_go
+    from dsv2.training.start import find_start
 
     pick_device(config, processes)
     find_start(config)
     let_go(claim(config.run_dir), config.run_dir)
 
 
-def main(argv: list[str]) -> int:
-    """0, or 2 with one message: what train.py would refuse on a machine with that many processes."""
-    processes, *overrides = argv
-    try:
-        config = compose_config(overrides)
-        validate(config, int(processes))
-        _look(config, int(processes))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+class Check(Verb):
+    name = "check"
+    help = "check a configuration, its data and its checkpoint without training"
+    text = __doc__
+
+    def arguments(self, parser: ArgumentParser) -> None:
+        parser.add_argument("processes", metavar="PROCESSES", help="Number of processes of the job.")
+        overrides = "Overrides of the configuration, as train takes them."
+        parser.add_argument("overrides", nargs="*", metavar="NAME=VALUE", help=overrides)
+
+    def parse(self, words: list[str]) -> Namespace:
+        if not words or words[0] in ("-h", "--help"):
+            return self.parser().parse_args(words)
+        # An override such as --lr=1 is left to the configuration, whose message names the field.
+        return Namespace(processes=words[0], overrides=words[1:])
+
+    def run(self, options: Namespace) -> int:
+        if not options.processes.isdecimal() or int(options.processes) < 1:
+            raise UserError(f"PROCESSES={options.processes}: must be a whole number, at least 1")
+        check(int(options.processes), options.overrides)
+        return ExitCode.ok

@@ -1,4 +1,4 @@
-"""Will it fit, and how long will it take? Answered from the sizes alone, before a GPU is asked for.
+"""Print whether a run fits into memory and how long it takes, from sizes alone; no GPU is needed.
 
     python -m dsv2 plan experiment=v2 gpus=128 gpu=h100 ep=8 zero=1
     python -m dsv2 plan experiment=lite gpus=8 gpu=h100 --search
@@ -6,17 +6,15 @@
 docs/planning.md says what is counted, what is assumed, and how to check it against a run.
 """
 
-import argparse
-import sys
+from argparse import ArgumentParser, Namespace
+from typing import TYPE_CHECKING
 
-from dsv2.config.compose import SHORT, compose_overrides, field_types, to_config, unknown_key
-from dsv2.config.schema import Config
+from dsv2.cli.base import ExitCode, Verb
 from dsv2.errors import UserError
-from dsv2.kernels.specs import find_spec, latent_heads
-from dsv2.parallel.gpus import GPUS, find_gpu
-from dsv2.planner.search import Machines, plan, search
-from dsv2.planner.text import plan_lines, search_lines
-from dsv2.training.validate import validate
+
+if TYPE_CHECKING:  # these import Hydra
+    from dsv2.config.schema import Config
+    from dsv2.planner.search import Machines
 
 OWN = ("gpus", "gpu", "gpus_per_node", "mfu")
 
@@ -33,12 +31,16 @@ def _number(word: str, text: str, kind: type[int] | type[float]) -> int | float:
     return value
 
 
-def read(arguments: list[str]) -> tuple[Machines, list[str]]:
-    """The machines, and the overrides of the configuration.
+def read(arguments: list[str]) -> tuple["Machines", list[str]]:
+    """Return the machines, and the overrides of the configuration.
 
     Raises:
-        UserError: a word or field that does not exist, or a value that cannot be.
+        UserError: a word or field does not exist, or a value is impossible.
     """
+    from dsv2.config.compose import SHORT, field_types, unknown_key
+    from dsv2.parallel.gpus import find_gpu
+    from dsv2.planner.search import Machines
+
     own: dict[str, str] = {}
     overrides = []
     for argument in arguments:
@@ -64,13 +66,18 @@ def read(arguments: list[str]) -> tuple[Machines, list[str]]:
     return Machines(gpus, find_gpu(own.get("gpu", "h100")), per_node, mfu), overrides
 
 
-def load(overrides: list[str], machines: Machines, any_layout: bool = False) -> Config:
-    """The configuration as train.py would take it; the data's whereabouts may be missing.
+def load(overrides: list[str], machines: "Machines", any_layout: bool = False) -> "Config":
+    """Return the configuration as train.py would read it; data.path may be missing.
 
-    With `any_layout` its layout does not count: ranks hold all experts, and run one sequence at once.
+    With `any_layout` the layout is replaced: each rank holds all experts and runs one sequence at a time.
     """
+    from dsv2.config.compose import compose_overrides, to_config
+    from dsv2.kernels.specs import find_spec, latent_heads
+    from dsv2.training.validate import validate
+
     composed = compose_overrides(overrides)
-    composed.data.source, composed.data.path = "local", "not read"
+    composed.data.source = "local"
+    composed.data.path = "not read"
     config = to_config(composed)
     if any_layout:
         config.parallel.expert_parallel_size = 1
@@ -81,36 +88,35 @@ def load(overrides: list[str], machines: Machines, any_layout: bool = False) -> 
     return config
 
 
-def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m dsv2 plan",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description=__doc__,
-        epilog=f"""words of the planner:
-  gpus=N             all GPUs of the job (must be given)
-  gpu=NAME           {", ".join(GPUS)}; default h100
-  gpus_per_node=N    GPUs of one machine; default 8
-  mfu=SHARE          the whole step's utilisation, where it is known; default: estimated
-  ep, zero, micro_batch   short for {", ".join(SHORT.values())}
-All other words are overrides of the configuration, as train.py takes them.""",
-    )
-    parser.add_argument("words", nargs="*", metavar="NAME=VALUE")
-    parser.add_argument("--search", action="store_true", help="list the layouts that fit, the fastest first")
-    options = parser.parse_intermixed_args(arguments)
-    machines, overrides = read(options.words)
-    config = load(overrides, machines, any_layout=options.search)
-    if options.search:
-        lines = search_lines(config, machines, search(config, machines))
-    else:
-        lines = plan_lines(plan(config, machines))
-    print("\n".join(lines))
+class Plan(Verb):
+    name = "plan"
+    help = "print whether a run fits into memory and how long it takes"
+    text = __doc__
 
+    def arguments(self, parser: ArgumentParser) -> None:
+        from dsv2.config.compose import SHORT
+        from dsv2.parallel.gpus import GPUS
 
-def run(arguments: list[str]) -> int:
-    """The command: 0, or 2 for a user's mistake."""
-    try:
-        main(arguments)
-    except UserError as mistake:
-        print(f"error: {mistake}", file=sys.stderr)
-        return 2
-    return 0
+        parser.add_argument("words", nargs="*", metavar="NAME=VALUE", help="The words below.")
+        search = "List the layouts that fit, the fastest first."
+        parser.add_argument("--search", action="store_true", help=search)
+        parser.epilog = f"""words of the planner:
+  gpus=N             Number of all GPUs of the job; must be given.
+  gpu=NAME           Kind of GPU: {", ".join(GPUS)} (default h100).
+  gpus_per_node=N    Number of GPUs per machine (default 8).
+  mfu=SHARE          Utilisation of the whole step, if it is known (default: estimated).
+  ep, zero, micro_batch   Short for {", ".join(SHORT.values())}.
+All other words are overrides of the configuration, as train takes them."""
+
+    def run(self, options: Namespace) -> int:
+        from dsv2.planner.search import plan, search
+        from dsv2.planner.text import plan_lines, search_lines
+
+        machines, overrides = read(options.words)
+        config = load(overrides, machines, any_layout=options.search)
+        if options.search:
+            lines = search_lines(config, machines, search(config, machines))
+        else:
+            lines = plan_lines(plan(config, machines))
+        print("\n".join(lines))
+        return ExitCode.ok

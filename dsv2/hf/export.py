@@ -8,11 +8,9 @@ memory holds one shard and one parameter, never the model. The folder is written
 end: an export that was cut short is not there.
 """
 
-import argparse
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -149,23 +147,3 @@ def published_tensors(
         for part in parts:
             yield part.name, whole[part.place].to(dtype if is_parameter else tensor.dtype, copy=True)
         del whole  # before the next one is read
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line; return its exit status: 0, 1 if it could not write, 2 for a user's mistake."""
-    parser = argparse.ArgumentParser(
-        prog="python -m dsv2 export", description="Write a checkpoint as a Hugging Face folder."
-    )
-    parser.add_argument("checkpoint", type=Path, help="a step-N folder, or a run's: its newest whole one")
-    parser.add_argument("out", type=Path, help="the folder to write")
-    parser.add_argument("--dtype", choices=list(DTYPES), default="bf16", help="of the weights (bf16)")
-    parser.add_argument("--shard-gb", type=float, default=5.0, help="largest file of weights, GB (5)")
-    parser.add_argument("--tokenizer", help="the run's tokenizer, where it is not where it was in training")
-    arguments = vars(parser.parse_args(argv))
-    try:
-        export(**arguments)
-    except (UserError, CheckpointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UserError) else 1
-    print(f"wrote {arguments['out']}")
-    return 0

@@ -7,11 +7,10 @@ is answered as the tokens come; several are decoded together and printed at the 
 does not depend on the others. Nothing is dropped, whatever the balance recipe (section 2.2.4).
 """
 
-import argparse
 import math
 import sys
+from argparse import Namespace
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dsv2.errors import UserError
@@ -21,23 +20,7 @@ if TYPE_CHECKING:  # what takes seconds to import waits: --help and mistakes are
     from dsv2.config.schema import Config
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m dsv2 generate", description="Text from a checkpoint.")
-    parser.add_argument("checkpoint", type=Path, help="a step-N folder, or a run's folder: its newest one")
-    parser.add_argument("--prompt", action="append", required=True, help="text to continue; may be repeated")
-    parser.add_argument("--max-tokens", type=int, default=64, help="new tokens at most (64)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token (0)")
-    parser.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest share only (1)")
-    parser.add_argument("--seed", type=int, default=0, help="of each prompt's draws (0)")
-    parser.add_argument("--tokenizer", help="in place of that of the run's data: a .model or tokenizer.json")
-    parser.add_argument(
-        "--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: a GPU if any"
-    )
-    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of the weights (fp32)")
-    return parser.parse_args(argv)
-
-
-def check_arguments(arguments: argparse.Namespace) -> None:
+def check_arguments(arguments: Namespace) -> None:
     """Refuse values that mean nothing, before anything is loaded."""
     if "" in arguments.prompt:
         raise UserError("--prompt '': must not be empty; give the text to continue")
@@ -103,8 +86,12 @@ def print_answers(texts: list[str], steps: Iterator[list[int | None]], tokenizer
         print(f"--- prompt {number}\n{text}{tokenizer.decode(answer)}")
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Raises UserError for whatever is wrong with the arguments, the checkpoint or the tokenizer."""
+def answer(arguments: Namespace) -> None:
+    """Print what the model says to each prompt. The fields are the options of `python -m dsv2 generate`.
+
+    Raises:
+        UserError: an option, the checkpoint or the tokenizer is wrong.
+    """
     check_arguments(arguments)
     import torch
 
@@ -126,17 +113,3 @@ def run(arguments: argparse.Namespace) -> None:
     sampling = Sampling(arguments.temperature, arguments.top_p, arguments.seed)
     steps = generate(model, prompts, arguments.max_tokens, sampling, tokenizer.eos_id, tokenizer.vocab_size)
     print_answers(arguments.prompt, steps, tokenizer)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line; return its exit status: 0, 2 for a user's mistake, 130 for Ctrl-C."""
-    arguments = parse_arguments(argv)
-    try:
-        run(arguments)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-        return 130
-    return 0

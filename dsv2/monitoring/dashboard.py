@@ -7,13 +7,10 @@ With --spec nothing is sent: the view is written as JSON, which needs neither ne
 makes a new view. Exit codes: 0; 2 where W&B cannot be reached or used, or FILE cannot be written.
 """
 
-import argparse
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsv2.config.schema import LoggingConfig
 from dsv2.errors import UserError
 from dsv2.monitoring.panels import LAYER_SUFFIX, SECTIONS, Panel, Section
 
@@ -102,25 +99,3 @@ def create(entity: str | None, project: str) -> str:
 
 def _one_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line; return its exit status."""
-    parser = argparse.ArgumentParser(description="Create the project's dashboard in W&B.")
-    parser.add_argument("--entity", help="who owns the project (the account's own)")
-    default = LoggingConfig().project
-    parser.add_argument("--project", default=default, help=f"logging.project of the runs ({default})")
-    parser.add_argument(
-        "--spec", type=Path, metavar="FILE", help="write the view there as JSON; send nothing"
-    )
-    arguments = parser.parse_args(argv)
-    try:
-        if arguments.spec is not None:
-            write_spec(arguments.spec, arguments.project)
-            print(arguments.spec)
-        else:
-            print(create(arguments.entity, arguments.project))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0

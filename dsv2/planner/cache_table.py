@@ -3,12 +3,9 @@
 python -m dsv2 cache model=lite [model.FIELD=VALUE ...]
 """
 
-import argparse
-import sys
 from dataclasses import replace
 
 from dsv2.config.schema import AttentionKind, ModelConfig
-from dsv2.errors import UserError
 from dsv2.formats import fmt_count
 from dsv2.planner.cache import elements_per_token, mha_heads_of_as_many_parameters
 
@@ -49,21 +46,3 @@ def table(model: ModelConfig) -> str:
             f"{name:{width}}  {fmt_count(count):>8}  {count / same:>13.0%}  {count / matched:>21.0%}"
         )
     return "\n".join(lines)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line; return its exit status: 0, or 2 for a user's mistake."""
-    parser = argparse.ArgumentParser(prog="python -m dsv2 cache", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("overrides", nargs="*", metavar="model=NAME", help="as for train.py")
-    overrides = parser.parse_args(argv).overrides
-    from dsv2.config.compose import compose_config
-    from dsv2.training.validate import validate
-
-    try:
-        config = compose_config(overrides)
-        validate(config, 1)
-        print(table(config.model))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0

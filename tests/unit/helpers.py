@@ -9,7 +9,9 @@ from typing import Any
 import torch.distributed.checkpoint as dcp
 from hypothesis import HealthCheck, settings
 
+from dsv2.__main__ import VERBS
 from dsv2.checkpoint.files import FORMAT
+from dsv2.cli.base import main
 from dsv2.config import compose
 from dsv2.config.schema import AttentionKind, BalanceConfig, Config, ModelConfig, RopeScalingConfig
 from dsv2.kernels.reference.router import sequence_sums
@@ -87,6 +89,11 @@ def tiny_config(**changes: Any) -> ModelConfig:
 def compose_config(*overrides: str) -> Config:
     """The shipped configuration under these overrides."""
     return compose.compose_config(list(overrides))
+
+
+def run_verb(verb: str, *words: object) -> int:
+    """Run `python -m dsv2 VERB ...` in this process; return its exit code."""
+    return main([verb, *map(str, words)], VERBS)
 
 
 def wandb_history(printed: str) -> dict[int, dict[str, Any]]:

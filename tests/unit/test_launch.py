@@ -39,7 +39,7 @@ def test_scripts_parse_and_are_strict(script):
         assert "\nset -euo pipefail\n" in path.read_text()
 
 
-@pytest.mark.parametrize("script", ["local.sh", "multinode.sh", "slurm.sbatch"])
+@pytest.mark.parametrize("script", ["multinode.sh", "slurm.sbatch"])
 def test_help_is_the_header_with_an_example(box, script):
     done = box.run(f"launch/{script}", "--help")
     assert (done.returncode, done.stderr) == (0, "")
@@ -50,101 +50,28 @@ def test_help_is_the_header_with_an_example(box, script):
     assert box.recorded("torchrun") == []
 
 
-def test_local_without_gpus_starts_two_processes(box):
-    done = box.run("launch/local.sh", "experiment=quickstart", "name=a b")
-    expected = ["--standalone", "--nproc_per_node=2", "train.py", "experiment=quickstart", "name=a b"]
-    assert box.recorded("torchrun") == expected
-    assert done.stdout == (
-        "+ OMP_NUM_THREADS=4 TORCH_ELASTIC_SHUTDOWN_TIMEOUT=120 MALLOC_MMAP_THRESHOLD_=33554432"
-        " MALLOC_TRIM_THRESHOLD_=268435456 torchrun --standalone --nproc_per_node=2"
-        " train.py experiment=quickstart name=a\\ b\n"
+@pytest.mark.parametrize("own", [False, True])
+def test_local_is_the_verb_train_of_the_repository_s_own_python_if_there_is_one(box, own):
+    if own:
+        box.program(box.root / ".venv/bin/python", '#!/bin/bash\necho "own $*"\nexit 5\n')
+    done = subprocess.run(
+        [str(box.root / "launch/local.sh"), "name=a b", "--cfg", "job"],
+        cwd="/",
+        env=box.env(CHECK_ENDS="5", PWD="/"),
+        capture_output=True,
+        text=True,
+        timeout=30,
     )
-    assert box.recorded_env()["OMP_NUM_THREADS"] == "4"
-    assert box.recorded_env()["PWD"] == str(box.root)
+    assert done.returncode == 5
+    words = ["-m", "dsv2", "train", "name=a b", "--cfg", "job"]
+    assert done.stdout == (f"own {' '.join(words)}\n" if own else "")
+    assert box.recorded("python") == ([] if own else words)
 
 
-@pytest.mark.parametrize(
-    ("env", "overrides", "processes", "threads"),
-    [
-        ({"GPUS": "4"}, [], 4, "2"),
-        ({"GPUS": "4", "CUDA_VISIBLE_DEVICES": "1,3"}, [], 2, "4"),
-        ({"GPUS": "4", "CUDA_VISIBLE_DEVICES": "GPU-8a,GPU-9b,GPU-c"}, [], 3, "2"),
-        ({"GPUS": "4", "CUDA_VISIBLE_DEVICES": ""}, [], 2, "4"),
-        ({"GPUS": "4", "CUDA_VISIBLE_DEVICES": "-1"}, [], 2, "4"),
-        ({"GPUS": "4"}, ["runtime.device=cpu"], 2, "4"),
-        ({"GPUS": "4", "NPROC": "3"}, [], 3, "2"),
-        ({"NPROC": "16"}, [], 16, "1"),
-        ({"OMP_NUM_THREADS": "5"}, [], 2, "5"),
-    ],
-)
-def test_local_processes_and_threads(box, env, overrides, processes, threads):
-    box.run("launch/local.sh", *overrides, **env)
-    assert box.recorded("torchrun") == [
-        "--standalone",
-        f"--nproc_per_node={processes}",
-        "train.py",
-        *overrides,
-    ]
-    assert box.recorded_env()["OMP_NUM_THREADS"] == threads
-
-
-QUICKSTART = "experiment=quickstart"
-
-
-@pytest.mark.parametrize(
-    ("gpus", "processes"),
-    [(1, 1), (2, 2), (3, 2), (4, 4), (5, 4), (6, 4), (7, 4), (8, 8), (9, 8), (16, 8)],
-)
-def test_the_quickstart_starts_as_many_processes_as_fit_its_batch(box, gpus, processes):
-    done = box.run("launch/local.sh", QUICKSTART, GPUS=str(gpus))
-    assert box.recorded("torchrun")[1] == f"--nproc_per_node={processes}"
-    assert (f"quickstart: {processes} processes on {gpus} GPUs" in done.stdout) == (processes < gpus)
-    appended = [f"runtime.micro_batch_size={8 // processes}"] if processes > 2 else []
-    assert [word for word in box.recorded("torchrun") if "micro_batch_size" in word] == appended
-
-
-@pytest.mark.parametrize(
-    ("overrides", "env", "processes"),
-    [([QUICKSTART], {"NPROC": "6"}, 6), (["experiment=other"], {}, 7), ([f"name={QUICKSTART}"], {}, 7)],
-)
-def test_who_gives_the_processes_or_trains_something_else_gets_all(box, overrides, env, processes):
-    box.run("launch/local.sh", *overrides, GPUS="7", **env)
-    assert box.recorded("torchrun")[1] == f"--nproc_per_node={processes}"
-
-
-@pytest.mark.parametrize("env", [{"NPROC": "1"}, {"GPUS": "1"}])
-def test_local_with_one_process_turns_expert_parallelism_off_and_says_so(box, env):
-    done = box.run("launch/local.sh", "experiment=quickstart", **env)
-    expected = ["--standalone", "--nproc_per_node=1", "train.py", "experiment=quickstart"]
-    assert box.recorded("torchrun") == [*expected, "parallel.expert_parallel_size=1"]
-    assert done.stdout.startswith("one process: appending parallel.expert_parallel_size=1")
-
-
-@pytest.mark.parametrize("given", ["parallel.expert_parallel_size=2", "++parallel.expert_parallel_size=1"])
-def test_local_with_one_process_leaves_a_given_size_alone(box, given):
-    done = box.run("launch/local.sh", given, "name=x", NPROC="1")
-    assert box.recorded("torchrun") == ["--standalone", "--nproc_per_node=1", "train.py", given, "name=x"]
-    assert "appending" not in done.stdout
-
-
-@pytest.mark.parametrize("nproc", ["0", "two", "-1"])
-def test_local_refuses_a_wrong_nproc(box, nproc):
-    done = box.run("launch/local.sh", NPROC=nproc)
-    assert done.returncode == 2
-    assert f"NPROC={nproc}: it must be a whole number, at least 1" in done.stderr
-    assert box.recorded("torchrun") == []
-
-
-def test_local_prefers_the_repository_s_own_torchrun(box):
-    box.program(box.root / ".venv/bin/torchrun", '#!/bin/bash\necho "own $*"\n')
-    done = box.run(str(box.root / "launch" / "local.sh"))
-    assert done.stdout.splitlines()[1] == "own --standalone --nproc_per_node=2 train.py"
-    assert box.recorded("torchrun") == []
-
-
-def test_local_becomes_torchrun_so_signals_and_exit_code_pass(box):
+def test_local_becomes_python_so_signals_and_exit_code_pass(box):
     does = 'trap "exit 9" TERM; echo $$ >"$RECORDS/pid"; for ((i = 0; i < 400; i++)); do sleep 0.05; done'
-    with subprocess.Popen(["launch/local.sh"], cwd=box.root, env=box.env(TORCHRUN_DOES=does)) as process:
+    box.program(box.root / ".venv/bin/python", f"#!/bin/bash\n{does}\n")
+    with subprocess.Popen(["launch/local.sh"], cwd=box.root, env=box.env()) as process:
         wait_for(box.records / "pid")
         assert int((box.records / "pid").read_text()) == process.pid
         process.send_signal(signal.SIGTERM)
@@ -283,10 +210,3 @@ def test_slurm_directives_fit_together():
     # sbatch stops reading directives at the first command.
     last = max(number for number, line in enumerate(lines) if line.startswith("#SBATCH "))
     assert all(line == "" or line.startswith("#") for line in lines[:last])
-
-
-def test_local_ends_with_the_checks_exit_code(box):
-    done = box.run("launch/local.sh", "optim.lrr=1", CHECK_ENDS="2")
-    assert done.returncode == 2
-    assert box.recorded("python") == ["-m", "dsv2", "check", "2", "optim.lrr=1"]
-    assert not (box.records / "torchrun").exists()

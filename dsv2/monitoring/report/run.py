@@ -8,12 +8,10 @@ way, and needs no network, neither to be written nor to be looked at. Exit codes
 run, or a file that cannot be written.
 """
 
-import argparse
 import html
 import json
 import math
 import statistics
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -321,21 +319,15 @@ faintly behind it, and are what a curve shows under the mouse.</footer>
 """
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line; return its exit status."""
-    parser = argparse.ArgumentParser(description="One self-contained HTML page of a run.")
-    parser.add_argument("run_dir", type=Path, help="the run's folder, such as runs/quickstart")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="where to write it (RUN_DIR/report.html)")
-    arguments = parser.parse_args(argv)
-    out = arguments.out or arguments.run_dir / "report.html"
+def write_page(run_dir: Path, out: Path) -> Path:
+    """Write the page of the run in `run_dir`; return `out`.
+
+    Raises:
+        UserError: the folder is no run, or `out` cannot be written.
+    """
+    text = build_page(read_run(run_dir))
     try:
-        text = build_page(read_run(arguments.run_dir))
-        try:
-            out.write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"--out {out}: cannot be written ({error.strerror})") from None
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(out)
-    return 0
+        out.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written ({error.strerror})") from None
+    return out

@@ -20,7 +20,7 @@ from dsv2.errors import UserError
 from dsv2.model.init import init_weights
 from dsv2.model.transformer import DeepseekV2
 from dsv2.parallel.mesh import ALONE, Mesh
-from tests.unit.helpers import REPO, tiny_config
+from tests.unit.helpers import REPO, run_verb, tiny_config
 
 TINY = ["data.sequence_length=16", "model.vocab_size=64", "model.num_hidden_layers=2", "optim.lr=1e-3"]
 
@@ -56,7 +56,7 @@ def configuration(*overrides: str) -> Config:
 )
 def test_bad_input_is_one_line_and_exit_code_2(capsys, monkeypatch, arguments, said):
     monkeypatch.setattr(packages, "installed", lambda package: "5.17.0")
-    assert benchmark.main(arguments) == 2
+    assert run_verb("benchmark", *arguments) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
     assert printed.err.startswith("error: ")
@@ -80,7 +80,7 @@ def test_bad_input_is_one_line_and_exit_code_2(capsys, monkeypatch, arguments, s
 def test_a_peer_that_is_not_there_is_refused_before_anything_runs(capsys, monkeypatch, peer, installed, said):
     monkeypatch.setattr(packages, "installed", installed.get)
     monkeypatch.setattr(benchmark, "run_turn", lambda arguments: pytest.fail("something ran"))
-    assert benchmark.main(["--against", f"{peer}:2"]) == 2
+    assert run_verb("benchmark", "--against", f"{peer}:2") == 2
     assert f"error: --against {peer}: " in (said_so := capsys.readouterr().err)
     assert said in said_so
     assert said_so.count("\n") == 1
@@ -222,7 +222,7 @@ def test_a_comparison_of_all_that_is_here(tmp_path, capsys):
         "--warmup",
         "1",
     ]
-    assert benchmark.main([*arguments, "--out", str(out), *TINY]) == 0
+    assert run_verb("benchmark", *arguments, "--out", str(out), *TINY) == 0
     printed, told = capsys.readouterr()
     sizes = "dsv2 4 x 16, transformers 4 x 16, deepspeed_autoep 4 x 16 tokens each"
     assert told.startswith(f"1 round of 1 + 2 steps on cpu: {sizes}\n")

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from dsv2.cli.plan import load, main, read
+from dsv2.cli.plan import Plan, load, read
 from dsv2.errors import UserError
 from dsv2.formats import short
 from dsv2.parallel.gpus import GPUS
@@ -16,9 +16,14 @@ from dsv2.planner.search import Machines
 from tests.unit.helpers import REPO
 
 
+def plan(*words: str) -> None:
+    verb = Plan()
+    assert verb.run(verb.parse(list(words))) == 0
+
+
 def refusal(*words: str) -> str:
     with pytest.raises(UserError) as caught:
-        main(list(words))
+        plan(*words)
     return str(caught.value)
 
 
@@ -102,7 +107,7 @@ def test_no_data_is_needed(data):
 def test_kernels_of_packages_and_gpus_that_are_elsewhere(capsys):
     """fused_cute needs neither here, but the GPU planned for must be one it is made for."""
     words = ["experiment=lite", "gpus=8", "runtime.kernels=fused_cute"]
-    main([*words, "gpu=h200"])
+    plan(*words, "gpu=h200")
     assert ", fused_cute kernels" in capsys.readouterr().out.splitlines()[0]
     assert refusal(*words, "gpu=b200") == (
         "runtime.kernels=fused_cute: needs a Hopper GPU (H100, H800, H200), not B200; or use fused or "
@@ -111,12 +116,12 @@ def test_kernels_of_packages_and_gpus_that_are_elsewhere(capsys):
     assert refusal("experiment=lite", "gpus=8", "gpu=a100") == (
         "runtime.kernels=fused: cuDNN's attention takes heads of at most 128 on A100, not 192; use reference"
     )
-    main(["experiment=lite", "gpus=8", "gpu=a100", "runtime.kernels=reference"])
-    main(["experiment=lite", "gpus=8", "gpu=a100", "model.qk_nope_head_dim=64"])
+    plan("experiment=lite", "gpus=8", "gpu=a100", "runtime.kernels=reference")
+    plan("experiment=lite", "gpus=8", "gpu=a100", "model.qk_nope_head_dim=64")
 
 
 def test_a_plan_that_fits(capsys):
-    main(["experiment=lite", "gpus=8", "runtime.recompute=true"])
+    plan("experiment=lite", "gpus=8", "runtime.recompute=true")
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == (
         "lite: 8 x H100, expert parallel 8, ZeRO-1, bf16, micro-batch 1 x 4096 tokens, layers recomputed, "
@@ -137,29 +142,29 @@ def test_a_plan_that_fits(capsys):
 
 
 def test_a_plan_that_does_not_fit_says_what_would(capsys):
-    main(["experiment=v2", "gpus=128"])
+    plan("experiment=v2", "gpus=128")
     text = capsys.readouterr().out
     verdict = next(line for line in text.splitlines() if line.startswith("it does NOT fit"))
     words = verdict.split(" with ")[1].split(" (")[0].split()
-    main(["experiment=v2", "gpus=128", *words])
+    plan("experiment=v2", "gpus=128", *words)
     assert "\nit fits\n" in capsys.readouterr().out
 
 
 def test_the_published_cost(capsys):
-    main(["experiment=v2", "gpus=128", "gpu=h800", "mfu=0.25"])
+    plan("experiment=v2", "gpus=128", "gpu=h800", "mfu=0.25")
     text = capsys.readouterr().out
     assert "MFU 25.0%" in text
     assert "174.5K GPU-hours a trillion tokens" in text, "172.8K in the paper, at about 25 %"
 
 
 def test_search_lists_words_that_can_be_given_back(capsys):
-    main(["experiment=lite", "gpus=8", "--search"])
+    plan("experiment=lite", "gpus=8", "--search")
     lines = capsys.readouterr().out.splitlines()
     assert "layouts fit, the fastest first; 20 are shown" in lines[0]
     rows = [line.split() for line in lines[2:]]
     assert len(rows) == 20
     peak, *_, days = rows[0][:4]
-    main(["experiment=lite", "gpus=8", *rows[0][4:]])
+    plan("experiment=lite", "gpus=8", *rows[0][4:])
     text = capsys.readouterr().out
     assert "\nit fits\n" in text
     assert f" {peak}" in text
@@ -167,7 +172,7 @@ def test_search_lists_words_that_can_be_given_back(capsys):
 
 
 def test_search_finds_nothing(capsys):
-    main(["experiment=v2", "gpus=8", "--search"])
+    plan("experiment=v2", "gpus=8", "--search")
     found, advice = capsys.readouterr().out.split("; ")
     assert found == "v2 on 8 x H100: 0 layouts fit 71.1 GiB"
     assert advice.startswith("it would with gpus=64 ep=16 zero=3 runtime.recompute=true (")
@@ -175,7 +180,7 @@ def test_search_finds_nothing(capsys):
 
 def test_search_does_not_ask_for_the_layout_it_looks_for(capsys):
     """The recipe's own, 8 ranks sharing the experts, cannot be on 6 GPUs."""
-    main(["experiment=lite", "gpus=6", "--search"])
+    plan("experiment=lite", "gpus=6", "--search")
     first, _, *rows = capsys.readouterr().out.splitlines()
     assert first.startswith("lite on 6 x H100: ")
     assert {re.search(r"ep=(\d)", row)[1] for row in rows} <= {"1", "2"}

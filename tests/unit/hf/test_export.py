@@ -22,13 +22,13 @@ from dsv2.checkpoint.reader import CheckpointReader
 from dsv2.config.schema import AttentionKind, ModelConfig, RopeScalingConfig
 from dsv2.errors import UserError
 from dsv2.hf import export as export_module
-from dsv2.hf.export import export, main, plan_shards
+from dsv2.hf.export import export, plan_shards
 from dsv2.hf.fields import check_exportable, compare_config, published_config
 from dsv2.hf.init_from import HFWeights
 from dsv2.model.init import init_weights
 from dsv2.model.transformer import DeepseekV2
 from tests.unit.data.tokenizers.texts import SENTENCES
-from tests.unit.helpers import REPO, compose_config
+from tests.unit.helpers import REPO, compose_config, run_verb
 from tests.unit.hf.folders import (
     TOKENIZER_PIECES,
     assert_same_weights,
@@ -256,7 +256,7 @@ def test_a_run_means_its_newest_whole_checkpoint(tmp_path: Path) -> None:
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     """The one line with which the command line refuses, and exits with 2."""
-    assert main([str(argument) for argument in arguments]) == 2
+    assert run_verb("export", *arguments) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     assert lines[0].startswith("error: ")
@@ -278,7 +278,7 @@ def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = refused(capsys, path, out)
     assert f"there is no file {tokenizer}; --tokenizer FILE names the one" in said
     assert not out.exists()
-    assert main([str(path), str(out), "--tokenizer", str(tmp_path / "moved.model")]) == 0
+    assert run_verb("export", path, str(out), "--tokenizer", str(tmp_path / "moved.model")) == 0
     assert load_tokenizer(out / "tokenizer.json").vocab_size == TOKENIZER_PIECES
     shutil.rmtree(out)
     data = path / "__0_0.distcp"

@@ -13,10 +13,10 @@ from data.tokenizers.base import Tokenizer
 from data.tokenizers.load import load_tokenizer
 from data.tokenizers.train import train_tokenizer
 from dsv2.config.schema import BalanceConfig, Config
-from dsv2.inference.answers import main, print_answers, settled
+from dsv2.inference.answers import print_answers, settled
 from dsv2.model.init import init_weights
 from dsv2.model.transformer import DeepseekV2
-from tests.unit.helpers import REPO, save_checkpoint, tiny_config
+from tests.unit.helpers import REPO, run_verb, save_checkpoint, tiny_config
 
 CONTEXT, PIECES = 40, 280
 
@@ -49,7 +49,7 @@ def tokenizer(run_dir: Path) -> Tokenizer:
 @pytest.fixture
 def answer(run_dir: Path, capsys: pytest.CaptureFixture) -> Callable[..., str]:
     def run(*arguments: str, checkpoint: Path = run_dir) -> str:
-        assert main([str(checkpoint), *arguments]) == 0
+        assert run_verb("generate", str(checkpoint), *arguments) == 0
         return capsys.readouterr().out
 
     return run
@@ -146,7 +146,7 @@ MISTAKES = [
 
 @pytest.mark.parametrize(("arguments", "message"), MISTAKES)
 def test_mistakes(run_dir, arguments, message, capsys):
-    assert main([str(run_dir), *arguments]) == 2
+    assert run_verb("generate", str(run_dir), *arguments) == 2
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
     assert err.startswith(f"error: {message}")
@@ -154,14 +154,16 @@ def test_mistakes(run_dir, arguments, message, capsys):
 
 def test_another_models_tokenizer(run_dir, tmp_path, capsys):
     train_tokenizer(["many different words make many more pieces\n" * 20], 310, tmp_path / "large.model")
-    assert main([str(run_dir), "--prompt", "a", "--tokenizer", str(tmp_path / "large.model")]) == 2
+    assert (
+        run_verb("generate", run_dir, "--prompt", "a", "--tokenizer", tmp_path / "large.model") == 2
+    )
     err = capsys.readouterr().err
     assert "large.model: has 310 pieces, and the model's vocab_size is 300" in err
 
 
 @pytest.mark.parametrize("name", ["nothing", "tokenizer.model", "checkpoints"])
 def test_what_is_no_checkpoint(run_dir, name, capsys):
-    assert main([str(run_dir / name), "--prompt", "one"]) == 2
+    assert run_verb("generate", str(run_dir / name), "--prompt", "one") == 2
     err = capsys.readouterr().err
     assert err.startswith(f"error: checkpoint {run_dir / name}: ")
     assert err.count("\n") == 1
@@ -169,7 +171,7 @@ def test_what_is_no_checkpoint(run_dir, name, capsys):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_no_gpu(run_dir, capsys):
-    assert main([str(run_dir), "--prompt", "one", "--device", "cuda"]) == 2
+    assert run_verb("generate", str(run_dir), "--prompt", "one", "--device", "cuda") == 2
     assert capsys.readouterr().err == "error: --device cuda: there is no GPU here; use --device cpu\n"
 
 

@@ -18,7 +18,7 @@ from dsv2.config.schema import LoggingConfig, WandbMode
 from dsv2.monitoring.panels import SECTIONS
 from dsv2.monitoring.report import run as report
 from dsv2.monitoring.tracker import HEAT_COLOURS, heat_map, open_tracker, read_maps, read_metrics
-from tests.unit.helpers import REPO, compose_config
+from tests.unit.helpers import REPO, compose_config, run_verb
 
 LAYERS, EXPERTS, GROUPS = 3, 16, 4  # of model=debug
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -61,7 +61,7 @@ def run_dir(tmp_path: Path) -> Path:
 
 
 def write_page(run_dir: Path) -> str:
-    assert report.main([str(run_dir)]) == 0
+    assert run_verb("report", run_dir) == 0
     return (run_dir / "report.html").read_text()
 
 
@@ -185,7 +185,7 @@ def test_thinning_keeps_the_extremes():
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys, run_dir):
     def message(*arguments: object) -> str:
-        assert report.main([str(argument) for argument in arguments]) == 2
+        assert run_verb("report", *arguments) == 2
         printed = capsys.readouterr()
         assert printed.out == ""
         return printed.err

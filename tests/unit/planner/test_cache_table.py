@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from dsv2.planner.cache_table import main, rows
-from tests.unit.helpers import REPO, compose_config
+from dsv2.planner.cache_table import rows
+from tests.unit.helpers import REPO, compose_config, run_verb
 
 
 def counts(*overrides: str) -> dict[str, int]:
@@ -80,7 +80,7 @@ def test_command_line():
     ],
 )
 def test_mistakes(mistake, message, capsys):
-    assert main([mistake]) == 2
+    assert run_verb("cache", mistake) == 2
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
     assert err.startswith(message)

@@ -17,25 +17,29 @@ from dsv2.config.compose import compose_config as compose
 from dsv2.config.compose import to_yaml
 from dsv2.config.schema import AttentionKind
 from dsv2.model.sizes import attention_matrices, count_parameters
-from dsv2.studies import run as study
-from tests.unit.helpers import REPO
+from dsv2.planner.cache import elements_per_token
+from dsv2.studies import jobs
+from dsv2.studies.arms import STUDIES
+from dsv2.studies.jobs import Job
+from dsv2.studies.table import COLUMNS
+from tests.unit.helpers import REPO, run_verb
 
-ARMS = [(name, arm) for name, arms in study.STUDIES.items() for arm in arms]
+ARMS = [(name, arm) for name, arms in STUDIES.items() for arm in arms]
 
 
 def arm_config(name: str, arm: str):
-    return compose([f"experiment=study/{name}", *study.STUDIES[name][arm]])
+    return compose([f"experiment=study/{name}", *STUDIES[name][arm]])
 
 
 def test_every_study_has_its_experiment():
     files = {path.stem for path in (REPO / "conf/experiment/study").glob("*.yaml")}
-    assert files == {*study.STUDIES, "common"}
+    assert files == {*STUDIES, "common"}
 
 
-@pytest.mark.parametrize("name", study.STUDIES)
+@pytest.mark.parametrize("name", STUDIES)
 def test_arms_are_of_equal_size(name):
     """In total and active, within 1 %; and as large as the studies are said to be."""
-    counts = [count_parameters(arm_config(name, arm).model) for arm in study.STUDIES[name]]
+    counts = [count_parameters(arm_config(name, arm).model) for arm in STUDIES[name]]
     for sizes in ([c.total for c in counts], [c.active for c in counts]):
         assert max(sizes) / min(sizes) < 1.01
         assert len(sizes) == (8 if name == "granularity" else 4)
@@ -68,23 +72,23 @@ def test_granularity_arms_use_a_quarter_of_one_total_width(split):
 
 
 def test_attention_arms_differ_in_attention_alone():
-    models = {arm: arm_config("attention", arm).model for arm in study.STUDIES["attention"]}
+    models = {arm: arm_config("attention", arm).model for arm in STUDIES["attention"]}
     assert [model.attention for model in models.values()] == list(AttentionKind)
     sizes = {arm: attention_matrices(model) for arm, model in models.items()}
     assert sizes["mha"] == sizes["gqa"] == sizes["mqa"] == 2**20
     assert sizes["mla"] == pytest.approx(2**20, rel=0.02)
-    cached = {arm: study.elements_per_token(model) for arm, model in models.items()}
+    cached = {arm: elements_per_token(model) for arm, model in models.items()}
     assert cached == {"mla": 5 * 160, "mha": 5 * 1024, "gqa": 5 * 512, "mqa": 5 * 128}
 
 
-def made_up(job: study.Job, loss: float) -> int:
+def made_up(job: Job, loss: float) -> int:
     """A finished run: 10 windows of 2 steps, of which the last two count."""
     (job.run_dir / "checkpoints").mkdir(parents=True)
     lines = []
     for step in range(1, 21):
         row = {"step": step, "perf/tok_s": 100.0 if step > 1 else 1.0}
         if step % 2 == 0:
-            names = [c.metric for c in study.COLUMNS if c.metric.split("/")[0] in ("moe", "dev", "comm")]
+            names = [c.metric for c in COLUMNS if c.metric.split("/")[0] in ("moe", "dev", "comm")]
             row |= dict.fromkeys(names, {18: 1.0, 20: 3.0}.get(step, 99.0))
         lines.append(row)
     lines += [{"step": 10, "val/loss": 9.0, "val/bpb": 9.0}, {"step": 20, "val/loss": loss, "val/bpb": 1.5}]
@@ -97,15 +101,15 @@ def made_up(job: study.Job, loss: float) -> int:
 
 def trains_as(monkeypatch: pytest.MonkeyPatch, run: Callable[..., int]) -> None:
     """Jobs run so, and nothing about them is refused before."""
-    monkeypatch.setattr(study, "run", run)
-    monkeypatch.setattr(study, "refused", lambda job: 0)
+    monkeypatch.setattr(jobs, "run", run)
+    monkeypatch.setattr(jobs, "refused", lambda job: 0)
 
 
 def test_tables_have_mean_and_spread_over_seeds(tmp_path, monkeypatch, capsys):
     losses = {"off": [3.0, 3.5, 4.0], "expert": [2.0] * 3, "all": [1.0, 1.1, 1.2], "all-dropping": [1.0] * 3}
     ran = []
 
-    def train(job: study.Job, gpu: str | None) -> int:
+    def train(job: Job, gpu: str | None) -> int:
         ran.append(job.config.name)
         if job.config.name == "expert-s1":
             return 3
@@ -113,18 +117,7 @@ def test_tables_have_mean_and_spread_over_seeds(tmp_path, monkeypatch, capsys):
 
     trains_as(monkeypatch, train)
     out = tmp_path / "out"
-    assert (
-        study.main(
-            [
-                "balance",
-                "--out",
-                str(out),
-                "runtime.device=cpu",
-                "optim.lr=1e-3",
-            ]
-        )
-        == 1
-    )
+    assert run_verb("study", "balance", "--out", out, "runtime.device=cpu", "optim.lr=1e-3") == 1
     assert ran == [f"{arm}-s{seed}" for seed in range(3) for arm in losses]
     assert capsys.readouterr().err == "error: 1 of 12 runs failed: expert-s1\n"
     result = json.loads((out / "table.json").read_text())
@@ -147,7 +140,7 @@ def test_tables_have_mean_and_spread_over_seeds(tmp_path, monkeypatch, capsys):
     trains_as(monkeypatch, lambda job, gpu: ran.append(job.config.name) or made_up(job, 2.0))
     shutil.move(out, tmp_path / "moved")
     again = ["balance", "--out", str(tmp_path / "moved"), "runtime.device=cpu", "optim.lr=1e-3"]
-    assert study.main(again) == 0
+    assert run_verb("study", *again) == 0
     assert ran == ["expert-s1"]
 
 
@@ -155,13 +148,13 @@ def test_runs_at_once(tmp_path, monkeypatch):
     """Three runs wait for each other: with fewer at once none would end."""
     together = threading.Barrier(3, timeout=60)
 
-    def train(job: study.Job, gpu: str | None) -> int:
+    def train(job: Job, gpu: str | None) -> int:
         together.wait()
         return made_up(job, 1.0 + job.seed)
 
     trains_as(monkeypatch, train)
     arguments = ["attention", "--at-once", "3", "--out", str(tmp_path), "runtime.device=cpu"]
-    assert study.main(arguments) == 0
+    assert run_verb("study", *arguments) == 0
     result = json.loads((tmp_path / "table.json").read_text())
     assert result["runs_at_once"] == 3
     assert all(arm["metrics"]["val/loss"]["values"] == [1.0, 2.0, 3.0] for arm in result["arms"].values())
@@ -170,23 +163,23 @@ def test_runs_at_once(tmp_path, monkeypatch):
 def test_each_run_has_a_gpu_in_turns(tmp_path, monkeypatch):
     taken = {}
 
-    def train(job: study.Job, gpu: str | None) -> int:
+    def train(job: Job, gpu: str | None) -> int:
         taken[job.config.name] = gpu
         return made_up(job, 1.0)
 
     trains_as(monkeypatch, train)
-    monkeypatch.setattr(study, "gpus", lambda config: ["0", "1"])
-    assert study.main(["attention", "--seeds", "1", "--out", str(tmp_path), "runtime.device=cpu"]) == 0
+    monkeypatch.setattr(jobs, "gpus", lambda config: ["0", "1"])
+    assert run_verb("study", "attention", "--seeds", "1", "--out", str(tmp_path), "runtime.device=cpu") == 0
     assert list(taken.values()) == ["0", "1", "0", "1"]
 
 
 def test_a_run_sees_its_gpu_alone(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        study.subprocess, "run", lambda *a, env, **k: seen.append(env) or subprocess.CompletedProcess(a, 0)
+        jobs.subprocess, "run", lambda *a, env, **k: seen.append(env) or subprocess.CompletedProcess(a, 0)
     )
-    job = study.plan("attention", 1, tmp_path, ["runtime.device=cpu"])[0]
-    assert study.run(job, "1") == study.run(job, None) == 0
+    job = jobs.plan("attention", 1, tmp_path, ["runtime.device=cpu"])[0]
+    assert jobs.run(job, "1") == jobs.run(job, None) == 0
     assert seen[0]["CUDA_VISIBLE_DEVICES"] == "1"
     assert seen[1].get("CUDA_VISIBLE_DEVICES") == os.environ.get("CUDA_VISIBLE_DEVICES")
 
@@ -194,10 +187,10 @@ def test_a_run_sees_its_gpu_alone(tmp_path, monkeypatch):
 def test_runs_of_another_configuration_are_not_mixed_in(tmp_path, monkeypatch, capsys):
     trains_as(monkeypatch, lambda job, gpu: made_up(job, 1.0))
     arguments = ["attention", "--seeds", "1", "--out", str(tmp_path), "runtime.device=cpu"]
-    assert study.main(arguments) == 0
+    assert run_verb("study", *arguments) == 0
     assert "| mla | 52.7M | 24.6M | 800 | 1.0000 | " in (tmp_path / "table.md").read_text()
     capsys.readouterr()
-    assert study.main([*arguments, "optim.lr=1e-4"]) == 2
+    assert run_verb("study", *arguments, "optim.lr=1e-4") == 2
     error = capsys.readouterr().err
     assert error.startswith(
         f"error: {tmp_path}/mla-s0: finished with another configuration than this command's"
@@ -207,8 +200,8 @@ def test_runs_of_another_configuration_are_not_mixed_in(tmp_path, monkeypatch, c
 
 def test_what_every_run_would_refuse_is_said_once(tmp_path, capfd, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    monkeypatch.setattr(study, "run", lambda job, gpu: pytest.fail("something ran"))
-    assert study.main(["balance", "--out", str(tmp_path / "out")]) == 2
+    monkeypatch.setattr(jobs, "run", lambda job, gpu: pytest.fail("something ran"))
+    assert run_verb("study", "balance", "--out", str(tmp_path / "out")) == 2
     refusal = "error: runtime.device=cuda: there is no GPU on this machine; use runtime=default\n"
     assert capfd.readouterr() == ("", refusal)
     assert not (tmp_path / "out").exists()
@@ -229,7 +222,7 @@ def test_what_every_run_would_refuse_is_said_once(tmp_path, capfd, monkeypatch):
     ],
 )
 def test_mistakes_are_found_before_anything_runs(tmp_path, capsys, arguments, message):
-    assert study.main([*arguments, "--out", str(tmp_path / "out")]) == 2
+    assert run_verb("study", *arguments, "--out", str(tmp_path / "out")) == 2
     printed = capsys.readouterr()
     assert printed.err.startswith(f"error: {message}")
     assert printed.out == ""
@@ -269,10 +262,10 @@ def test_a_small_study_from_training_to_table(tmp_path, monkeypatch, capsys):
     prepare += ["--vocab-size", "290", "--val-fraction", "0.3", "--quiet"]
     subprocess.run(prepare, cwd=REPO, check=True, timeout=120)
     out = tmp_path / "out"
-    arms = {arm: study.STUDIES["attention"][arm] for arm in ("mla", "gqa")}
-    monkeypatch.setitem(study.STUDIES, "attention", arms)
+    arms = {arm: STUDIES["attention"][arm] for arm in ("mla", "gqa")}
+    monkeypatch.setitem(STUDIES, "attention", arms)
     arguments = ["attention", "--seeds", "1", "--out", str(out), *SMALL, f"data.path={data}"]
-    assert study.main(arguments) == 0, "".join(path.read_text() for path in out.glob("*.log"))
+    assert run_verb("study", *arguments) == 0, "".join(path.read_text() for path in out.glob("*.log"))
     result = json.loads((out / "table.json").read_text())
     losses = {arm: entry["metrics"]["val/loss"]["values"][0] for arm, entry in result["arms"].items()}
     assert list(losses) == ["mla", "gqa"]
@@ -281,7 +274,7 @@ def test_a_small_study_from_training_to_table(tmp_path, monkeypatch, capsys):
     assert re.search(r"\d CPU cores, fp32, 1 at once; 1\.0K tokens a run", (out / "table.md").read_text())
     assert sorted(path.name for path in out.iterdir() if path.is_dir()) == ["gqa-s0", "mla-s0"]
     capsys.readouterr()
-    assert study.main(arguments) == 0  # again: nothing is trained
+    assert run_verb("study", *arguments) == 0  # again: nothing is trained
     assert capsys.readouterr().out.count("finished before") == 2
 
 

@@ -1,0 +1,34 @@
+"""Turn text into a prepared folder that train reads; the same as `python -m data.prepare`.
+
+python -m dsv2 prepare stdlib
+python -m dsv2 prepare files corpus/ notes.txt --out prepared/corpus --vocab-size 8192
+"""
+
+from argparse import ArgumentParser, Namespace
+
+from dsv2.cli.base import ExitCode, Verb, print_error
+
+
+class Prepare(Verb):
+    name = "prepare"
+    help = "turn text into a folder of tokens to train on"
+    text = __doc__
+    interrupted = "interrupted; run the same command again to continue"
+
+    def arguments(self, parser: ArgumentParser) -> None:
+        from data.prepare.command import add_arguments
+
+        add_arguments(parser)
+
+    def parse(self, words: list[str]) -> Namespace:
+        return self.parser().parse_args(words)
+
+    def run(self, options: Namespace) -> int:
+        from data.prepare.command import run
+
+        try:
+            run(options)
+        except OSError as error:  # such as a full disk, or a file that may not be read
+            print_error(f"{error}; correct the cause and run the same command again to continue")
+            return ExitCode.error
+        return ExitCode.ok

@@ -1,0 +1,40 @@
+"""Where a run begins: at a checkpoint, with the weights of a Hugging Face folder, or afresh."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from dsv2.config.compose import to_plain
+from dsv2.config.schema import Config
+
+if TYPE_CHECKING:  # these import torch
+    from dsv2.checkpoint.state import Found
+    from dsv2.checkpoint.store import CheckpointStore
+    from dsv2.hf.init_from import HFWeights
+
+
+class Start(NamedTuple):
+    """Where the run begins. `found` and `weights` are both None for a run that begins afresh."""
+
+    store: "CheckpointStore"  # the run's own checkpoints
+    found: "Found | None"  # the checkpoint to begin at
+    weights: "HFWeights | None"  # init_from's, if there is no checkpoint
+
+
+def find_start(config: Config) -> Start:
+    """Check the data and find where the run begins.
+
+    Raises:
+        UserError: the data, the checkpoint or the weights do not fit the configuration.
+    """
+    from data.streams.sources import check_resumed, source_of
+    from dsv2.checkpoint.store import CheckpointStore
+    from dsv2.hf.init_from import HFWeights
+
+    source_of(config.data).check(config.data, config.model.vocab_size, config.eval.sequences)
+    store = CheckpointStore(config.run_dir / "checkpoints", config.checkpoint.keep, to_plain(config))
+    found = store.find(config.resume, config.stop_step)
+    if found and found.state.data:
+        check_resumed(config.data, found.state.data)
+    if found is not None or config.init_from is None:
+        return Start(store, found, None)
+    return Start(store, None, HFWeights(Path(config.init_from), config.model))
