@@ -36,7 +36,7 @@ WITHOUT_GPU = 2  # processes
 # torchrun's own default, 30 s, is too short to save a large model after a signal.
 SHUTDOWN_TIMEOUT = 120
 # By default glibc returns a tensor's memory when it is freed, and the kernel clears it page by page for the
-# next tensor: a tenth of a small model's time on the CPU. With these, blocks up to 32 MiB, 256 MiB in all, stay.
+# next tensor: a tenth of a small model's time on the CPU. These values keep blocks up to 32 MiB.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(256 << 20)}
 
 

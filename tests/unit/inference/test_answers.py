@@ -154,9 +154,7 @@ def test_mistakes(run_dir, arguments, message, capsys):
 
 def test_another_models_tokenizer(run_dir, tmp_path, capsys):
     train_tokenizer(["many different words make many more pieces\n" * 20], 310, tmp_path / "large.model")
-    assert (
-        run_verb("generate", run_dir, "--prompt", "a", "--tokenizer", tmp_path / "large.model") == 2
-    )
+    assert run_verb("generate", run_dir, "--prompt", "a", "--tokenizer", tmp_path / "large.model") == 2
     err = capsys.readouterr().err
     assert "large.model: has 310 pieces, and the model's vocab_size is 300" in err
 

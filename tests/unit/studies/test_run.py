@@ -271,7 +271,7 @@ def test_a_small_study_from_training_to_table(tmp_path, monkeypatch, capsys):
     assert list(losses) == ["mla", "gqa"]
     assert losses["mla"] != losses["gqa"]
     assert all(3 < loss < 1.1 * math.log(300) for loss in losses.values())
-    assert re.search(r"\d CPU cores, fp32, 1 at once; 1\.0K tokens a run", (out / "table.md").read_text())
+    assert re.search(r"\d CPU cores, fp32, 1 at once; 1\.0K tokens per run", (out / "table.md").read_text())
     assert sorted(path.name for path in out.iterdir() if path.is_dir()) == ["gqa-s0", "mla-s0"]
     capsys.readouterr()
     assert run_verb("study", *arguments) == 0  # again: nothing is trained
