@@ -9,23 +9,17 @@ SIGTERM, SIGINT or stop_step after saving; 1 an error; 2 a mistake in the config
 
 import os
 import sys
-import time
 from dataclasses import replace
-from typing import NoReturn
 
 import hydra
 from omegaconf import DictConfig
 
-from dsv2.config.compose import (
-    COMPOSITION_ERRORS,
-    check_command_line,
-    check_shown,
-    explain,
-    register_schema,
-    to_config,
-)
+from dsv2.cli.base import EXPECTED, ExitCode, exit_code
+from dsv2.cli.failure import end
+from dsv2.config.compose import check_shown, register_schema, to_config
+from dsv2.config.mistakes import COMPOSITION_ERRORS, check_command_line, explain
 from dsv2.config.schema import Config
-from dsv2.errors import CheckpointError, Diverged, PeerLost, UserError
+from dsv2.errors import CheckpointError, Diverged, UserError
 from dsv2.parallel.environment import launched_ranks, local_processes, without_warnings_logged
 from dsv2.training.out_of_memory import memory_explained
 from dsv2.training.rundir import claim
@@ -101,50 +95,28 @@ def due(every: int, step: int) -> bool:
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def command_line(composed: DictConfig) -> None:
-    """Hydra's entry: mistakes become one message and an exit code, errors keep their traceback."""
+    """Hydra's entry: expected errors become one line and an exit code, others keep their traceback."""
     try:
         config = to_config(composed)
         with memory_explained(config):
             train(config)
     except COMPOSITION_ERRORS as error:
-        fail(explain(error, sys.argv[1:]), 2)
-    except UserError as error:
-        fail(error, 2)
+        end(explain(error, sys.argv[1:]), ExitCode.mistake)
     except KeyboardInterrupt:  # while training it asks for a stop; here training has not begun
-        fail(UserError("interrupted before training began; nothing was changed"), 130)
-    except (CheckpointError, Diverged) as error:
-        fail(error, 3 if isinstance(error, Diverged) else 1, together=True)
-    except PeerLost as error:
-        # The process that failed has already printed the reason. A traceback from this one, which was only
-        # waiting for it, would bury that message.
-        fail(error, 1)
-
-
-def fail(error: Exception, code: int, together: bool = False) -> NoReturn:
-    """End this process with the message.
-
-    Every machine's first rank prints it, as its ranks found the same; or the one rank that did. Where
-    all ranks fail `together` they leave together, or torchrun would end rank 0 before it has spoken.
-    """
-    if os.environ.get("LOCAL_RANK", "0") == "0" or (isinstance(error, UserError) and error.of_one_rank):
-        print(f"error: {error}", file=sys.stderr, flush=True)
-    else:
-        time.sleep(3)  # torchrun ends all ranks when the first one leaves: let the one that speaks speak
-    if together:
-        from dsv2.parallel.start import end_process_group
-
-        end_process_group()
-    sys.exit(code)
+        end(UserError("interrupted before training began; nothing was changed"), ExitCode.interrupted)
+    except EXPECTED as error:
+        # All ranks find CheckpointError and Diverged at the same place.
+        end(error, exit_code(error), together=isinstance(error, CheckpointError | Diverged))
 
 
 if __name__ == "__main__":
     register_schema()
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # hand errors of composition to us in place of printing them
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises errors of composition instead of printing them
     try:
         check_command_line(sys.argv[1:], hydras_own=True)
         check_shown(sys.argv[1:])
         command_line()
     except COMPOSITION_ERRORS as mistake:
-        fail(explain(mistake, sys.argv[1:]), 2)
+        end(explain(mistake, sys.argv[1:]), ExitCode.mistake)
     except UserError as mistake:
-        fail(mistake, 2)
+        end(mistake, ExitCode.mistake)

@@ -35,7 +35,8 @@ from dsv2.checkpoint.files import (
     sync_folder,
 )
 from dsv2.checkpoint.state import Found, Loaded, RunState
-from dsv2.config.compose import differences, to_plain
+from dsv2.config.changes import differences
+from dsv2.config.compose import to_plain
 from dsv2.config.schema import Config
 from dsv2.errors import CheckpointError, UserError
 from dsv2.optimizers.base import Shard

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import NoReturn
 
-from dsv2.errors import CheckpointError, Diverged, UserError
+from dsv2.errors import CheckpointError, Diverged, PeerLost, UserError
 
 
 class ExitCode(enum.IntEnum):
@@ -29,6 +29,7 @@ EXIT_CODES: dict[type[BaseException], ExitCode] = {
     UserError: ExitCode.mistake,
     CheckpointError: ExitCode.error,
     Diverged: ExitCode.diverged,
+    PeerLost: ExitCode.error,  # the process that failed has printed the reason
     KeyboardInterrupt: ExitCode.interrupted,
 }
 EXPECTED = tuple(EXIT_CODES)  # errors that end a verb with one line instead of a traceback

@@ -37,7 +37,8 @@ def read(arguments: list[str]) -> tuple["Machines", list[str]]:
     Raises:
         UserError: a word or field does not exist, or a value is impossible.
     """
-    from dsv2.config.compose import SHORT, field_types, unknown_key
+    from dsv2.config.fields import field_types
+    from dsv2.config.mistakes import SHORT, unknown_key
     from dsv2.parallel.gpus import find_gpu
     from dsv2.planner.search import Machines
 
@@ -94,7 +95,7 @@ class Plan(Verb):
     text = __doc__
 
     def arguments(self, parser: ArgumentParser) -> None:
-        from dsv2.config.compose import SHORT
+        from dsv2.config.mistakes import SHORT
         from dsv2.parallel.gpus import GPUS
 
         parser.add_argument("words", nargs="*", metavar="NAME=VALUE", help="The words below.")

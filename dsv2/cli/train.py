@@ -132,6 +132,10 @@ class Train(Verb):
         shown = "Print the composed configuration and do not train."
         parser.add_argument("-c", "--cfg", choices=["job"], help=shown)
 
+        from dsv2.config.fields import help_text
+
+        parser.epilog = help_text()
+
     def parse(self, words: list[str]) -> Namespace:
         if words and words[0] in ("-h", "--help"):
             self.parser().parse_args(words)

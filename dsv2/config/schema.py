@@ -1,8 +1,8 @@
-"""Typed configuration: what every field means.
+"""Every field of the configuration with its type and default; the only place where defaults are written.
 
-Hydra composes `conf/` into these dataclasses once (dsv2/config/compose.py); dsv2/training/validate.py then
-refuses impossible combinations. Neither imports torch or hydra, so that the model can use its part of this
-and `train.py --help` answers at once.
+The comment directly above a field and the one behind it are what `python -m dsv2 train --help` prints. Hydra
+composes `conf/` into these dataclasses (dsv2/config/compose.py). Then dsv2/training/validate.py refuses
+impossible combinations. This module imports neither torch nor Hydra.
 """
 
 import enum
@@ -41,79 +41,84 @@ class Device(enum.Enum):
 class BalanceConfig:
     """Load balance (arXiv 2405.04434, sections 2.2.3 and 2.2.4)."""
 
-    alpha_expert: float = 0.003  # alpha_1 of eq. 23
-    alpha_device: float = 0.05  # alpha_2 of eq. 26
-    alpha_comm: float = 0.02  # alpha_3 of eq. 29
-    token_dropping: bool = False  # device-level dropping, training only
-    capacity_factor: float = 1.0  # a device's budget over its average load
-    exempt_fraction: float = 0.1  # share of sequences whose tokens are never dropped
-    exempt_seed: int = 0  # which sequences these are
+    alpha_expert: float = 0.003  # weight of the expert-level loss: alpha_1 of eq. 23
+    alpha_device: float = 0.05  # weight of the device-level loss: alpha_2 of eq. 26
+    alpha_comm: float = 0.02  # weight of the communication loss: alpha_3 of eq. 29
+    token_dropping: bool = False  # drop tokens beyond a device's capacity, in training only
+    capacity_factor: float = 1.0  # a device's capacity divided by its average load
+    exempt_fraction: float = 0.1  # share of sequences whose tokens are never dropped, 0 to 1
+    exempt_seed: int = 0  # seed that chooses these sequences
 
 
 @dataclass
 class RopeScalingConfig:
     """YaRN (arXiv 2309.00071) as DeepSeek-V2 uses it to reach longer contexts (section 3.1.4)."""
 
-    factor: float = 40.0  # s: the new longest context over the original one
-    original_max_position_embeddings: int = 4096  # the context trained on before, tokens
-    beta_fast: float = 32.0  # pairs that turn more often than this over the original context keep their speed
-    beta_slow: float = 1.0  # pairs that turn less often are slowed down s times; a ramp lies between the two
+    factor: float = 40.0  # s: the longest new context divided by the original one
+    original_max_position_embeddings: int = 4096  # the context of earlier training, tokens
+    # pairs that rotate more often than this over the original context keep their speed
+    beta_fast: float = 32.0
+    # pairs that rotate less often are slowed down s times; between the two lies a ramp
+    beta_slow: float = 1.0
     mscale: float = 0.707  # cos and sin are multiplied by m(mscale) / m(mscale_all_dim)
-    mscale_all_dim: float = 0.707  # the softmax scale by m(mscale_all_dim)^2; m(x) = 0.1 x ln s + 1
+    # the softmax scale is multiplied by m(mscale_all_dim)^2; m(x) = 0.1 x ln s + 1
+    mscale_all_dim: float = 0.707
 
 
 @dataclass
 class ModelConfig:
     """Sizes under their names in the published configuration."""
 
-    vocab_size: int = 4096
-    hidden_size: int = 192
-    num_hidden_layers: int = 4
-    attention: AttentionKind = AttentionKind.mla
-    num_attention_heads: int = 4
-    num_key_value_heads: int | None = None  # gqa only, and given there
-    q_lora_rank: int | None = None  # mla only; None: queries come straight from the hidden state
-    kv_lora_rank: int = 64  # mla only
+    vocab_size: int = 4096  # token ids that the model knows; at least the tokenizer's pieces
+    hidden_size: int = 192  # width of the residual stream
+    num_hidden_layers: int = 4  # layers, dense and MoE
+    attention: AttentionKind = AttentionKind.mla  # kind of attention (section 2.1; appendix D for the others)
+    num_attention_heads: int = 4  # query heads
+    # key and value heads; must be given for gqa and must be null otherwise
+    num_key_value_heads: int | None = None
+    q_lora_rank: int | None = None  # mla only: width of the compressed queries; null: no compression
+    kv_lora_rank: int = 64  # mla only: width of the compressed keys and values
+    # width of a query or key head without RoPE; for mha, gqa and mqa the whole width
     qk_nope_head_dim: int = 32
-    qk_rope_head_dim: int = 16  # mla only
-    v_head_dim: int = 32
-    intermediate_size: int = 512  # width of the dense FFN
+    qk_rope_head_dim: int = 16  # mla only: width of the part of a head with RoPE
+    v_head_dim: int = 32  # width of a value head
+    intermediate_size: int = 512  # width of the FFN in dense layers
     moe_intermediate_size: int = 96  # width of one expert
-    n_routed_experts: int = 16
-    n_shared_experts: int = 1
-    num_experts_per_tok: int = 4  # K
-    n_group: int = 4  # D: expert groups ("devices" in the paper), independent of the layout
-    topk_group: int = 2  # M: groups that one token may reach
-    first_k_dense_replace: int = 1  # this many first layers have a dense FFN
-    routed_scaling_factor: float = 1.0
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
-    rope_scaling: RopeScalingConfig | None = None  # None: plain RoPE
-    max_position_embeddings: int = 4096  # longest sequence, tokens
-    initializer_range: float = 0.006  # standard deviation of every weight matrix at the start
+    n_routed_experts: int = 16  # routed experts per MoE layer
+    n_shared_experts: int = 1  # experts per MoE layer that every token uses
+    num_experts_per_tok: int = 4  # routed experts per token
+    n_group: int = 4  # expert groups ("devices" in the paper), independent of the layout
+    topk_group: int = 2  # groups that one token may reach
+    first_k_dense_replace: int = 1  # number of first layers with a dense FFN
+    routed_scaling_factor: float = 1.0  # the routed experts' sum is multiplied by this
+    rms_norm_eps: float = 1e-6  # added to the mean square in RMSNorm
+    rope_theta: float = 10000.0  # base of RoPE's frequencies
+    rope_scaling: RopeScalingConfig | None = None  # YaRN, with rope_scaling=yarn; null: plain RoPE
+    max_position_embeddings: int = 4096  # the longest sequence, tokens
+    initializer_range: float = 0.006  # standard deviation of every initial weight matrix
     balance: BalanceConfig = field(default_factory=BalanceConfig)
 
 
 @dataclass
 class OptimConfig:
-    name: str = "adamw"  # the only optimizer so far
-    # Precision of master weights and Adam's moments. With bf16 the model's weights are the only copy, and all
-    # three are rounded stochastically. ZeRO-1 only.
+    name: str = "adamw"  # the optimizer; adamw is the only one so far
+    # precision of the master weights and of Adam's moments; with bf16 the model's weights are the only copy,
+    # and all three are rounded stochastically; bf16 needs ZeRO-1
     states: Precision = Precision.fp32
-    lr: float = 4.2e-4  # peak
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.1  # on matrices; norms are not decayed
-    grad_clip: float = 1.0  # largest global gradient norm
+    lr: float = 4.2e-4  # peak learning rate
+    beta1: float = 0.9  # decay per step of the mean of gradients
+    beta2: float = 0.95  # decay per step of the mean of squared gradients
+    eps: float = 1e-8  # added to the root of the second moment
+    weight_decay: float = 0.1  # decay of matrices per step, times the learning rate; norms are not decayed
+    grad_clip: float = 1.0  # larger gradient norms, over all parameters, are scaled down to this
     total_tokens: int = 1_000_000  # tokens of the whole run
-    warmup_steps: int = 20  # optimizer steps of linear warm-up
-    decay_factor: float = 0.316  # the rate is multiplied by this ...
-    decay_at: list[float] = field(default_factory=lambda: [0.6, 0.9])  # ... at these shares of the tokens
-    batch_size: int = 16  # sequences an optimizer step, over all ranks
-    batch_size_start: int | None = None  # the ramp's first batch; None: no ramp
+    warmup_steps: int = 20  # linear warm-up, optimizer steps
+    decay_factor: float = 0.316  # the learning rate is multiplied by this at each share in decay_at
+    decay_at: list[float] = field(default_factory=lambda: [0.6, 0.9])  # shares of the tokens, rising, 0 to 1
+    batch_size: int = 16  # sequences per optimizer step, over all ranks
+    batch_size_start: int | None = None  # the ramp's first batch, sequences; null: no ramp
     batch_ramp_tokens: int = 0  # tokens over which the batch grows
-    batch_ramp_increment: int = 1  # the batch grows by multiples of this many sequences
+    batch_ramp_increment: int = 1  # the batch grows in steps of this many sequences
 
 
 @dataclass
@@ -128,8 +133,8 @@ class ParallelConfig:
 class RuntimeConfig:
     """How one rank computes its part."""
 
-    device: Device = Device.auto
-    precision: Precision = Precision.fp32
+    device: Device = Device.auto  # auto: GPUs if there are any, else the CPU
+    precision: Precision = Precision.fp32  # of parameters and activations; bf16 accumulates gradients in fp32
     kernels: str = "reference"  # how the costly operations are computed; dsv2/kernels/specs.py lists the sets
     recompute: bool = False  # recompute each layer's activations in the backward pass
     micro_batch_size: int = 4  # sequences per forward pass of a rank
@@ -137,44 +142,49 @@ class RuntimeConfig:
 
 @dataclass
 class LoggingConfig:
-    wandb: WandbMode = WandbMode.auto
-    project: str = "dsv2"
-    entity: str | None = None
-    every: int = 10  # steps a window of routing statistics
-    maps_every: int = 100  # steps between pictures of a window's routing, at the ends of windows
-    # Alerts, on the console and through W&B, once an episode; a threshold of 0 or null turns one off.
-    alert_max_vio: float | None = 5.0  # moe/max_vio_max above this ...
-    alert_dead: float | None = 0.25  # or moe/dead above this share of all routed experts ...
-    alert_windows: int = 5  # ... for so many windows in a row: routing collapses
-    alert_spike: float | None = 6.0  # the loss above its running mean by so many standard deviations ...
-    alert_spike_steps: int = 3  # ... for so many steps in a row
+    wandb: WandbMode = WandbMode.auto  # auto: online if logged in, else offline; disabled: metrics.jsonl only
+    project: str = "dsv2"  # the W&B project
+    entity: str | None = None  # the owner of the W&B project; null: the account's own
+    every: int = 10  # length of a window of routing statistics, optimizer steps
+    maps_every: int = 100  # optimizer steps between pictures of a window's routing
+    # alert if moe/max_vio_max is above this for alert_windows windows; 0 or null: no alert
+    alert_max_vio: float | None = 5.0
+    # alert if moe/dead is above this share of the experts; 0 or null: no alert
+    alert_dead: float | None = 0.25
+    alert_windows: int = 5  # consecutive windows before an alert about routing
+    # alert if the loss exceeds its mean by this many deviations; 0 or null: no alert
+    alert_spike: float | None = 6.0
+    alert_spike_steps: int = 3  # consecutive steps before an alert about the loss
 
 
 @dataclass
 class EvalConfig:
-    every: int = 200  # optimizer steps; evaluation also runs at the end
-    sequences: int = 64  # the first ones of the validation split
-    sample_prompt: str = ""  # text the final sample continues
-    sample_tokens: int = 64  # its length; 0: no sample
+    every: int = 200  # optimizer steps between evaluations; one always runs at the end
+    sequences: int = 64  # sequences per evaluation: the first ones of the validation split
+    sample_prompt: str = ""  # text that the final sample continues
+    sample_tokens: int = 64  # length of the final sample, tokens; 0: no sample
 
 
 @dataclass
 class CheckpointConfig:
-    every: int = 200  # optimizer steps; 0: only at the end and on a signal
-    keep: int = 2  # newest complete checkpoints kept
+    every: int = 200  # optimizer steps between checkpoints; 0: only at the end and on a signal
+    keep: int = 2  # number of newest complete checkpoints that are kept
 
 
 @dataclass
 class Config:
-    name: str = "run"  # the run's files go to runs_dir/name
-    runs_dir: str = "runs"
-    seed: int = 0  # initial weights
-    init_from: str | None = None  # a Hugging Face folder to start from; a checkpoint that is found goes first
-    resume: str = "auto"  # auto: newest whole checkpoint of this run; never; or the path of one, or of a run
-    # With resume=PATH of another run: only its weights and Adam's moments are taken. Steps, tokens, schedule
-    # and data start at the beginning, so all of them may be others, and so may model.rope_scaling.
+    name: str = "run"  # name of the run; its files go to runs_dir/name
+    runs_dir: str = "runs"  # the folder of all runs
+    seed: int = 0  # seed of the initial weights
+    # a Hugging Face folder with the first weights; a checkpoint of the run takes precedence
+    init_from: str | None = None
+    # auto: this run's newest whole checkpoint; never; or the path of a checkpoint or run
+    resume: str = "auto"
+    # with resume=PATH of another run: take only its weights and Adam's moments; steps, tokens, schedule and
+    # data start anew and may differ, as may model.rope_scaling
     new_stage: bool = False
-    stop_step: int | None = None  # save and stop after this step; the schedule stays that of the whole run
+    # save and stop after this optimizer step; the schedule stays that of the whole run
+    stop_step: int | None = None
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

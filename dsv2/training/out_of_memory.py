@@ -1,20 +1,20 @@
-"""Where memory runs out: one message in place of torch's traceback."""
+"""Explain when memory runs out: one message instead of torch's traceback."""
 
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from dsv2.config.schema import Config
-from dsv2.errors import OneRankError
+from dsv2.errors import UserError
 from dsv2.parallel.environment import launched_ranks
 
 
 @contextmanager
 def memory_explained(config: Config) -> Iterator[None]:
-    """Where memory runs out, say what takes less of it.
+    """If memory runs out, say what needs less of it.
 
     Raises:
-        OneRankError: in place of torch's own error, on a GPU or the CPU.
+        UserError: instead of torch's error, on a GPU or the CPU.
     """
     try:
         yield
@@ -22,7 +22,7 @@ def memory_explained(config: Config) -> Iterator[None]:
         if (wanted := _memory_wanted(error)) is None:
             raise
         parallel = config.parallel
-        raise OneRankError(
+        raise UserError(
             f"out of memory on rank {launched_ranks()[0]}{wanted}, with runtime.micro_batch_size="
             f"{config.runtime.micro_batch_size} of data.sequence_length={config.data.sequence_length}, "
             f"expert_parallel_size={parallel.expert_parallel_size}, zero_stage={parallel.zero_stage}; take a "
@@ -33,7 +33,7 @@ def memory_explained(config: Config) -> Iterator[None]:
 
 
 def _memory_wanted(error: Exception) -> str | None:
-    """What could not be had, in words to append; None for other errors than memory's."""
+    """Return how much could not be allocated, as words to append; None for any other error."""
     text = str(error)
     if type(error).__name__ == "OutOfMemoryError":  # torch's, for GPUs
         found = re.search(r"allocate ([\d.]+ \w+).*capacity of ([\d.]+ \w+)", text, re.DOTALL)

@@ -15,12 +15,6 @@ LOCK = ".lock"
 OWNER = ".lock-owner"
 
 
-class RunDirError(UserError):
-    """Rank 0 alone looks at the folder, so it alone prints what is wrong."""
-
-    of_one_rank = True
-
-
 def claim(run_dir: Path) -> FileLock:
     """Hold the folder as long as the returned lock, and this process, live. For rank 0, before it starts.
 
@@ -38,12 +32,12 @@ def claim(run_dir: Path) -> FileLock:
         # Beside the lock, as taking a lock empties its file; a plain write also shows whether there is room.
         (run_dir / OWNER).write_text(f"process {os.getpid()} of {socket.gethostname()}\n")
     except Timeout:
-        raise RunDirError(
+        raise UserError(
             f"name={run_dir.name}: {run_dir} is in use by {_owner(run_dir)}; wait for it to end, or choose "
             "another name=NAME"
         ) from None
     except OSError as error:
-        raise RunDirError(
+        raise UserError(
             f"{where}: {run_dir} cannot be written ({error.strerror or error}); make it writable, or choose "
             "another runs_dir=FOLDER"
         ) from None

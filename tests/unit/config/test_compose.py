@@ -1,5 +1,6 @@
 """The real command line: mistakes give one line and exit code 2, and help needs no torch."""
 
+import json
 import os
 import resource
 import subprocess
@@ -8,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from dsv2.config.compose import compose_overrides, differences, field_types, from_plain, to_plain
+from dsv2.config.changes import differences
+from dsv2.config.compose import compose_overrides, from_plain, to_plain
+from dsv2.config.fields import field_types
 from dsv2.config.renamed import FIELDS, OPTIONS
 from dsv2.config.schema import (
     Config,
@@ -103,8 +106,19 @@ def test_what_is_shown_has_only_fields_there_are(show, tmp_path):
 
 @pytest.mark.parametrize("mistake", ["optim.lrr=1", "model.n_group=3", "data=local"])
 def test_other_ranks_keep_silent(mistake, tmp_path):
-    done = train(mistake, cwd=tmp_path, RANK="1", LOCAL_RANK="1", WORLD_SIZE="2")
+    """The first process that fails prints the line and tells torchrun; on this machine no other does."""
+
+    def rank(number: int):
+        error_file = tmp_path / "attempt_0" / str(number) / "error.json"
+        ranks = {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": "2"}
+        return train(mistake, cwd=tmp_path, **ranks, TORCHELASTIC_ERROR_FILE=str(error_file)), error_file
+
+    done, error_file = rank(0)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert done.stderr == f"error: {json.loads(error_file.read_text())['message']}\n"
+    done, error_file = rank(1)
     assert (done.returncode, done.stdout, done.stderr) == (2, "", "")
+    assert not error_file.exists()
 
 
 @pytest.mark.parametrize(

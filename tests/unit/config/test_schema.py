@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from dsv2.config.compose import field_types, to_plain, to_yaml
+from dsv2.config.compose import to_plain, to_yaml
+from dsv2.config.fields import field_types
 from dsv2.config.schema import AttentionKind, Config, Precision, RopeScalingConfig
 from dsv2.errors import UserError
 from dsv2.training.validate import validate

@@ -1,0 +1,56 @@
+"""How a process of train.py ends with an error: one line per machine on stderr, and torchrun's error file.
+
+torchrun gives each process of a machine its own error file, in folders beside each other. The first process
+that fails prints the error, writes its file for torchrun's report, and leaves a mark in the common folder.
+Processes that fail later find the mark and stay silent: they found the same error, or they lost that process.
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import NoReturn
+
+from filelock import FileLock
+
+from dsv2.cli.base import print_error
+
+ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
+
+
+def tell(error: Exception) -> None:
+    """Print the error unless another process of this machine has printed one. Without torchrun, print it."""
+    if not (file := os.environ.get(ERROR_FILE)):
+        print_error(error)
+        return
+    mark = Path(file).parents[1] / "told"  # .../attempt_0/told beside .../attempt_0/RANK/error.json
+    mark.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{mark}.lock"):  # whoever waits here leaves only after the error is printed
+        if mark.exists():
+            return
+        print_error(error)
+        _write_error_file(Path(file), error)
+        mark.touch()
+
+
+def _write_error_file(file: Path, error: Exception) -> None:
+    # torchrun names the earliest failure as the cause and compares whole seconds. One second less makes this
+    # one the earliest, even if others fail within the same second.
+    content = {"message": str(error), "timestamp": int(time.time()) - 1}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(content))
+
+
+def end(error: Exception, code: int, together: bool = False) -> NoReturn:
+    """Tell the error and exit with `code`.
+
+    If all processes fail `together`, they leave together: a process that exits while another still talks to
+    it makes that one abort.
+    """
+    tell(error)
+    if together:
+        from dsv2.parallel.start import end_process_group
+
+        end_process_group()
+    sys.exit(code)
