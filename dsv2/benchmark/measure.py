@@ -90,7 +90,8 @@ def measure(config: Config, device: Any, arguments: Namespace) -> dict[str, Any]
 
 def _parts(engine: Any, step: Any, keep: Path | None) -> dict[str, Any]:
     """The share of each part, and it as text; the trace goes to `keep`."""
-    from dsv2.benchmark.ranges import Ranges, methods_of_modules, parts_of_modules, read, record
+    from dsv2.benchmark.ranges import Ranges, methods_of_modules, parts_of_modules, record
+    from dsv2.benchmark.trace import read
 
     methods = [
         (engine.deepspeed, "step", "optimizer"),

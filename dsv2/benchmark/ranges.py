@@ -1,25 +1,17 @@
-"""Where a step's time goes, by the model's parts, read off a trace of torch.profiler.
+"""Put the names of a model's parts around its modules and methods, and record a trace of one step.
 
-Ranges are put around modules by hooks (`Ranges`), so the model knows nothing of it; a module's time is
-its own less that of the modules within it that are another part. What backward does belongs to the part
-whose forward made autograd's node: both carry the same sequence number. A GPU kernel belongs to the
-operation that launched it. The trace is the Chrome format that `export_chrome_trace` writes.
-
-On a GPU a part's time is that of its kernels, and `idle` is the rest of the step. Without one it is the
-time of the host's operations, and there is no `idle`.
+Ranges are hooks (`Ranges`), so the model knows nothing of them. dsv2/benchmark/trace.py reads the trace.
 """
 
-import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 PARTS: tuple[str, ...] = (
     "embedding",
-    "attention",  # the kernel, RoPE, and what puts queries and keys together
+    "attention",  # the kernel, RoPE, and joining the parts of queries and keys
     "attention projections",  # and the norms between them
-    "routing",  # all of an MoE layer but its experts: router, losses, statistics, plan, exchange
+    "routing",  # all of an MoE layer except its experts: router, losses, statistics, plan, exchange
     "routed experts",
     "shared experts",
     "dense FFN",
@@ -32,14 +24,10 @@ PARTS: tuple[str, ...] = (
 )
 PREFIX = "part: "
 STEP = PREFIX + "step"
-_BACKWARD = "autograd::engine::evaluate_function: "
-_HOST = ("cpu_op", "user_annotation")
-_LAUNCH = ("cuda_runtime", "cuda_driver")
-_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
 
 
 def parts_of_modules(model: Any) -> dict[Any, str]:
-    """The modules that a part begins with, by their classes and where they stand."""
+    """Return the modules that a part begins with, by their class and position."""
     from torch import nn
 
     from dsv2.model.attention.kinds import Attention
@@ -77,7 +65,7 @@ def parts_of_modules(model: Any) -> dict[Any, str]:
 
 
 def methods_of_modules(model: Any) -> list[tuple[Any, str, str]]:
-    """The methods that a part begins with, where no module of its own is called: (module, name, part)."""
+    """Return the methods that a part begins with if no module is called there: (module, name, part)."""
     from dsv2.model.attention.mla_module import MultiHeadLatentAttention
 
     found = [m for m in model.modules() if isinstance(m, MultiHeadLatentAttention)]
@@ -89,7 +77,9 @@ class Ranges:
 
     def __init__(self, modules: dict[Any, str], methods: list[tuple[Any, str, str]]):
         """`methods`: (object, its method's name, part)."""
-        self._modules, self._methods, self._undo = modules, methods, []
+        self._modules = modules
+        self._methods = methods
+        self._undo: list[Callable[[], Any]] = []
 
     def __enter__(self) -> "Ranges":
         from torch.profiler import record_function
@@ -129,7 +119,7 @@ def _in_range(function: Callable[..., Any], part: str) -> Callable[..., Any]:
 
 
 def record(step: Callable[[], Any], file: Path, on_gpu: bool) -> None:
-    """Write the trace of one step, after one that only warms the profiler up."""
+    """Write the trace of one step, after another that only warms up the profiler."""
     import torch
     from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
@@ -146,171 +136,3 @@ def record(step: Callable[[], Any], file: Path, on_gpu: bool) -> None:
                 if on_gpu:
                     torch.cuda.synchronize()
     recorded.export_chrome_trace(str(file))
-
-
-@dataclass
-class _Event:
-    """Something on a host thread."""
-
-    name: str
-    start: float  # microseconds, as all times of a trace
-    end: float
-    thread: tuple[Any, Any]
-    raw: dict[str, Any]
-    parent: "_Event | None" = None
-    children: float = 0.0  # their time
-    part: str | None = None
-
-    @property
-    def annotated(self) -> bool:
-        return self.name.startswith(PREFIX) and self.name != STEP
-
-    @property
-    def sequence(self) -> int:
-        """Of the node that this operation makes, or in backward of the one that is run; -1: none."""
-        return self.raw.get("args", {}).get("Sequence number", -1)
-
-    @property
-    def plans(self) -> bool:
-        """Does it work on indices: an operation on integers alone, or a kernel outside of any operation?
-
-        The latter can have no gradient, so it is not the experts' own work.
-        """
-        types = [t for t in self.raw.get("args", {}).get("Input type", []) if t and not t[0].isupper()]
-        integers = bool(types) and all(t.split()[-1] in _INTEGERS for t in types)
-        return integers or self.raw["cat"] in _LAUNCH
-
-
-_INTEGERS = ("int", "char", "bool")  # `long int`, `unsigned char` and so on
-
-
-class Kernel(NamedTuple):
-    name: str
-    part: str
-    milliseconds: float
-
-
-@dataclass
-class Breakdown:
-    """One step's time in milliseconds; the parts add up to the step."""
-
-    step_ms: float
-    parts: dict[str, float]
-    kernels: list[Kernel] = field(default_factory=list)  # of the GPU, else the host's operations
-
-    def share(self, part: str) -> float:
-        return self.parts[part] / self.step_ms
-
-    def as_json(self) -> dict[str, Any]:
-        return {p: {"ms": ms, "share": self.share(p)} for p, ms in self.parts.items()}
-
-    def table(self) -> str:
-        lines = [f"{'part':<24}{'ms':>10}{'share':>9}"]
-        lines += [f"{p:<24}{ms:>10.3f}{self.share(p):>8.1%}" for p, ms in self.parts.items() if ms]
-        return "\n".join([*lines, f"{'step, profiled':<24}{self.step_ms:>10.3f}"])
-
-    def top_kernels(self, count: int = 40) -> str:
-        """The kernels that take most, by name and part."""
-        sums: dict[tuple[str, str], list[float]] = {}
-        for kernel in self.kernels:
-            sums.setdefault((kernel.name, kernel.part), []).append(kernel.milliseconds)
-        lines = [f"{'ms':>10}{'calls':>7}  {'part':<22}  kernel"]
-        for (name, part), times in sorted(sums.items(), key=lambda item: -sum(item[1]))[:count]:
-            lines.append(f"{sum(times):>10.3f}{len(times):>7}  {part:<22}  {name[:90]}")
-        return "\n".join(lines)
-
-
-def read(file: Path) -> Breakdown:
-    """The breakdown of a trace that `record` wrote."""
-    return breakdown(json.loads(file.read_text(errors="replace"))["traceEvents"])
-
-
-def breakdown(trace: list[dict[str, Any]]) -> Breakdown:
-    """The same, of a trace's events."""
-    timed = [event for event in trace if event.get("ph") == "X"]
-    host = _host_events(timed)
-    step = [event for event in host if event.name == STEP][-1]
-    _attribute(host, step)
-    device = [event for event in timed if event.get("cat") in _DEVICE]
-    if device:
-        return _of_device(device, host, step)
-    parts = dict.fromkeys(PARTS, 0.0)
-    kernels = []
-    for event in host:
-        if event.thread == step.thread and step.start <= event.start < step.end:
-            own = (event.end - event.start - event.children) / 1e3
-            parts[event.part or "other"] += own
-            kernels.append(Kernel(event.name, event.part or "other", own))
-    return Breakdown((step.end - step.start) / 1e3, parts, kernels)
-
-
-def _host_events(timed: list[dict[str, Any]]) -> list[_Event]:
-    """Operations, ranges and launches of every thread, parents before children."""
-    events = []
-    for raw in timed:
-        if raw.get("cat") in (*_HOST, *_LAUNCH):
-            start = float(raw["ts"])
-            events.append(_Event(raw["name"], start, start + raw["dur"], (raw["pid"], raw["tid"]), raw))
-    events.sort(key=lambda event: (event.start, -event.end))
-    stacks: dict[tuple[Any, Any], list[_Event]] = {}
-    for event in events:
-        stack = stacks.setdefault(event.thread, [])
-        while stack and stack[-1].end <= event.start:
-            stack.pop()
-        if stack:
-            event.parent = stack[-1]
-            event.end = min(event.end, event.parent.end)  # they are rounded apart
-            event.parent.children += event.end - event.start
-        stack.append(event)
-    return events
-
-
-def _attribute(host: list[_Event], step: _Event) -> None:
-    """Set every event's part, where it has one."""
-    nodes: dict[int, str | None] = {}  # of autograd, by sequence number
-    in_backward: set[int] = set()
-    for event in host:
-        parent = event.parent
-        if event.name.startswith(_BACKWARD) or (parent is not None and id(parent) in in_backward):
-            in_backward.add(id(event))
-        event.part = parent.part if parent is not None else None
-        if event.annotated:
-            event.part = event.name.removeprefix(PREFIX)
-        elif event.part == "routed experts" and parent is not None and parent.annotated and event.plans:
-            event.part = "routing"  # wherever it is done
-        elif event.name.startswith(_BACKWARD + "torch::autograd::AccumulateGrad"):
-            event.part = "gradients"
-        elif event.name.startswith(_BACKWARD) and event.sequence in nodes:
-            event.part = nodes[event.sequence]
-        if event.thread == step.thread and event.sequence >= 0 and id(event) not in in_backward:
-            # Operations that make no node carry the next one's number: the last one made it.
-            nodes[event.sequence] = event.part
-
-
-def _of_device(device: list[dict[str, Any]], host: list[_Event], step: _Event) -> Breakdown:
-    launches, operations = {}, {}
-    for event in host:
-        arguments = event.raw.get("args", {})
-        if event.raw["cat"] in _LAUNCH:
-            launches[arguments.get("correlation")] = event.part
-        elif "External id" in arguments:
-            operations[arguments["External id"]] = event.part
-    parts, kernels = dict.fromkeys(PARTS, 0.0), []
-    for raw, milliseconds in _exclusive(device, step):
-        arguments = raw.get("args", {})
-        part = launches.get(arguments.get("correlation")) or operations.get(arguments.get("External id"))
-        parts[part or "other"] += milliseconds
-        kernels.append(Kernel(raw["name"], part or "other", milliseconds))
-    step_ms = (step.end - step.start) / 1e3
-    parts["idle"] = step_ms - sum(parts.values())
-    return Breakdown(step_ms, parts, kernels)
-
-
-def _exclusive(device: list[dict[str, Any]], step: _Event) -> Iterator[tuple[dict[str, Any], float]]:
-    """Kernels with their milliseconds; time of several at once counts for the one that began first."""
-    reached = step.start
-    for raw in sorted(device, key=lambda raw: raw["ts"]):
-        end = min(raw["ts"] + raw["dur"], step.end)
-        if end > reached:
-            yield raw, (end - max(raw["ts"], reached)) / 1e3
-            reached = end

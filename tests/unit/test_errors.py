@@ -17,7 +17,7 @@ def test_the_cpus_own_error(monkeypatch):
     monkeypatch.setenv("RANK", "1")
     with (
         pytest.raises(
-            UserError, match=r"on rank 1, which wanted \d+\.00 GiB more on the CPU, with parallel"
+            UserError, match=r"on rank 1, which wanted \d+\.00 GiB more on the CPU, with runtime"
         ) as e,
         memory_explained(CONFIG),
     ):

@@ -1,16 +1,12 @@
 """Other frameworks on the same work, one a file, for `python -m dsv2 benchmark --against`.
 
-An adapter has `REQUIRES`, the packages by name with the versions it is written for, `ALONE`, those of them
-to install without what they ask for, `ABOUT`, a line on how it is set up, `STATES`, the precision of its
-optimizer's states or None for the weights', and `build(work)`, which returns a step: forward, loss, backward,
-the gradient's norm clipped, and AdamW, on a micro-batch of tokens. Nothing of its framework is imported
-before.
+Each module here is a `Peer`. It imports its framework only in `build`.
 """
 
 import importlib
 import re
-from types import ModuleType
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol, cast
 
 from dsv2.config.schema import Config, ModelConfig, OptimConfig
 from dsv2.errors import UserError
@@ -33,17 +29,31 @@ class Work(NamedTuple):
     dtype: Any  # torch.dtype of weights and activations
 
 
-def adapter(name: str) -> ModuleType:
-    return importlib.import_module(f"dsv2.benchmark.peers.{name}")
+class Peer(Protocol):
+    """What a module of this folder offers."""
+
+    REQUIRES: dict[str, str]  # the packages it needs, with the versions it is written for
+    ALONE: tuple[str, ...]  # those of them to install without their dependencies
+    STATES: str | None  # precision of the optimizer's states; None: that of the weights
+    ABOUT: str  # one line on how it is set up
+
+    def build(self, work: Work) -> Callable[[list[Any]], float]:
+        """Return a step: forward, loss, backward, clipping and AdamW on a micro-batch of tokens; its loss."""
+        ...
+
+
+def adapter(name: str) -> Peer:
+    """Return the peer of that name."""
+    return cast(Peer, importlib.import_module(f"dsv2.benchmark.peers.{name}"))
 
 
 def version(name: str) -> str | None:
-    """The version of the peer's first package."""
+    """Return the version of the peer's first package."""
     return installed(next(iter(adapter(name).REQUIRES)))
 
 
 def parse(given: str) -> dict[str, int | None]:
-    """`transformers,deepspeed_autoep:6`: each peer with its micro-batch, None for that of the configuration.
+    """Read `transformers,deepspeed_autoep:6`: each peer with its micro-batch, None for the configuration's.
 
     Raises:
         UserError: a name that no adapter has, one given twice, or a micro-batch that is no positive number.

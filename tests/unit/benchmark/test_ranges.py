@@ -6,18 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dsv2.benchmark.ranges import (
-    PARTS,
-    PREFIX,
-    STEP,
-    Breakdown,
-    Ranges,
-    breakdown,
-    methods_of_modules,
-    parts_of_modules,
-    read,
-    record,
-)
+from dsv2.benchmark.ranges import PARTS, PREFIX, STEP, Ranges, methods_of_modules, parts_of_modules, record
+from dsv2.benchmark.trace import Breakdown, breakdown, read
 from dsv2.model.init import init_weights
 from dsv2.model.transformer import DeepseekV2
 from dsv2.moe.execution import Execution
