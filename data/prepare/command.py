@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         )
         command.add_argument("--quiet", action="store_true", help="Print nothing except errors.")
 
+
 def _add_fields(parser: argparse.ArgumentParser, fields_of: type[Corpus] | type[Settings]) -> None:
     """Add an argument per field: an option if the field has a default, else a positional argument."""
     hints = get_type_hints(fields_of)
