@@ -1,8 +1,8 @@
 """A checkpoint as files: is it whole, and do they hold what was written?
 
-`state.json`, written last, lists every file's size and CRC-32. Sizes are compared wherever a
-checkpoint is looked at (`check`); the bytes before a run goes on from it (`damaged_file`), as reading
-all of them takes time.
+`state.json`, written last, lists every file's size and CRC-32. Sizes are compared whenever a checkpoint is
+opened (`check`). Reading all bytes takes time, so a run compares them only before it resumes
+(`damaged_file`).
 """
 
 import json
@@ -69,12 +69,12 @@ def find_checkpoint(path: Path, option: str | None = None) -> Path:
 
 
 def newest_first(folder: Path) -> list[Path]:
-    """The checkpoints in the folder, whole or not, but for those set aside."""
+    """Return the checkpoints in the folder, whole or not, except those set aside."""
     return sorted((p for p in folder.glob("step-*") if not p.suffix), reverse=True)
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
-    """Whole checkpoints in the folder, newest first."""
+    """Return the whole checkpoints in the folder, newest first."""
     found = []
     for path in newest_first(folder):
         try:
@@ -86,7 +86,7 @@ def complete_checkpoints(folder: Path) -> list[Path]:
 
 
 def checksum(file: Path) -> int:
-    """CRC-32 of a file's bytes."""
+    """Return the CRC-32 of a file's bytes."""
     value = 0
     with file.open("rb") as opened:
         while block := opened.read(1 << 24):
@@ -95,7 +95,7 @@ def checksum(file: Path) -> int:
 
 
 def damaged_file(path: Path, names: Iterable[str], checksums: dict[str, int]) -> str | None:
-    """What is wrong with the first of these files whose bytes are not those that were written."""
+    """Return what is wrong with the first file whose bytes differ from those written; None if none does."""
     for name in names:
         try:
             found = checksum(path / name)

@@ -17,10 +17,10 @@ from dsv2.errors import UserError
 
 
 def run_tokenizer(config: Config, given: str | None) -> Tokenizer:
-    """The tokenizer of a run: the file `given`, else the one that its data was made with.
+    """Return the tokenizer of a run: the file `given`, else the one that its data was made with.
 
     Raises:
-        UserError: it is not there, or has more pieces than the model.
+        UserError: it is missing, or has more pieces than the model.
     """
     try:
         tokenizer = load_tokenizer(given) if given else source_of(config.data).tokenizer(config.data)

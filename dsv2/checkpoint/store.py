@@ -48,14 +48,16 @@ class CheckpointStore:
     """A run's checkpoints.
 
     Args:
-        folder: where they lie.
-        keep: newest complete checkpoints that stay when another is saved.
-        settings: the run's whole configuration, plain; saved along, and its model's sizes compared.
-            With its `new_stage`, another run's checkpoint gives weights and moments only.
+        folder: where they are.
+        keep: how many of the newest complete checkpoints stay when another is saved.
+        settings: the run's whole configuration as plain values. It is saved too, and its model is compared
+            with the checkpoint's. With `new_stage`, another run's checkpoint gives weights and states only.
     """
 
     def __init__(self, folder: Path, keep: int, settings: dict[str, Any]):
-        self.folder, self.keep, self.settings = folder, keep, settings
+        self.folder = folder
+        self.keep = keep
+        self.settings = settings
 
     def save(self, shards: Iterable[Shard], state: RunState, *, optimizer_steps: float, mesh: Mesh) -> Path:
         """Write `folder/step-N` and delete all but the newest `keep` complete checkpoints. Collective.
@@ -112,11 +114,11 @@ class CheckpointStore:
         return target
 
     def find(self, resume: str, stop_step: int | None = None) -> Found | None:
-        """The checkpoint that `resume` means, or None for a fresh start.
+        """Return the checkpoint that `resume` means, or None for a fresh start.
 
         Args:
-            resume: `auto`, the newest whole one of this run; `never`; or the path of one, or of a run's
-                folder for its newest, from which the run starts, unless it already has its own to go on from.
+            resume: `auto`, the newest whole one of this run; `never`; or a path. A path names a checkpoint,
+                or a run's folder for its newest one. It is ignored if this run has checkpoints of its own.
             stop_step: the run is to stop after this step.
 
         Raises:
@@ -221,7 +223,7 @@ class CheckpointStore:
         )
 
     def _damage(self, path: Path, mesh: Mesh) -> str | None:
-        """What is wrong with a checkpoint's bytes; ranks share the reading. Collective."""
+        """Return what is wrong with a checkpoint's bytes, or None; ranks share the reading. Collective."""
         problem = None
         everyone = mesh[Dim.world]
         try:
@@ -273,7 +275,7 @@ def _on_main(action: Callable[[], None], mesh: Mesh) -> None:
 
 
 def _root_cause(error: CheckpointException) -> str:
-    """The first rank's own words, out of DCP's collection of every rank's exceptions."""
+    """Return the message of the first rank that failed, from the exceptions of all ranks."""
     failures = list(error.failures.values())
     return _in_words(failures[0][0] if failures else error)
 
