@@ -10,6 +10,7 @@ SIGTERM, SIGINT or stop_step after saving; 1 an error; 2 a mistake in the config
 import os
 import sys
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import hydra
 from omegaconf import DictConfig
@@ -26,9 +27,14 @@ from dsv2.training.rundir import claim
 from dsv2.training.start import find_start
 from dsv2.training.validate import validate
 
+if TYPE_CHECKING:
+    from dsv2.checkpoint.state import RunState
+    from dsv2.checkpoint.store import CheckpointStore
+    from dsv2.training.engine import Engine
+
 
 def train(config: Config) -> None:
-    """The whole job of this rank."""
+    """Build, train and evaluate the model: the whole job of this rank."""
     rank, world_size = launched_ranks()
     validate(config, world_size)
     # Torch and DeepSpeed take seconds to import: they wait until the configuration makes sense.
@@ -36,6 +42,7 @@ def train(config: Config) -> None:
         from data.streams.sources import build_stream
         from dsv2.checkpoint.state import RunState
         from dsv2.monitoring.monitor import Monitor
+        from dsv2.monitoring.tracker import open_tracker
         from dsv2.parallel.device import pick_device
         from dsv2.parallel.plan import Dim, ParallelPlan
         from dsv2.parallel.start import end_process_group, start_mesh
@@ -46,10 +53,10 @@ def train(config: Config) -> None:
         from dsv2.training.schedule import plan_steps
         from dsv2.training.signals import StopSignals
 
-    # What may be wrong with the files is found before any process group is made.
-    run_dir = config.run_dir
-    device, (store, found, weights) = pick_device(config, local_processes()), find_start(config)
-    _lock = claim(run_dir) if rank == 0 else None
+    # Mistakes in the files are found before any process group exists.
+    device = pick_device(config, local_processes())
+    store, found, weights = find_start(config)
+    _lock = claim(config.run_dir) if rank == 0 else None
 
     mesh = start_mesh(ParallelPlan.of(config.parallel, world_size), rank, device)
     model = build_model(config.model, config.runtime, config.seed, mesh, weights)
@@ -61,35 +68,49 @@ def train(config: Config) -> None:
     if state.data is not None:
         stream.load_state_dict(state.data)
 
-    with StopSignals(mesh) as stop, Monitor(config, mesh, run_dir, state, loaded) as monitor:
+    with (
+        StopSignals(mesh) as stop,
+        open_tracker(config, wandb_id=state.wandb_id, is_main=mesh.is_main) as tracker,
+        Monitor(config, mesh, tracker, state, loaded) as monitor,
+    ):
+        state = replace(state, wandb_id=tracker.wandb_id)
         for plan in plan_steps(config.optim, config.data.sequence_length, state.step, state.tokens):
             batches = share_of_step(stream, plan.batch_size, config.runtime.micro_batch_size, mesh)
-            monitor.data_ready()
             result = engine.train_step(batches, plan.lr)
-            monitor.step(plan, result)
             state = state.after(plan.step + 1, plan.tokens_after)
-            finished, stopped = state.step == monitor.total_steps, stop.requested()
-            if due(config.eval.every, state.step) and not finished and not stopped:
+            monitor.step(plan, result)  # raises Diverged
+            last = state.tokens >= config.optim.total_tokens or stop.requested()
+            if due(config.eval.every, state.step) and not last:
                 monitor.evaluation(state.step, evaluator.evaluate())
-            # Asked again: an evaluation takes time, and who stops then should not wait for another step.
-            last = finished or stopped or state.step == config.stop_step or stop.requested()
+                last = stop.requested()
+            last = last or state.step == config.stop_step
             if due(config.checkpoint.every, state.step) or last:
-                try:
-                    engine.save(store, replace(state, data=stream.state_dict(), wandb_id=monitor.wandb_id))
-                    monitor.status("running")
-                except CheckpointError as error:
-                    if last:
-                        raise
-                    monitor.note(f"warning: {error}; the run goes on")
-            monitor.resume_clock()
+                state = replace(state, data=stream.state_dict())
+                monitor.saved(save(store, engine, state, must_succeed=last))
             if last:
                 break
-        if state.step == monitor.total_steps:
-            monitor.finish(evaluator)
+        if state.tokens >= config.optim.total_tokens:
+            monitor.final(evaluator.evaluate(), evaluator.sample())
     end_process_group()
 
 
+def save(store: "CheckpointStore", engine: "Engine", state: "RunState", *, must_succeed: bool) -> str | None:
+    """Save a checkpoint and return why it failed, if it did: older checkpoints are untouched.
+
+    Raises:
+        CheckpointError: it failed and `must_succeed`.
+    """
+    try:
+        engine.save(store, state)
+    except CheckpointError as error:
+        if must_succeed:
+            raise
+        return str(error)
+    return None
+
+
 def due(every: int, step: int) -> bool:
+    """Return whether a job that runs every so many steps (0: never) runs after this step."""
     return every > 0 and step % every == 0
 
 

@@ -23,7 +23,7 @@ class Report(Verb):
         parser.add_argument("--out", type=Path, metavar="FILE", help=out)
 
     def run(self, options: Namespace) -> int:
-        from dsv2.monitoring.report.run import write_page
+        from dsv2.monitoring.report.page import write_page
 
         print(write_page(options.run_dir, options.out or options.run_dir / "report.html"))
         return ExitCode.ok

@@ -1,89 +1,119 @@
-"""When somebody should look at a run: routing that collapses, a loss that jumps (see LoggingConfig)."""
+"""When somebody should look at a run: a metric stays above the threshold that its declaration names.
+
+The thresholds are fields of the configuration's section `logging`. Each alert is raised once per episode,
+which lasts as long as the value stays above the threshold. A session starts without memory of earlier ones.
+"""
 
 import math
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from dsv2.config.schema import LoggingConfig
+from dsv2.monitoring.metrics.base import Alert, Metric
+from dsv2.monitoring.metrics.producers import METRICS
 
-HORIZON = 100  # steps over which the loss's running mean and deviation forget
-_FEWEST = 30  # steps of a loss before its deviation says anything
+HORIZON = 100  # steps after which the loss's running mean and deviation have forgotten a value
+_FEWEST = 30  # values before the deviation is used
 
 
-class Alert(NamedTuple):
+class Notice(NamedTuple):
+    """One raised alert."""
+
     title: str
     text: str
 
 
 class Alerts:
-    """Looks at every step's metrics; each kind of alert comes once an episode.
+    """Checks every step's metrics against the declared alerts."""
 
-    An episode lasts as long as its value stays over the threshold. What alerts know starts anew with
-    every session of a run.
-    """
+    def __init__(
+        self, config: LoggingConfig, routed_experts: int, metrics: Iterable[Metric] = METRICS.values()
+    ) -> None:
+        """Watch the metrics that declare an alert; `routed_experts` counts all layers' experts."""
+        self._watches: list[_Watch] = []
+        for metric in metrics:
+            alert = metric.alert
+            threshold = getattr(config, alert.threshold) if alert else None
+            if alert is None or not threshold:
+                continue
+            lasting = getattr(config, alert.lasting)
+            if alert.spike:
+                self._watches.append(_SpikeWatch(metric.name, alert, threshold, lasting))
+            else:
+                scale = routed_experts if alert.share_of_experts else 1
+                self._watches.append(_ThresholdWatch(metric.name, alert, threshold * scale, lasting))
 
-    def __init__(self, config: LoggingConfig, routed_experts: int) -> None:
-        """`routed_experts`: of all layers together."""
-        self._config = config
-        self._routed_experts = routed_experts
-        self._windows = {"moe/max_vio_max": 0, "moe/dead": 0}  # in a row, over the threshold
-        self._loss = RunningStatistics()
-        self._steps_above = 0
-
-    def check(self, step: int, metrics: Mapping[str, float]) -> list[Alert]:
-        """The alerts that begin with this step.
+    def check(self, step: int, metrics: Mapping[str, float]) -> list[Notice]:
+        """Return the alerts that begin with this step.
 
         Args:
             step: counted from 1.
-            metrics: the step's, by their names; routing metrics come at the ends of windows only.
+            metrics: this step's values; window metrics are there only at the end of a window.
         """
-        config = self._config
-        found = [
-            self._collapse(step, metrics, "moe/max_vio_max", config.alert_max_vio or math.inf, "{:.2f}"),
-            self._collapse(
-                step, metrics, "moe/dead", (config.alert_dead or math.inf) * self._routed_experts, "{:.0f}"
-            ),
-            self._spike(step, metrics["train/loss"]),
-        ]
-        return [alert for alert in found if alert is not None]
+        notices = [watch.check(step, metrics[watch.name]) for watch in self._watches if watch.name in metrics]
+        return [notice for notice in notices if notice is not None]
 
-    def _collapse(
-        self, step: int, metrics: Mapping[str, float], name: str, threshold: float, form: str
-    ) -> Alert | None:
-        if name not in metrics:
+
+class _Watch(ABC):
+    """Follows one metric."""
+
+    def __init__(self, name: str, alert: Alert, threshold: float, lasting: int) -> None:
+        self.name = name
+        self.alert = alert
+        self.threshold = threshold
+        self.lasting = lasting
+        self.above = 0  # values in a row above the threshold
+
+    @abstractmethod
+    def check(self, step: int, value: float) -> Notice | None: ...
+
+
+class _ThresholdWatch(_Watch):
+    """Above a fixed threshold."""
+
+    def check(self, step: int, value: float) -> Notice | None:
+        self.above = self.above + 1 if value > self.threshold else 0
+        if self.above != self.lasting:
             return None
-        self._windows[name] = self._windows[name] + 1 if metrics[name] > threshold else 0
-        if self._windows[name] != self._config.alert_windows:
-            return None
-        return Alert(
-            "routing collapse",
-            f"step {step}: {name} is {form.format(metrics[name])}, over {form.format(threshold)} "
-            f"for {self._config.alert_windows} windows in a row",
+        shown = self.alert.text_format.format
+        return Notice(
+            self.alert.title,
+            f"step {step}: {self.name} is {shown(value)}, over {shown(self.threshold)} "
+            f"for {self.lasting} windows in a row",
         )
 
-    def _spike(self, step: int, loss: float) -> Alert | None:
-        """Steps above the threshold are not part of what they are measured against.
 
-        A loss that stays up for `HORIZON` steps has found a new level: its statistics begin again there.
-        """
-        seen, deviations = self._loss, self._config.alert_spike
-        if not deviations:
+class _SpikeWatch(_Watch):
+    """Above the running mean by a number of running standard deviations.
+
+    Values above that threshold do not enter the statistics. After `HORIZON` such values in a row the metric
+    has found a new level, and the statistics start again there.
+    """
+
+    def __init__(self, name: str, alert: Alert, threshold: float, lasting: int) -> None:
+        super().__init__(name, alert, threshold, lasting)
+        self._seen = RunningStatistics()
+
+    def check(self, step: int, value: float) -> Notice | None:
+        seen = self._seen
+        limit = seen.mean + self.threshold * seen.deviation
+        if seen.count < _FEWEST or value <= limit:
+            seen.add(value)
+            self.above = 0
             return None
-        threshold = seen.mean + deviations * seen.deviation
-        if seen.count < _FEWEST or loss <= threshold:
-            seen.add(loss)
-            self._steps_above = 0
+        self.above += 1
+        above = self.above
+        if above >= max(HORIZON, self.lasting):
+            self._seen = RunningStatistics()
+            self.above = 0
+        if above != self.lasting:
             return None
-        self._steps_above += 1
-        steps_above = self._steps_above
-        if steps_above >= max(HORIZON, self._config.alert_spike_steps):
-            self._loss, self._steps_above = RunningStatistics(), 0
-        if steps_above != self._config.alert_spike_steps:
-            return None
-        return Alert(
-            "loss spike",
-            f"step {step}: the loss is {loss:.3f}, over {threshold:.3f} for {steps_above} steps in a row; "
-            f"its running mean is {seen.mean:.3f}, its standard deviation {seen.deviation:.3f}",
+        shown = self.alert.text_format.format
+        return Notice(
+            self.alert.title,
+            f"step {step}: {self.name} is {shown(value)}, over {shown(limit)} for {above} steps in a row; "
+            f"its running mean is {shown(seen.mean)}, its standard deviation {shown(seen.deviation)}",
         )
 
 
@@ -91,13 +121,16 @@ class RunningStatistics:
     """Mean and standard deviation: exact over the first `HORIZON` values, then forgetting exponentially."""
 
     def __init__(self) -> None:
-        self.count, self.mean, self._variance = 0, 0.0, 0.0
+        self.count = 0
+        self.mean = 0.0
+        self._variance = 0.0
 
     @property
     def deviation(self) -> float:
         return math.sqrt(self._variance)
 
     def add(self, value: float) -> None:
+        """Take one more value into account."""
         self.count += 1
         weight = 1 / min(self.count, HORIZON)
         distance = value - self.mean

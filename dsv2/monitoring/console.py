@@ -1,7 +1,8 @@
-"""What a run prints: pure functions from numbers to lines; train.py prints them from rank 0."""
+"""The lines that a run prints: pure functions from numbers to text; the monitor prints them on rank 0."""
 
 from pathlib import Path
 
+from dsv2.config.schema import OptimConfig
 from dsv2.formats import fmt_count, fmt_time
 
 
@@ -17,15 +18,18 @@ def step_line(
     eta_s: float | None,
     mfu: float | None = None,
 ) -> str:
-    """One training step.
+    """Return the line of one training step.
 
     Args:
-        loss: nats a token, balance losses included.
+        step: counted from 1.
+        total_steps: of the whole run.
+        loss: nats per token, balance losses included.
         grad_norm: global norm before clipping.
-        tok_s: tokens a second over all ranks.
-        mem_gib: peak memory of rank 0's process: CUDA's on a GPU, resident otherwise.
-        eta_s: seconds to the last step, None where there is no estimate yet.
-        mfu: share 0..1 of the GPU's peak, None where the peak is unknown (CPU).
+        lr: this step's learning rate.
+        tok_s: tokens per second over all ranks.
+        mem_gib: peak memory of rank 0's process: CUDA's on a GPU, resident on the CPU.
+        eta_s: seconds to the last step, None if there is no estimate yet.
+        mfu: share of the GPU's peak, 0 to 1; None if the peak is unknown (CPU).
     """
     fields = [
         _progress("step", step, total_steps),
@@ -41,7 +45,7 @@ def step_line(
 
 
 def eval_line(*, step: int, total_steps: int, loss: float, bits_per_byte: float | None = None) -> str:
-    """One evaluation: loss in nats a token, bits per byte where the data knows its bytes."""
+    """Return the line of one evaluation: loss in nats per token; bits per byte if the data knows them."""
     bpb = [] if bits_per_byte is None else [f"bpb {bits_per_byte:.3f}"]
     return "  ".join([_progress("eval", step, total_steps), f"loss {loss:.3f}", *bpb])
 
@@ -59,20 +63,21 @@ def start_lines(
     begun_from: Path | None = None,
     dashboard: str,
 ) -> list[str]:
-    """What is about to run.
+    """Return the lines that say what is about to run.
 
     Args:
-        active_parameters: those one token uses.
-        layout: the ranks and how they split the work, such as "2 x cpu, expert parallel 2, ZeRO-1, fp32".
-        resumed_step: the checkpoint's step, None for a fresh start.
-        begun_from: the checkpoint of another run, or the Hugging Face folder, that this one begins with.
-        dashboard: `Tracker.dashboard_hint`.
+        name: the run's. parameters: of the whole model. active_parameters: the parameters that one token
+        uses. total_steps: of the whole run. total_tokens: of the whole run. layout: the ranks and how they
+        split the work, such as "2 x cpu, expert parallel 2, ZeRO-1, fp32". run_dir: the run's folder.
+        resumed_step: the checkpoint's step, None for a fresh start. begun_from: the checkpoint of another
+        run, or the Hugging Face folder, whose weights this run starts from. dashboard:
+        `Tracker.dashboard_hint`.
     """
     resumed = "" if resumed_step is None else f", resumed after step {resumed_step}"
     if begun_from is not None:
-        resumed = f", begun with the weights of {begun_from}"
+        resumed = f", started from the weights of {begun_from}"
     return [
-        f"{name}: {fmt_count(parameters)} parameters, {fmt_count(active_parameters)} active a token",
+        f"{name}: {fmt_count(parameters)} parameters, {fmt_count(active_parameters)} active per token",
         f"  plan    {total_steps} steps, {fmt_count(total_tokens)} tokens",
         f"  layout  {layout}",
         f"  files   {run_dir}{resumed}",
@@ -90,15 +95,38 @@ def end_lines(
     run_dir: Path,
     dashboard: str,
 ) -> list[str]:
-    """How it went; `finished` is False where a signal or stop_step ended the run early."""
-    how = "finished" if finished else "stopped (the same command goes on from here)"
+    """Return the last lines; `finished` is False if a signal or stop_step ended the run early."""
+    how = "finished" if finished else "stopped (the same command continues from here)"
     if not finished and step == stop_step:
-        how = f"stopped as stop_step={step} says (a later one, or none, goes on from here)"
+        how = f"stopped at stop_step={step} (continue with a later one, or with null)"
     return [
         f"{how}: step {step}/{total_steps}, {fmt_time(seconds)}",
         f"  files   {run_dir}",
         f"  watch   {dashboard}",
     ]
+
+
+def schedule_notes(
+    optim: OptimConfig, *, step: int, tokens: int, total_steps: int, sequence_length: int
+) -> list[str]:
+    """Return what may surprise about the schedule of a session that begins at this step and token."""
+    notes = []
+    if optim.warmup_steps > total_steps:
+        notes.append(
+            f"note: optim.warmup_steps={optim.warmup_steps}: the run has only {total_steps} steps, so the "
+            f"learning rate never reaches optim.lr={optim.lr:g}"
+        )
+    if step == total_steps:
+        if tokens >= optim.total_tokens + optim.batch_size * sequence_length:
+            notes.append(
+                f"note: optim.total_tokens={optim.total_tokens}: this run has already trained on more, "
+                f"{tokens} tokens"
+            )
+        notes.append(
+            "this run is finished: it is only evaluated again. A larger optim.total_tokens continues it; "
+            "name=NAME starts another run"
+        )
+    return notes
 
 
 def _progress(label: str, step: int, total_steps: int) -> str:

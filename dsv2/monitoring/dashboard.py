@@ -1,10 +1,7 @@
 """Create the project's dashboard in W&B: a saved view with the sections of dsv2/monitoring/panels.py.
 
-    python -m dsv2 dashboard --project dsv2
-    python -m dsv2 dashboard --spec dashboard.json
-
-With --spec nothing is sent: the view is written as JSON, which needs neither network nor account. Each call
-makes a new view. Exit codes: 0; 2 where W&B cannot be reached or used, or FILE cannot be written.
+`python -m dsv2 dashboard` calls this. Each call creates a new view. With --spec the view is only written as
+JSON, which needs neither network nor account.
 """
 
 import json
@@ -12,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsv2.errors import UserError
-from dsv2.monitoring.panels import LAYER_SUFFIX, SECTIONS, Panel, Section
+from dsv2.monitoring.metrics.base import PER_LAYER
+from dsv2.monitoring.panels import SECTIONS, Chart
 
 if TYPE_CHECKING:
     from wandb_workspaces.workspaces import Workspace  # takes seconds to import
@@ -21,7 +19,7 @@ NAME = "dsv2"
 
 
 def build(entity: str, project: str) -> "Workspace":
-    """The view, not sent anywhere."""
+    """Return the view without sending it."""
     import wandb_workspaces.workspaces as ws
 
     return ws.Workspace(
@@ -31,29 +29,29 @@ def build(entity: str, project: str) -> "Workspace":
         sections=[
             ws.Section(
                 name=section.title,
-                panels=[_panel(section, panel) for panel in section.panels],
+                panels=[_panel(chart) for chart in section.charts],
                 is_open=True,
-                layout_settings=ws.SectionLayoutSettings(columns=3, rows=-(-len(section.panels) // 3)),
+                layout_settings=ws.SectionLayoutSettings(columns=3, rows=-(-len(section.charts) // 3)),
             )
             for section in SECTIONS
         ],
     )
 
 
-def _panel(section: Section, panel: Panel) -> Any:
+def _panel(chart: Chart) -> Any:
     import wandb_workspaces.reports.v2 as wr
 
-    title = f"{panel.group}: {panel.title}" if panel.group else panel.title
-    if panel.names[0].startswith("map/"):
-        return wr.MediaBrowser(title=title, media_keys=list(panel.names), num_columns=1, gallery_axis="run")
-    if panel.names[0].endswith(LAYER_SUFFIX):
-        pattern = "^" + panel.names[0].removesuffix(LAYER_SUFFIX) + r"/L\d+$"
-        return wr.LinePlot(title=title, x="Step", metric_regex=pattern, title_y=panel.unit)
-    return wr.LinePlot(title=title, x="Step", y=list(panel.names), title_y=panel.unit)
+    title = f"{chart.group}: {chart.title}" if chart.group else chart.title
+    if chart.is_map:
+        return wr.MediaBrowser(title=title, media_keys=list(chart.names), num_columns=1, gallery_axis="run")
+    if chart.per_layer:
+        pattern = "^" + chart.names[0].removesuffix(PER_LAYER) + r"/L\d+$"
+        return wr.LinePlot(title=title, x="Step", metric_regex=pattern, title_y=chart.unit)
+    return wr.LinePlot(title=title, x="Step", y=list(chart.names), title_y=chart.unit)
 
 
 def spec_of(workspace: "Workspace") -> dict[str, Any]:
-    """What W&B is sent as the view's definition."""
+    """Return the view's definition as W&B receives it."""
     return json.loads(workspace._to_model().spec.model_dump_json(by_alias=True, exclude_none=True))
 
 
@@ -71,15 +69,15 @@ def write_spec(file: Path, project: str) -> None:
 
 
 def create(entity: str | None, project: str) -> str:
-    """Save the view; return its address.
+    """Save the view and return its address.
 
     Raises:
-        UserError: not logged in, or W&B refuses or cannot be reached.
+        UserError: nobody is logged in, or W&B refuses or cannot be reached.
     """
     import wandb
 
     offline = "or write the view with --spec FILE, which needs no account"
-    wandb.setup(settings=wandb.Settings(silent=True))  # its own lines would stand beside ours
+    wandb.setup(settings=wandb.Settings(silent=True))  # or W&B prints lines of its own
     try:
         logged_in = wandb.login(prompt=False, verify=True)
     except Exception as error:

@@ -1,37 +1,43 @@
-"""Files with one JSON object a line: appended whole, and read back knowing that runs are resumed.
+"""A run's metrics.jsonl and maps.jsonl: files with one JSON object per line, appended whole and read back.
 
-A line has a `"step"`; a step smaller than the one before it starts a resumed session, and what was recorded
-from that step on belongs to a past that no checkpoint holds any more.
+Every line has a "step". A step smaller than the previous one starts a resumed session. Whatever an earlier
+session recorded from that step on is then discarded, because no checkpoint holds it any more. JSON knows no
+NaN or infinity: both are `null` in the files and NaN when metrics are read back.
 """
 
 import contextlib
 import io
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
 
 from dsv2.errors import UserError
 
+METRICS_FILE = "metrics.jsonl"
+MAPS_FILE = "maps.jsonl"
+
 
 class RecordWriter:
-    """Appends to such a file. A line that cannot be written is lost, with one warning a session."""
+    """Appends to one file. A line that cannot be written is lost, with one warning per session."""
 
     def __init__(self, path: Path) -> None:
         _drop_torn_line(path)
         self._path = path
-        # No buffer: what a line could not be written from must not linger.
+        # Unbuffered: after a failed write (disk full) a buffer would flush the same bytes later, into the
+        # middle of a line.
         self._file = io.FileIO(path, "a")
-        self._warned = False
+        self._has_warned = False
 
     def append(self, record: dict[str, Any]) -> None:
-        """Write it whole or not at all: a full disk must not end a run.
+        """Write the line whole or not at all: a full disk must not end a run.
 
         Raises:
             ValueError: NaN or infinity, which JSON does not know.
         """
         data = (json.dumps(record, allow_nan=False) + "\n").encode()
-        before = os.fstat(self._file.fileno()).st_size
+        size_before = os.fstat(self._file.fileno()).st_size
         try:
             if self._file.write(data) == len(data):
                 return
@@ -39,22 +45,45 @@ class RecordWriter:
         except OSError as error:
             problem = str(error)
         with contextlib.suppress(OSError):  # half a line would spoil the next one
-            self._file.truncate(before)
-        if not self._warned:
+            self._file.truncate(size_before)
+        if not self._has_warned:
             print(f"warning: {self._path.name} could not be written: {problem}", flush=True)
-        self._warned = True
+        self._has_warned = True
 
     def close(self) -> None:
+        """Close the file."""
         self._file.close()
 
 
+def read_metrics(run_dir: Path) -> list[dict[str, float]]:
+    """Return the run's scalars, `{"step": 12, "train/loss": 4.1, ...}`, one dict per step, sorted by step.
+
+    `null` becomes NaN; see `read_records` for resumed sessions and torn lines.
+
+    Raises:
+        UserError: the file does not exist, or a line before the last is not a JSON object with a step.
+    """
+    rows = read_records(run_dir / METRICS_FILE)
+    return [{name: math.nan if value is None else value for name, value in row.items()} for row in rows]
+
+
+def read_maps(run_dir: Path) -> list[dict[str, Any]]:
+    """Return the heat maps, `{"step": 100, "map/expert_load": rows, ...}`, sorted by step; [] if none.
+
+    Raises:
+        UserError: a line before the last is not a JSON object with a step.
+    """
+    path = run_dir / MAPS_FILE
+    return [row for row in read_records(path) if len(row) > 1] if path.is_file() else []
+
+
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """One dict a step, sorted by step; several lines of one step are merged, later values winning.
+    """Return one dict per step, sorted by step. Lines of the same step are merged; later values win.
 
     A torn last line, left by a killed process, is skipped.
 
     Raises:
-        UserError: No such file, or a line before the last is not a JSON object with a step.
+        UserError: the file does not exist, or a line before the last is not a JSON object with a step.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file; is {path.parent} the directory of a run?")
@@ -78,5 +107,5 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 def _drop_torn_line(path: Path) -> None:
     """Cut the half line that a killed process may have left, so that the next line starts on its own."""
     if path.is_file():
-        written = path.read_bytes()
-        os.truncate(path, written.rfind(b"\n") + 1)
+        content = path.read_bytes()
+        os.truncate(path, content.rfind(b"\n") + 1)

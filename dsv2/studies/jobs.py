@@ -12,8 +12,8 @@ from omegaconf import OmegaConf
 from dsv2.config.compose import compose_config, to_plain
 from dsv2.config.schema import Config, Device
 from dsv2.errors import UserError
+from dsv2.monitoring.status import read_status
 from dsv2.studies.arms import STUDIES
-from dsv2.training.rundir import read_status
 from dsv2.training.validate import validate
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -41,7 +41,7 @@ def figures(run_dir: Path) -> dict[str, float]:
     Evaluation is at the end. The speed is the median step's. Routing is averaged over the last fifth of the
     windows.
     """
-    from dsv2.monitoring.tracker import read_metrics
+    from dsv2.monitoring.records import read_metrics
 
     rows = read_metrics(run_dir)
     figures_of_run: dict[str, float] = {}

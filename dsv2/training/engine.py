@@ -5,6 +5,7 @@ DeepSpeed averages gradients over ranks. Dividing by the number of micro-batches
 gradient of the mean over the global batch, whatever the layout.
 """
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,7 @@ class Engine:
     @peers_watched()
     def train_step(self, micro_batches: Sequence[Batch], lr: float) -> StepResult:
         """Take one optimizer step over this rank's micro-batches."""
+        begin = time.perf_counter()
         count = len(micro_batches)
         self.deepspeed.train()
         sums: Tensor | None = None
@@ -100,6 +102,7 @@ class Engine:
             grad_norm=grad_norm,
             stats=stats,
             wait_ms=self.mesh.clock.take_ms(),
+            seconds=time.perf_counter() - begin,
         )
 
     @torch.no_grad()

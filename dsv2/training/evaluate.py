@@ -1,8 +1,6 @@
-"""Loss on a fixed validation set, and text from the model.
+"""Loss on a fixed validation set, and a sample of text from the model."""
 
-Shapes: N validation sequences, S tokens a sequence.
-"""
-
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -11,13 +9,12 @@ import torch
 from data.streams.base import Batch
 from data.streams.sources import source_of
 from dsv2.config.schema import Config
-from dsv2.monitoring.metrics import bits_per_byte
 from dsv2.parallel.plan import Dim
 from dsv2.training.engine import Engine
 
 
 class Evaluation(NamedTuple):
-    loss: float  # nats a token
+    loss: float  # nats per token
     bpb: float  # bits per UTF-8 byte of the predicted text
 
 
@@ -25,39 +22,45 @@ class Evaluator:
     """The validation set and the tokenizer, loaded once."""
 
     def __init__(self, engine: Engine, config: Config):
-        self.engine, self.config = engine, config
+        self.engine = engine
+        self.config = config
         source = source_of(config.data)
         self.sequences = source.validation(config.data, config.model.vocab_size, config.eval.sequences)
         self.token_bytes = source.token_bytes(config.data)
         self.tokenizer = source.tokenizer(config.data)
 
     def evaluate(self) -> Evaluation:
-        """Mean cross-entropy over all labels of the validation sequences; nothing is dropped. Collective.
+        """Return the mean cross-entropy over the validation set's labels; nothing is dropped. Collective.
 
-        Ranks take turns; where N does not divide, a rank without a sequence runs one that does not
-        count, for every rank must take part in the experts' exchange.
+        Ranks take turns. A rank without a sequence left runs one that does not count, because every rank
+        must take part in the experts' exchange.
         """
-        mesh, size = self.engine.mesh, self.config.runtime.micro_batch_size
+        mesh = self.engine.mesh
         ranks = mesh[Dim.dp]
+        size = self.config.runtime.micro_batch_size
         sums = torch.zeros(3, dtype=torch.float64, device=mesh.device)  # nats, labels, bytes
         for start in range(0, len(self.sequences), size * ranks.size):
-            places = start + ranks.rank * size + np.arange(size)
-            counts = places < len(self.sequences)
-            tokens = torch.from_numpy(self.sequences[np.where(counts, places, 0)])
-            losses = self.engine.lm_losses(Batch(tokens[:, :-1], tokens[:, 1:], torch.from_numpy(places)))
-            labels = tokens[torch.from_numpy(counts), 1:].numpy()
-            here = losses[torch.from_numpy(counts).to(mesh.device)].double().sum()
-            sums[0] += here
+            indices_B = start + ranks.rank * size + np.arange(size)
+            counts_B = indices_B < len(self.sequences)
+            tokens = torch.from_numpy(self.sequences[np.where(counts_B, indices_B, 0)])  # [B, S + 1]
+            losses_BS = self.engine.lm_losses(
+                Batch(tokens[:, :-1], tokens[:, 1:], torch.from_numpy(indices_B))
+            )
+            labels = tokens[torch.from_numpy(counts_B), 1:].numpy()
+            sums[0] += losses_BS[torch.from_numpy(counts_B).to(mesh.device)].double().sum()
             sums[1] += labels.size
             sums[2] += int(self.token_bytes[labels].sum())
         nats, n_labels, n_bytes = ranks.sum(sums).tolist()
         return Evaluation(nats / n_labels, bits_per_byte(nats, int(n_bytes)))
 
-    def sample(self, temperature: float = 0.8) -> str:
-        """`eval.sample_tokens` tokens that continue `eval.sample_prompt`; a fixed seed. Collective.
+    def sample(self, temperature: float = 0.8) -> str | None:
+        """Return `eval.sample_tokens` tokens that continue `eval.sample_prompt`; None for 0. Collective.
 
-        Every rank runs the forward, for the experts are spread over them; rank 0 draws.
+        Every rank runs the forward pass, because the experts are spread over the ranks. Rank 0 draws, with
+        a fixed seed.
         """
+        if not self.config.eval.sample_tokens:
+            return None
         generator = torch.Generator().manual_seed(0)
         ids = [self.tokenizer.bos_id, *self.tokenizer.encode(self.config.eval.sample_prompt)]
         for _ in range(self.config.eval.sample_tokens):
@@ -69,3 +72,8 @@ class Evaluator:
                 break
             ids.append(int(token))
         return self.tokenizer.decode(ids[1:])
+
+
+def bits_per_byte(nats: float, n_bytes: int) -> float:
+    """Return a text's summed cross-entropy in bits for each of its UTF-8 bytes."""
+    return nats / math.log(2) / n_bytes

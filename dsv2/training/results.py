@@ -15,3 +15,4 @@ class StepResult(NamedTuple):
     grad_norm: float  # before clipping
     stats: RoutingStats  # sums
     wait_ms: float  # waiting for the experts' exchanges, since the previous step's result
+    seconds: float  # from the batches to the updated weights

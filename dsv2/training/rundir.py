@@ -1,27 +1,24 @@
-"""A run's folder: made, seen to be writable, and held by one job at a time."""
+"""A run's folder: created, checked to be writable, and held by one job at a time."""
 
-import json
 import os
 import socket
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 
 from dsv2.errors import UserError
 
-STATUS = "status.json"  # {"state": ..., "step": ..., "total_steps": ...}: see Monitor.status
 LOCK = ".lock"
 OWNER = ".lock-owner"
 
 
 def claim(run_dir: Path) -> FileLock:
-    """Hold the folder as long as the returned lock, and this process, live. For rank 0, before it starts.
+    """Hold the folder for as long as the returned lock and this process live. For rank 0, before it starts.
 
-    Two jobs in one folder would write over each other's checkpoints and metrics.
+    Two jobs in one folder would overwrite each other's checkpoints and metrics.
 
     Raises:
-        UserError: it cannot be written to, or another job holds it.
+        UserError: the folder cannot be written, or another job holds it.
     """
     where = f"runs_dir={run_dir.parent}"
     path = run_dir / LOCK
@@ -29,7 +26,8 @@ def claim(run_dir: Path) -> FileLock:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         lock.acquire()
-        # Beside the lock, as taking a lock empties its file; a plain write also shows whether there is room.
+        # In its own file, because taking a lock empties the lock's. This write also shows whether the disk
+        # has room.
         (run_dir / OWNER).write_text(f"process {os.getpid()} of {socket.gethostname()}\n")
     except Timeout:
         raise UserError(
@@ -45,9 +43,8 @@ def claim(run_dir: Path) -> FileLock:
 
 
 def let_go(lock: FileLock, run_dir: Path) -> None:
-    """Undo a claim; a folder with nothing else in it is removed."""
-    others = [path for path in run_dir.iterdir() if path.name not in (LOCK, OWNER)]
-    if not others:
+    """Undo a claim, and remove the folder if it holds nothing else."""
+    if all(path.name in (LOCK, OWNER) for path in run_dir.iterdir()):
         for name in (OWNER, LOCK):
             (run_dir / name).unlink(missing_ok=True)
         run_dir.rmdir()
@@ -61,9 +58,11 @@ def _owner(run_dir: Path) -> str:
         return "another job"
 
 
-def read_status(run_dir: Path) -> dict[str, Any]:
-    """What the run's status.json says; nothing where there is none that can be read."""
-    try:
-        return json.loads((run_dir / STATUS).read_text())
-    except (OSError, ValueError):
-        return {}
+def save_config(run_dir: Path, yaml: str, *, resumed: bool) -> None:
+    """Write the resolved configuration to the folder; a resumed run keeps its earlier, different ones."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    target = run_dir / "config.yaml"
+    if resumed and target.exists() and target.read_text() != yaml:
+        count = len(list(run_dir.glob("config.*.yaml")))
+        target.rename(run_dir / f"config.{count}.yaml")
+    target.write_text(yaml)

@@ -1,4 +1,4 @@
-"""Learning-rate schedule and batch ramp as pure functions of the tokens seen (section 3.1.2)."""
+"""Learning rate and batch size as pure functions of the tokens seen (arXiv 2405.04434, section 3.1.2)."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -7,20 +7,22 @@ from dsv2.config.schema import OptimConfig
 
 
 class StepPlan(NamedTuple):
-    step: int  # 0-based
+    """One optimizer step before it is taken."""
+
+    step: int  # counted from 0
     tokens: int  # seen before this step
     tokens_after: int
-    batch_size: int  # sequences of this step
+    batch_size: int  # sequences of this step, over all ranks
     lr: float
 
 
 def batch_size_at(config: OptimConfig, tokens: int) -> int:
-    """Sequences of the step that starts after `tokens` tokens.
+    """Return the sequences of the step that starts after `tokens` tokens.
 
-    The ramp is linear in the tokens and moves in whole increments, so that it does not depend on the
-    layout.
+    The ramp is linear in the tokens. It grows by whole increments, so it does not depend on the layout.
     """
-    start, full = config.batch_size_start, config.batch_size
+    start = config.batch_size_start
+    full = config.batch_size
     if start is None or tokens >= config.batch_ramp_tokens:
         return full
     grown = (full - start) * tokens // config.batch_ramp_tokens
@@ -28,7 +30,7 @@ def batch_size_at(config: OptimConfig, tokens: int) -> int:
 
 
 def lr_at(config: OptimConfig, step: int, tokens: int) -> float:
-    """Linear warm-up, then the peak times `decay_factor` for every fraction of the tokens passed."""
+    """Return the rate: linear warm-up, then the peak times `decay_factor` per `decay_at` fraction passed."""
     warmup = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
     passed = sum(tokens >= fraction * config.total_tokens for fraction in config.decay_at)
     return config.lr * warmup * config.decay_factor**passed
@@ -37,16 +39,17 @@ def lr_at(config: OptimConfig, step: int, tokens: int) -> float:
 def plan_steps(
     config: OptimConfig, sequence_length: int, step: int = 0, tokens: int = 0
 ) -> Iterator[StepPlan]:
-    """Every step from (`step`, `tokens`) until `total_tokens` are seen; the last may overshoot."""
+    """Yield every step from (`step`, `tokens`) until `total_tokens` are seen; the last one may overshoot."""
     while tokens < config.total_tokens:
         batch_size = batch_size_at(config, tokens)
         after = tokens + batch_size * sequence_length
         yield StepPlan(step, tokens, after, batch_size, lr_at(config, step, tokens))
-        step, tokens = step + 1, after
+        step += 1
+        tokens = after
 
 
 def count_steps(config: OptimConfig, sequence_length: int, step: int = 0, tokens: int = 0) -> int:
-    """The number of the last step, counted from 1, of a run that stands at (`step`, `tokens`)."""
+    """Return the steps of the whole run, of which `step` steps with `tokens` tokens are done."""
     while tokens < min(config.total_tokens, config.batch_ramp_tokens):
         tokens += batch_size_at(config, tokens) * sequence_length
         step += 1

@@ -9,7 +9,7 @@ import psutil
 import torch
 import torch.distributed.checkpoint as dcp
 
-from dsv2.monitoring.tracker import read_metrics
+from dsv2.monitoring.records import read_metrics
 
 ROOT = Path(__file__).parents[2]
 PYTHON = sys.executable

@@ -19,7 +19,7 @@ take_ms = WaitClock.take_ms
 lm_losses = Engine.lm_losses
 # Copies: what a collective may do to a tensor afterwards must not reach them.
 passes: list[dict[str, Any]] = []  # of each micro-batch trained on
-waits: list[float] = []  # of each window
+waits: list[float] = []  # of each step
 evaluated: list[dict[str, Any]] = []  # of each micro-batch evaluated
 
 

@@ -205,7 +205,7 @@ def test_full_disk_keeps_the_previous_checkpoint(command, tmp_path):
 
     output = run(command("full", "logging.wandb=disabled"), expect=1, preexec_fn=refuse_large_files)
     assert "step-00000004 could not be written" in output
-    assert "the run goes on" in output
+    assert "the run continues" in output
     assert "error: checkpoint" in output
     assert "step-00000024" in output
     assert "Traceback" not in output
@@ -253,7 +253,7 @@ def test_long_context_stage(command, tmp_path):
     stage += ["model.rope_scaling.original_max_position_embeddings=32", "model.rope_scaling.factor=2"]
     stage += ["optim.total_tokens=4096", f"optim.lr={lr}", "optim.decay_at=[]", "checkpoint.every=1"]
     output = run(command("long", *stage, "stop_step=2"))
-    assert f"begun with the weights of {source}" in output
+    assert f"started from the weights of {source}" in output
     before, after = weights(tmp_path / "short", 12), weights(tmp_path / "long", 1)
     assert before.keys() == after.keys()
     for name, tensor in after.items():
@@ -334,14 +334,14 @@ def test_export_and_start_from_it(command, tmp_path):
     assert f"wrote {out}" in said
     start = [f"init_from={out}", "optim.lr=1e-20", "optim.weight_decay=0", *TWO, "parallel.zero_stage=3"]
     output = run(command("two", *start, "stop_step=6", launcher=TORCHRUN))
-    assert f"begun with the weights of {out}" in output
+    assert f"started from the weights of {out}" in output
     assert "note:" not in output
     end, begin = scalars(tmp_path / "one", "val/loss")[STEPS], scalars(tmp_path / "two", "val/loss")[6]
     assert begin == pytest.approx(end, rel=1e-6)
     shutil.rmtree(out)
     output = run(command("two", *start, launcher=TORCHRUN))
     path = tmp_path / "two" / "checkpoints" / "step-00000006"
-    assert f"note: init_from={out} is not read: the run goes on from {path}" in output
+    assert f"note: init_from={out} is ignored: the run continues from {path}" in output
     assert "resumed after step 6" in output
 
 

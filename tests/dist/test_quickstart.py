@@ -35,7 +35,7 @@ def test_quickstart_stops_goes_on_and_beats_the_frequencies_of_tokens(stdlib, tm
     run_dir = tmp_path / "quickstart"
     losses = scalars(run_dir, "train/loss_lm")
     assert sorted(losses) == list(range(1, STEPS + 1))
-    found = re.search(r"validation loss ([\d.]+) nats a token; .*\(unigram entropy\) ([\d.]+)\n", output)
+    found = re.search(r"validation loss ([\d.]+) nats per token; .* ([\d.]+) \(unigram entropy\)\n", output)
     assert found, output
     loss, unigram = float(found[1]), float(found[2])
     assert 5.5 < unigram < 7

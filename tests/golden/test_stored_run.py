@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from dsv2.monitoring.tracker import read_metrics
+from dsv2.monitoring.records import read_metrics
 from tests.unit.helpers import REPO
 
 STORED = Path(__file__).with_name("stored_run")

@@ -11,7 +11,7 @@ import torch
 
 from dsv2.model.init import init_weights
 from dsv2.model.transformer import DeepseekV2
-from dsv2.monitoring.tracker import read_metrics
+from dsv2.monitoring.records import read_metrics
 from tests.dist.jobs import global_batch, model_config
 
 pytestmark = pytest.mark.gpu

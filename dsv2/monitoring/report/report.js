@@ -1,11 +1,12 @@
 "use strict";
-// Draws the curves and maps of a run into the cards that dsv2/monitoring/report/run.py has written, from the JSON in #data:
-// {steps: [before the first, last], series: {name: [steps, values]}, maps: [{step, name: rows}], first_layer, groups, heat: {stops, colours}}.
+// Draws a run's curves and maps into the cards that page.py has written, from the JSON in #data (see page_data in run.py):
+// {steps: [before the first, last], series: {name: [steps, values]}, maps: [{step, name: rows}], first_layer, groups,
+//  heat: {stops, colours}, exact: [names of curves that are not smoothed]}
 
 window.addEventListener("error", (event) => { document.body.dataset.error = event.message; });
 const data = JSON.parse(document.getElementById("data").textContent);
 const LEFT = 52, RIGHT = 10, TOP = 8, BOTTOM = 24, HEIGHT = 210;
-const EXACT = new Set(["train/lr", "train/batch_seqs", "train/tokens", "perf/mem_gib"]); // have no noise to smooth
+const EXACT = new Set(data.exact);
 const charts = []; // {draw(), mark(step or null)}
 const tip = document.body.appendChild(element("div", { id: "tip", hidden: "" }));
 

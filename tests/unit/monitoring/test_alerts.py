@@ -74,7 +74,7 @@ NOISE = [3.0, 5.0] * 20  # mean 4, standard deviation 1
 
 def test_a_spike_must_last_and_comes_once():
     assert spikes([*NOISE, *[11.0] * 5, 4.0, 4.0], alert_spike=6.0, alert_spike_steps=3) == {
-        43: "step 43: the loss is 11.000, over 10.000 for 3 steps in a row; "
+        43: "step 43: train/loss is 11.000, over 10.000 for 3 steps in a row; "
         "its running mean is 4.000, its standard deviation 1.000"
     }
     assert spikes([*NOISE, 11.0, 11.0, 4.0, 11.0, 11.0], alert_spike=6.0, alert_spike_steps=3) == {}

@@ -109,7 +109,7 @@ def test_start_lines():
     }
     fresh = start_lines(**facts, resumed_step=None)
     assert fresh == [
-        "quickstart: 3.2M parameters, 1.8M active a token",
+        "quickstart: 3.2M parameters, 1.8M active per token",
         "  plan    244 steps, 1.0M tokens",
         "  layout  2 x cpu, expert parallel 2, ZeRO-1, fp32",
         "  files   runs/quickstart",
@@ -119,16 +119,16 @@ def test_start_lines():
     assert resumed[3] == "  files   runs/quickstart, resumed after step 120"
     assert resumed[:3] + resumed[4:] == fresh[:3] + fresh[4:]
     begun = start_lines(**facts, resumed_step=None, begun_from=Path("runs/a/checkpoints/step-9"))
-    assert begun[3] == "  files   runs/quickstart, begun with the weights of runs/a/checkpoints/step-9"
+    assert begun[3] == "  files   runs/quickstart, started from the weights of runs/a/checkpoints/step-9"
 
 
 @pytest.mark.parametrize(
     ("finished", "stop_step", "how"),
     [
         (True, 100, "finished"),
-        (False, None, "stopped (the same command goes on from here)"),
-        (False, 150, "stopped (the same command goes on from here)"),
-        (False, 100, "stopped as stop_step=100 says (a later one, or none, goes on from here)"),
+        (False, None, "stopped (the same command continues from here)"),
+        (False, 150, "stopped (the same command continues from here)"),
+        (False, 100, "stopped at stop_step=100 (continue with a later one, or with null)"),
     ],
 )
 def test_end_lines(finished, stop_step, how):

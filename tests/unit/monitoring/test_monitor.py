@@ -1,6 +1,8 @@
 """What a run tells, with stand-ins for the engine and, where it is asked for, for the tracker."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,12 +16,13 @@ from dsv2.config.schema import Config, LoggingConfig, OptimConfig, WandbMode
 from dsv2.errors import Diverged
 from dsv2.moe.balance import BalanceLosses
 from dsv2.moe.stats import RoutingStats
-from dsv2.monitoring.metrics import routing_metrics
+from dsv2.monitoring.metrics.routing import routing_values
 from dsv2.monitoring.monitor import Monitor
-from dsv2.monitoring.tracker import read_metrics
+from dsv2.monitoring.records import read_metrics
+from dsv2.monitoring.tracker import Tracker, open_tracker
 from dsv2.parallel.mesh import Mesh, MeshDim
 from dsv2.training.results import StepResult
-from dsv2.training.schedule import plan_steps
+from dsv2.training.schedule import StepPlan, plan_steps
 from tests.unit.helpers import tiny_config
 
 CONFIG = Config(
@@ -46,13 +49,11 @@ class Mirrored(MeshDim):
 ONE = Mesh(torch.device("cpu"), world=Mirrored())
 
 
-class Recorder:
-    """In place of a tracker."""
-
-    wandb_id = "w"
-    dashboard_hint = "here"
+class Recorder(Tracker):
+    """A tracker that writes nothing."""
 
     def __init__(self) -> None:
+        super().__init__(Path("nowhere"), is_main=False, run=None, wandb_id="w")
         self.alerts: list[tuple[str, str]] = []
         self.exit_codes: list[int] = []
 
@@ -62,14 +63,20 @@ class Recorder:
     def alert(self, title: str, text: str) -> None:
         self.alerts.append((title, text))
 
-    def close(self, exit_code: int) -> None:
+    def close(self, exit_code: int = 0) -> None:
         self.exit_codes.append(exit_code)
 
 
 def result(stats: RoutingStats | None = None, loss: float = 2.0, grad_norm: float = 1.0) -> StepResult:
     balance = BalanceLosses(torch.ones(2), torch.ones(2), torch.ones(2))
     return StepResult(
-        loss=loss, lm_loss=1.5, balance=balance, grad_norm=grad_norm, stats=stats or stats_of(0), wait_ms=0.0
+        loss=loss,
+        lm_loss=1.5,
+        balance=balance,
+        grad_norm=grad_norm,
+        stats=stats or stats_of(0),
+        wait_ms=0.0,
+        seconds=0.0,
     )
 
 
@@ -89,130 +96,159 @@ def stats_of(step: int) -> RoutingStats:
     )
 
 
-def monitor(run_dir: Path, state: RunState) -> Monitor:
-    return Monitor(CONFIG, ONE, run_dir, state, None)
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    folder = tmp_path / CONFIG.name
+    folder.mkdir()
+    return folder
+
+
+@contextmanager
+def monitor(
+    run_dir: Path,
+    state: RunState | None = None,
+    *,
+    config: Config = CONFIG,
+    loaded: Loaded | None = None,
+    tracker: Tracker | None = None,
+) -> Iterator[Monitor]:
+    config = replace(config, runs_dir=str(run_dir.parent))
+    state = state or RunState()
+    with (
+        tracker or open_tracker(config, wandb_id=None, is_main=True) as opened,
+        Monitor(config, ONE, opened, state, loaded) as watch,
+    ):
+        yield watch
+
+
+def failing_session(run_dir: Path, error: BaseException, config: Config = CONFIG) -> str:
+    """End a session of a run with all its steps by an error; return status.json as it was before the end."""
+    during = []
+
+    def session() -> None:
+        with monitor(run_dir, RunState(step=7, tokens=280), config=config):
+            during.append((run_dir / "status.json").read_text())
+            raise error
+
+    with pytest.raises(type(error)):
+        session()
+    return during[0]
 
 
 def feed(watch: Monitor, results: list[StepResult]) -> None:
     for plan, outcome in zip(plan_steps(CONFIG.optim, 10), results, strict=False):
-        watch.data_ready()
         watch.step(plan, outcome)
 
 
-def test_each_window_has_its_own_steps_and_the_last_one_what_is_left(tmp_path):
-    with monitor(tmp_path, RunState()) as watch:
+def test_each_window_has_its_own_steps_and_the_last_one_what_is_left(run_dir):
+    with monitor(run_dir) as watch:
         feed(watch, [result(stats_of(step)) for step in range(7)])
-    rows = {int(row["step"]): row for row in read_metrics(tmp_path)}
+    rows = {int(row["step"]): row for row in read_metrics(run_dir)}
     assert sorted(rows) == list(range(1, 8))
     assert [step for step in rows if "moe/max_vio" in rows[step]] == [3, 6, 7]
     for end, steps in ((3, (0, 1, 2)), (6, (3, 4, 5)), (7, (6,))):
         parts = [stats_of(step) for step in steps]
         sums = [torch.stack(tensors).sum(dim=0) for tensors in zip(*parts, strict=True)]
         total = RoutingStats(*map(sum_over_ranks, sums))
-        want = routing_metrics(total, CONFIG.model)
+        want = routing_values(total, CONFIG.model)
         assert {name: rows[end][name] for name in want} == pytest.approx(want, rel=1e-12)
 
 
 @pytest.mark.parametrize(
     ("loss", "grad_norm"), [(float("nan"), 1.0), (float("inf"), 1.0), (2.0, float("nan")), (2.0, -1.0)]
 )
-def test_divergence_alerts_and_is_a_failure(tmp_path, monkeypatch, loss, grad_norm):
+def test_divergence_alerts_and_is_a_failure(run_dir, loss, grad_norm):
     tracker = Recorder()
-    monkeypatch.setattr("dsv2.monitoring.monitor.open_tracker", lambda *arguments: tracker)
-    with pytest.raises(Diverged) as caught, monitor(tmp_path, RunState()) as watch:
+    with pytest.raises(Diverged) as caught, monitor(run_dir, tracker=tracker) as watch:
         feed(watch, [result(), result(loss=loss, grad_norm=grad_norm), result()])
     assert str(caught.value).startswith(f"step 2: loss {loss}, gradient norm {grad_norm}; stopped")
     assert tracker.alerts == [("monitored diverged", str(caught.value))]
     assert tracker.exit_codes == [1]
-    assert json.loads((tmp_path / "status.json").read_text())["state"] == "failed"
+    assert json.loads((run_dir / "status.json").read_text())["state"] == "failed"
 
 
-def test_alerts_go_to_the_console_and_to_the_tracker(tmp_path, monkeypatch, capsys):
+def test_alerts_go_to_the_console_and_to_the_tracker(run_dir, capsys):
     """At the second bad window; all tokens of the first layer go to three experts there."""
     tracker = Recorder()
-    monkeypatch.setattr("dsv2.monitoring.monitor.open_tracker", lambda *arguments: tracker)
     load_E = torch.zeros(2, 12).double()
-    load_E[0, :3], load_E[1] = 40.0, 10.0
+    load_E[0, :3] = 40.0
+    load_E[1] = 10.0
     collapsed = stats_of(0)._replace(load_E=load_E)
     logging = replace(CONFIG.logging, alert_windows=2, alert_max_vio=2.5, alert_dead=0.5)
-    with Monitor(replace(CONFIG, logging=logging), ONE, tmp_path, RunState(), None) as watch:
+    with monitor(run_dir, config=replace(CONFIG, logging=logging), tracker=tracker) as watch:
         feed(watch, [result(collapsed) for _ in range(7)])
     # Over both ranks, the other in reverse: 6 of 12 experts with 40 a step, a mean of 20.
     assert tracker.alerts == []
     logging = replace(logging, alert_max_vio=0.9)
-    with Monitor(replace(CONFIG, logging=logging), ONE, tmp_path, RunState(), None) as watch:
+    with monitor(run_dir, config=replace(CONFIG, logging=logging), tracker=tracker) as watch:
         feed(watch, [result(collapsed) for _ in range(7)])
     text = "step 6: moe/max_vio_max is 1.00, over 0.90 for 2 windows in a row"
     assert tracker.alerts == [("monitored: routing collapse", text)]
     assert f"alert: routing collapse, {text}\n" in capsys.readouterr().out
 
 
-def test_other_errors_and_good_ends_do_not_alert(tmp_path, monkeypatch):
+def test_other_errors_and_good_ends_do_not_alert(run_dir):
     tracker = Recorder()
-    monkeypatch.setattr("dsv2.monitoring.monitor.open_tracker", lambda *arguments: tracker)
-    with pytest.raises(OSError, match="lost"), monitor(tmp_path, RunState()):
+    with pytest.raises(OSError, match="lost"), monitor(run_dir, tracker=tracker):
         raise OSError("lost")
-    state = RunState(step=2, tokens=80)
-    with monitor(tmp_path, state) as watch:
-        watch.state = state.after(3, 120)
+    with monitor(run_dir, RunState(step=2, tokens=80), tracker=tracker) as watch:
+        watch.step(StepPlan(step=2, tokens=80, tokens_after=120, batch_size=4, lr=1.0), result())
     assert (tracker.alerts, tracker.exit_codes) == ([], [1, 0])
-    status = json.loads((tmp_path / "status.json").read_text())
+    status = json.loads((run_dir / "status.json").read_text())
     assert status == {"state": "stopped", "step": 3, "total_steps": 7}
 
 
-def test_a_finished_run_stays_finished_whatever_becomes_of_another_evaluation(tmp_path):
-    with monitor(tmp_path, RunState()) as watch:
-        watch.state = watch.state.after(7, 280)
-    kept = {name: (tmp_path / name).read_text() for name in ("config.yaml", "status.json")}
+def test_a_finished_run_stays_finished_whatever_becomes_of_another_evaluation(run_dir):
+    with monitor(run_dir) as watch:
+        feed(watch, [result() for _ in range(7)])
+    kept = {name: (run_dir / name).read_text() for name in ("config.yaml", "status.json")}
     assert '"finished"' in kept["status.json"]
     other = replace(CONFIG, logging=replace(CONFIG.logging, every=5))
-    watch = Monitor(other, ONE, tmp_path, RunState(step=7, tokens=280), None)
-    watch.__enter__()
-    assert (tmp_path / "status.json").read_text() == kept["status.json"]
-    watch.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
-    assert {name: (tmp_path / name).read_text() for name in kept} == kept
-    assert list(tmp_path.glob("config.*.yaml")) == []
+    text = failing_session(run_dir, KeyboardInterrupt(), config=other)
+    assert text == kept["status.json"]
+    assert {name: (run_dir / name).read_text() for name in kept} == kept
+    assert list(run_dir.glob("config.*.yaml")) == []
 
 
 @pytest.mark.parametrize("before", ["failed", "running", None, "finished at another length"])
-def test_a_run_with_all_its_steps_is_not_finished_for_that(tmp_path, before):
+def test_a_run_with_all_its_steps_is_not_finished_for_that(run_dir, before):
     """Its last evaluation has failed, it begins with another's last checkpoint, or it is now shorter."""
     status = {"state": before, "step": 7, "total_steps": 7}
     if before == "finished at another length":
         status |= {"state": "finished", "step": 9, "total_steps": 9}
     if before:
-        (tmp_path / "status.json").write_text(json.dumps(status))
-    watch = Monitor(CONFIG, ONE, tmp_path, RunState(step=7, tokens=280), None)
-    watch.__enter__()
-    assert (tmp_path / "config.yaml").is_file()
-    assert json.loads((tmp_path / "status.json").read_text())["state"] == "running"
-    watch.__exit__(RuntimeError, RuntimeError(), None)
-    assert json.loads((tmp_path / "status.json").read_text())["state"] == "failed"
+        (run_dir / "status.json").write_text(json.dumps(status))
+    assert json.loads(failing_session(run_dir, RuntimeError("lost")))["state"] == "running"
+    assert (run_dir / "config.yaml").is_file()
+    assert json.loads((run_dir / "status.json").read_text())["state"] == "failed"
 
 
-def test_options_that_are_others_than_the_checkpoints_are_told(tmp_path, capsys):
+def test_options_that_are_others_than_the_checkpoints_are_told(run_dir, capsys):
     state = RunState(step=2, tokens=80)
     changed = ["optim.lr 0.001 -> 0.0005", "logging.every 1 -> 3"]
     loaded = Loaded(state, Path("step-2"), warnings=[], changed=changed, optimizer_steps=2)
-    with Monitor(CONFIG, ONE, tmp_path, state, loaded):
+    with monitor(run_dir, state, loaded=loaded):
         pass
     line = "note: changed since that checkpoint: optim.lr 0.001 -> 0.0005, logging.every 1 -> 3\n"
     assert line in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("warmup", "told"), [(8, True), (7, False)])
-def test_a_run_that_never_leaves_its_warm_up_says_so(tmp_path, capsys, warmup, told):
+def test_a_run_that_never_leaves_its_warm_up_says_so(run_dir, capsys, warmup, told):
     config = replace(CONFIG, optim=replace(CONFIG.optim, warmup_steps=warmup, lr=3e-4))
-    with Monitor(config, ONE, tmp_path, RunState(), None):
+    with monitor(run_dir, config=config):
         pass
-    line = "note: optim.warmup_steps=8 is more than the run has: the learning rate never reaches optim.lr="
+    line = (
+        "note: optim.warmup_steps=8: the run has only 7 steps, so the learning rate never reaches "
+        "optim.lr=0.0003\n"
+    )
     assert (line in capsys.readouterr().out) is told
 
 
 @pytest.mark.parametrize(("tokens", "told"), [(319, False), (320, True)])
-def test_a_target_that_was_passed_is_told(tmp_path, capsys, tokens, told):
+def test_a_target_that_was_passed_is_told(run_dir, capsys, tokens, told):
     """By a whole batch of 40: the last step alone may pass it by less."""
-    with Monitor(CONFIG, ONE, tmp_path, RunState(step=8, tokens=tokens), None):
+    with monitor(run_dir, RunState(step=8, tokens=tokens)):
         pass
-    line = f"note: optim.total_tokens=280 is less than the {tokens} that this run was trained on"
+    line = f"note: optim.total_tokens=280: this run has already trained on more, {tokens} tokens\n"
     assert (line in capsys.readouterr().out) is told

@@ -6,9 +6,10 @@ import time
 import numpy as np
 import pytest
 
-import dsv2.monitoring.tracker
 from dsv2.errors import UserError
-from dsv2.monitoring.tracker import heat_map, read_maps, read_metrics
+from dsv2.monitoring.pictures import heat_map
+from dsv2.monitoring.records import read_maps, read_metrics
+from dsv2.monitoring.wandb_run import wandb_command
 from tests.unit.monitoring.tracking import history, session_process, start
 
 pytestmark = pytest.mark.usefixtures("no_wandb_settings")
@@ -210,7 +211,7 @@ def test_two_offline_sessions_of_one_run_are_read_back(tmp_path, capfd):
     assert {step: item["train/loss"] for step, item in history(two).items()} == {3: 4.25, 4: 4.0}
     assert [row["train/loss"] for row in read_metrics(run_dir)] == [5.5, 5.0, 4.25, 4.0]
 
-    wandb = dsv2.monitoring.tracker._wandb_command()
+    wandb = wandb_command()
     assert hint == f"{wandb} leet {run_dir}/wandb   (to upload: {wandb} sync {run_dir}/wandb)"
     printed, errors = capfd.readouterr()
     assert printed == "W&B is offline (not logged in)\nW&B is offline (as configured)\n"
@@ -224,6 +225,6 @@ def test_training_goes_on_when_the_wandb_process_dies(tmp_path):
     assert lines[:2] == ["W&B is offline (not logged in)", "killed"]
     # One warning and the hint; W&B notices at the next line logged, or only when it is closed.
     (warning,) = [line for line in lines[2:] if line.startswith("W&B stopped working (")]
-    assert warning.endswith(f"metrics go on in {tmp_path / 'run' / 'metrics.jsonl'}")
+    assert warning.endswith(f"metrics are still written to {tmp_path / 'run' / 'metrics.jsonl'}")
     assert len(lines) == 4
     assert [row["train/loss"] for row in read_metrics(tmp_path / "run")] == [5.0, 3.0, 2.0]

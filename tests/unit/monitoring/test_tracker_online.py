@@ -13,7 +13,7 @@ import threading
 
 import pytest
 
-from dsv2.monitoring.tracker import read_metrics
+from dsv2.monitoring.records import read_metrics
 from tests.unit.monitoring.tracking import KEY, ROOT, SESSION, history, session_process, start
 
 pytestmark = pytest.mark.usefixtures("no_wandb_settings")

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from dsv2.config.schema import LoggingConfig, WandbMode
+from dsv2.config.schema import Config, LoggingConfig, WandbMode
 from dsv2.monitoring.tracker import Tracker, open_tracker
 from tests.unit.helpers import wandb_history
 
@@ -16,11 +16,12 @@ KEY = "0123456789" * 4  # W&B looks at a key's length before it asks the server
 SESSION = """
 import os, signal, sys, time
 from pathlib import Path
-import dsv2.monitoring.tracker
-from dsv2.config.schema import LoggingConfig, WandbMode
-dsv2.monitoring.tracker._INIT_TIMEOUT_S = 2.0
+import dsv2.monitoring.wandb_run
+from dsv2.config.schema import Config
+from dsv2.monitoring.tracker import open_tracker
+dsv2.monitoring.wandb_run._INIT_TIMEOUT_S = 2.0
 run_dir = Path(sys.argv[1])
-tracker = dsv2.monitoring.tracker.open_tracker(LoggingConfig(), run_dir, "r", {}, "id7", True)
+tracker = open_tracker(Config(name=run_dir.name, runs_dir=str(run_dir.parent)), wandb_id="id7", is_main=True)
 tracker.log({"train/loss": 5.0}, step=1)
 if sys.argv[2:] == ["kill"]:
     for process in Path("/proc").glob("[0-9]*"):
@@ -44,7 +45,9 @@ tracker.close()
 def start(
     run_dir: Path, mode: str = "disabled", wandb_id: str | None = None, is_main: bool = True
 ) -> Tracker:
-    return open_tracker(LoggingConfig(wandb=WandbMode[mode]), run_dir, "name", {"lr": 0.1}, wandb_id, is_main)
+    logging = LoggingConfig(wandb=WandbMode[mode])
+    config = Config(name=run_dir.name, runs_dir=str(run_dir.parent), logging=logging)
+    return open_tracker(config, wandb_id=wandb_id, is_main=is_main)
 
 
 def history(session: Path) -> dict[int, dict]:

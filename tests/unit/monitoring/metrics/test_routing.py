@@ -1,4 +1,4 @@
-"""Metrics of a window's statistics against loops over layers and experts."""
+"""The routing family: values of a window against loops over layers and experts."""
 
 import math
 
@@ -6,19 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from dsv2.config.schema import BalanceConfig
 from dsv2.kernels.reference.router import sequence_sums
 from dsv2.kernels.types import Routing
-from dsv2.moe.balance import BalanceLosses
 from dsv2.moe.stats import RoutingStats, routing_stats
-from dsv2.moe.traffic import bytes_per_row
-from dsv2.monitoring.metrics import (
-    balance_metrics,
-    bits_per_byte,
-    exchange_metrics,
-    routing_maps,
-    routing_metrics,
-)
+from dsv2.monitoring.metrics.routing import routing_maps, routing_values
 from tests.unit.helpers import tiny_config
 
 LAYERS, EXPERTS, GROUPS = 3, 12, 4
@@ -80,7 +71,9 @@ def slow_metrics(stats: RoutingStats) -> dict[str, float]:
 
 def test_routing_metrics_against_loops():
     stats = random_stats()
-    assert routing_metrics(stats, CONFIG) == pytest.approx(slow_metrics(stats), rel=1e-12)
+    values = routing_values(stats, CONFIG)
+    want = slow_metrics(stats)
+    assert {name: values[name] for name in want} == pytest.approx(want, rel=1e-12)
 
 
 def stats_of(routing: Routing, n_group: int) -> RoutingStats:
@@ -95,17 +88,15 @@ def test_balanced_routing():
     ids = torch.tensor([[3 * a + e, 3 * b + e] for a, b in groups for e in range(3)])
     affinity = torch.full((12, 12), 1 / 12)
     stats = stats_of(Routing(ids, affinity.gather(1, ids), affinity), GROUPS)
-    metrics = routing_metrics(RoutingStats.stack([stats, stats]), CONFIG)
+    metrics = routing_values(RoutingStats.stack([stats, stats]), CONFIG)
+    want = {
+        "moe/max_vio": 0, "moe/max_vio_max": 0, "moe/dead": 0, "moe/drop": 0, "dev/cv": 0,
+        "moe/ent_tok": 1, "moe/ent_load": 1, "moe/top1": 1 / 12,
+        "dev/load_max_mean": 1, "comm/recv_max_mean": 1, "comm/devs_per_tok": 2,
+        "vio/L02": 0, "vio/L03": 0, "dead/L02": 0, "dead/L03": 0, "drop/L02": 0, "drop/L03": 0,
+    }  # fmt: skip
     # ln 12 in fp32 and back: 1e-6.
-    assert metrics == pytest.approx(
-        {
-            "moe/max_vio": 0, "moe/max_vio_max": 0, "moe/dead": 0, "moe/drop": 0, "dev/cv": 0,
-            "moe/ent_tok": 1, "moe/ent_load": 1, "moe/top1": 1 / 12,
-            "dev/load_max_mean": 1, "comm/recv_max_mean": 1, "comm/devs_per_tok": 2,
-            "vio/L02": 0, "vio/L03": 0, "dead/L02": 0, "dead/L03": 0, "drop/L02": 0, "drop/L03": 0,
-        },
-        abs=1e-6,
-    )  # fmt: skip
+    assert {name: metrics[name] for name in want} == pytest.approx(want, abs=1e-6)
 
 
 def test_a_dead_expert_has_no_weight_in_the_entropy():
@@ -113,7 +104,7 @@ def test_a_dead_expert_has_no_weight_in_the_entropy():
     load = torch.tensor([[5.0, 0.0] * 6], dtype=torch.float64)
     stats = random_stats()
     first = RoutingStats(*(tensor[:1] for tensor in stats))._replace(load_E=load)
-    metrics = routing_metrics(first, CONFIG)
+    metrics = routing_values(first, CONFIG)
     assert metrics["moe/ent_load"] == pytest.approx(math.log(6) / math.log(12))
     assert metrics["moe/dead"] == metrics["dead/L02"] == 6
 
@@ -136,15 +127,6 @@ def test_stack_and_plus():
         assert torch.equal(x, y), name
 
 
-def test_balance_losses_raw_and_as_they_are_added_to_the_loss():
-    losses = BalanceLosses(torch.tensor([1.0, 3.0]), torch.tensor([2.0, 2.5]), torch.tensor([0.5, 1.5]))
-    recipe = BalanceConfig(alpha_expert=0.25, alpha_device=0.5, alpha_comm=2.0)
-    assert balance_metrics(losses, recipe) == {
-        "moe/aux_expert": 2.0, "moe/aux_device": 2.25, "moe/aux_comm": 1.0,
-        "moe/add_expert": 1.0, "moe/add_device": 2.25, "moe/add_comm": 4.0,
-    }  # fmt: skip
-
-
 def test_maps_show_loads_over_the_uniform_load():
     stats = random_stats()
     maps = routing_maps(stats, CONFIG)
@@ -158,35 +140,3 @@ def test_maps_show_loads_over_the_uniform_load():
             want = sum(load[group * 3 : group * 3 + 3]) * GROUPS / sum(load)
             assert maps["map/dev_load"][layer, group] == pytest.approx(want)
             assert maps["map/dev_recv"][layer, group] == pytest.approx(sent[group] * GROUPS / sum(sent))
-
-
-def test_exchange_metrics():
-    """Two ranks, three layers, four steps."""
-    rows_out = torch.tensor([[10.0, 30.0, 8.0], [30.0, 30.0, 0.0]], dtype=torch.float64)
-    rows_in = torch.tensor([[30.0, 36.0, 0.0], [10.0, 24.0, 8.0]], dtype=torch.float64)
-    wait_ms = torch.tensor([6.0, 2.0], dtype=torch.float64)
-    row = bytes_per_row(hidden_size=100, top_k=6, element_bytes=2)
-    assert row == 4 * 100 * 2 + 2 * (6 + 6) * 4
-    assert bytes_per_row(hidden_size=100, top_k=6, element_bytes=2, recompute=True) == 1.5 * row
-    assert exchange_metrics(rows_out, rows_in, wait_ms, row, steps=4) == pytest.approx(
-        {
-            "comm/send_max_mean": (1.5 + 1.0 + 2.0) / 3,
-            "comm/in_max_mean": (1.5 + 1.2 + 2.0) / 3,
-            "comm/gib": (48 + 60) / 2 * row / 4 / 2**30,
-            "comm/a2a_ms": 1.0,
-        }
-    )
-    none = torch.zeros(2, 3)
-    assert exchange_metrics(none, none, wait_ms, row, steps=4) == {}
-
-
-def test_a_layer_that_sends_nothing_has_no_part_in_the_mean():
-    rows = torch.tensor([[3.0, 0.0], [1.0, 0.0]], dtype=torch.float64)
-    metrics = exchange_metrics(rows, rows.flip(0), torch.zeros(2), 100, steps=1)
-    assert (metrics["comm/send_max_mean"], metrics["comm/in_max_mean"]) == (1.5, 1.5)
-
-
-def test_bits_per_byte():
-    """A uniform guess among 256 bytes costs 8 bits a byte."""
-    assert bits_per_byte(100 * math.log(256), 100) == pytest.approx(8.0)
-    assert bits_per_byte(10 * math.log(4096), 40) == pytest.approx(3.0), "12 bits for each token of 4 bytes"
