@@ -63,7 +63,7 @@ def start_lines(
     begun_from: Path | None = None,
     dashboard: str,
 ) -> list[str]:
-    """Return the lines that say what is about to run.
+    """Return the lines that describe the run before it starts.
 
     Args:
         name: the run's. parameters: of the whole model. active_parameters: the parameters that one token

@@ -77,7 +77,7 @@ def create(entity: str | None, project: str) -> str:
     import wandb
 
     offline = "or write the view with --spec FILE, which needs no account"
-    wandb.setup(settings=wandb.Settings(silent=True))  # or W&B prints lines of its own
+    wandb.setup(settings=wandb.Settings(silent=True))  # or W&B prints its own lines
     try:
         logged_in = wandb.login(prompt=False, verify=True)
     except Exception as error:

@@ -11,7 +11,6 @@ from types import TracebackType
 from typing import Any
 
 from data.streams.sources import source_of
-
 from dsv2.checkpoint.state import Loaded, RunState
 from dsv2.config.compose import to_yaml
 from dsv2.config.schema import Config

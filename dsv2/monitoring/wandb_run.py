@@ -51,7 +51,7 @@ class WandbRun:
             _stop_wandb_process()
 
     def _try(self, action: Callable[["Run"], object]) -> None:
-        """Do it, or give W&B up for this session: whatever goes wrong there, training goes on."""
+        """Do it, or give W&B up for this session: training continues whatever goes wrong there."""
         if self._run is None:
             return
         try:

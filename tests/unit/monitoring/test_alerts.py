@@ -90,11 +90,11 @@ def test_a_loss_that_falls_at_first_is_no_spike():
     assert spikes([3 + 8 * math.exp(-step / 30) for step in range(1000)]) == {}
 
 
-def test_the_first_steps_are_judged_by_nothing():
+def test_the_first_steps_raise_no_alert():
     assert spikes([4.0, 4.0, 400.0, 4.0, 9.0] * 5, alert_spike_steps=1) == {}
 
 
-def test_a_new_level_is_learnt_after_a_horizon():
+def test_a_new_level_is_learned_after_a_horizon():
     """Measured at the level the loss has stayed at, a second jump is seen again."""
     up = [n + 20 for n in NOISE * 5]
     found = spikes([*NOISE, *up, *[40.0] * 9], alert_spike=6.0, alert_spike_steps=3)

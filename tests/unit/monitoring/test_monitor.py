@@ -1,4 +1,4 @@
-"""What a run tells, with stand-ins for the engine and, where it is asked for, for the tracker."""
+"""What the monitor reports of steps, with a second rank that mirrors the first."""
 
 import json
 from collections.abc import Iterator
@@ -177,7 +177,7 @@ def test_alerts_go_to_the_console_and_to_the_tracker(run_dir, capsys):
     logging = replace(CONFIG.logging, alert_windows=2, alert_max_vio=2.5, alert_dead=0.5)
     with monitor(run_dir, config=replace(CONFIG, logging=logging), tracker=tracker) as watch:
         feed(watch, [result(collapsed) for _ in range(7)])
-    # Over both ranks, the other in reverse: 6 of 12 experts with 40 a step, a mean of 20.
+    # Over both ranks, the second one in reverse: 6 of 12 experts with 40 per step, a mean of 20.
     assert tracker.alerts == []
     logging = replace(logging, alert_max_vio=0.9)
     with monitor(run_dir, config=replace(CONFIG, logging=logging), tracker=tracker) as watch:
@@ -198,7 +198,7 @@ def test_other_errors_and_good_ends_do_not_alert(run_dir):
     assert status == {"state": "stopped", "step": 3, "total_steps": 7}
 
 
-def test_a_finished_run_stays_finished_whatever_becomes_of_another_evaluation(run_dir):
+def test_a_finished_run_stays_finished_whatever_happens_to_another_evaluation(run_dir):
     with monitor(run_dir) as watch:
         feed(watch, [result() for _ in range(7)])
     kept = {name: (run_dir / name).read_text() for name in ("config.yaml", "status.json")}
@@ -211,7 +211,7 @@ def test_a_finished_run_stays_finished_whatever_becomes_of_another_evaluation(ru
 
 
 @pytest.mark.parametrize("before", ["failed", "running", None, "finished at another length"])
-def test_a_run_with_all_its_steps_is_not_finished_for_that(run_dir, before):
+def test_having_all_steps_is_not_enough_to_be_finished(run_dir, before):
     """Its last evaluation has failed, it begins with another's last checkpoint, or it is now shorter."""
     status = {"state": before, "step": 7, "total_steps": 7}
     if before == "finished at another length":
@@ -223,7 +223,7 @@ def test_a_run_with_all_its_steps_is_not_finished_for_that(run_dir, before):
     assert json.loads((run_dir / "status.json").read_text())["state"] == "failed"
 
 
-def test_options_that_are_others_than_the_checkpoints_are_told(run_dir, capsys):
+def test_options_that_differ_from_the_checkpoints_are_printed(run_dir, capsys):
     state = RunState(step=2, tokens=80)
     changed = ["optim.lr 0.001 -> 0.0005", "logging.every 1 -> 3"]
     loaded = Loaded(state, Path("step-2"), warnings=[], changed=changed, optimizer_steps=2)
@@ -233,8 +233,8 @@ def test_options_that_are_others_than_the_checkpoints_are_told(run_dir, capsys):
     assert line in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("warmup", "told"), [(8, True), (7, False)])
-def test_a_run_that_never_leaves_its_warm_up_says_so(run_dir, capsys, warmup, told):
+@pytest.mark.parametrize(("warmup", "is_printed"), [(8, True), (7, False)])
+def test_a_run_that_never_leaves_its_warm_up_says_so(run_dir, capsys, warmup, is_printed):
     config = replace(CONFIG, optim=replace(CONFIG.optim, warmup_steps=warmup, lr=3e-4))
     with monitor(run_dir, config=config):
         pass
@@ -242,13 +242,13 @@ def test_a_run_that_never_leaves_its_warm_up_says_so(run_dir, capsys, warmup, to
         "note: optim.warmup_steps=8: the run has only 7 steps, so the learning rate never reaches "
         "optim.lr=0.0003\n"
     )
-    assert (line in capsys.readouterr().out) is told
+    assert (line in capsys.readouterr().out) is is_printed
 
 
-@pytest.mark.parametrize(("tokens", "told"), [(319, False), (320, True)])
-def test_a_target_that_was_passed_is_told(run_dir, capsys, tokens, told):
+@pytest.mark.parametrize(("tokens", "is_printed"), [(319, False), (320, True)])
+def test_a_target_that_was_passed_is_printed(run_dir, capsys, tokens, is_printed):
     """By a whole batch of 40: the last step alone may pass it by less."""
     with monitor(run_dir, RunState(step=8, tokens=tokens)):
         pass
     line = f"note: optim.total_tokens=280: this run has already trained on more, {tokens} tokens\n"
-    assert (line in capsys.readouterr().out) is told
+    assert (line in capsys.readouterr().out) is is_printed

@@ -139,7 +139,7 @@ def test_the_numbers_of_heat_maps_are_kept(tmp_path):
 
 
 def test_a_resumed_session_drops_the_maps_beyond_its_checkpoint(tmp_path):
-    """Even before it has made one of its own, and with another interval."""
+    """Even before the session has written its own map, and with another interval."""
     first = start(tmp_path)
     for step in (10, 20, 30):
         first.log({"map": np.full((1, 1), float(step))}, step=step)
@@ -204,7 +204,7 @@ def test_two_offline_sessions_of_one_run_are_read_back(tmp_path, capfd):
 
     kept = history(one)
     assert {step: item.get("train/loss") for step, item in kept.items()} == {1: 5.5, 2: 5.0, 3: 4.5}
-    assert kept[2]["val/loss"] == 5.25  # one row a step, however many calls
+    assert kept[2]["val/loss"] == 5.25  # one row per step, however many calls
     assert kept[1]["bad"] == "NaN"
     assert (kept[2]["map/load.width"], kept[2]["map/load.height"]) == (24, 16)
     assert (one / "files" / kept[2]["map/load.path"]).is_file()

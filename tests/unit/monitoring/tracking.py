@@ -1,4 +1,4 @@
-"""Sessions of the tracker, in this process and in one of their own."""
+"""Sessions of the tracker, in this process and in a separate one."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ from tests.unit.helpers import wandb_history
 ROOT = Path(__file__).parents[3]
 KEY = "0123456789" * 4  # W&B looks at a key's length before it asks the server
 
-# A session in a process of its own, with all that it prints and its exit code.
+# A session in a separate process, to see all that it prints and its exit code.
 SESSION = """
 import os, signal, sys, time
 from pathlib import Path

@@ -81,7 +81,7 @@ def test_an_alert_names_fields_of_the_configuration():
 
 
 def test_the_metrics_of_a_panel_fit_together():
-    """One axis: one unit. Layers and maps are drawn in panels of their own."""
+    """One axis: one unit. A per-layer metric or a map has its own panel."""
     for section in SECTIONS:
         for chart in section.charts:
             assert {metric.unit for metric in chart.metrics} == {chart.unit}, chart.names
