@@ -30,18 +30,20 @@ def parts_of_modules(model: Any) -> dict[Any, str]:
     """Return the modules that a part begins with, by their class and position."""
     from torch import nn
 
-    from dsv2.model.attention.kinds import Attention
     from dsv2.model.transformer import DecoderLayer, OutputHead
     from dsv2.moe.experts import RoutedExperts, SwiGLU
     from dsv2.moe.layer import MoELayer
 
+    attention = {layer.self_attn for layer in model.modules() if isinstance(layer, DecoderLayer)}
+
     def part(module: nn.Module, around: str) -> str:
+        if module in attention:
+            return "attention"
         if isinstance(module, nn.RMSNorm | nn.Linear) and around == "attention":
             return "attention projections"
         for kind, name in (
             (nn.Embedding, "embedding"),
             (OutputHead, "head, loss"),
-            (Attention, "attention"),
             (MoELayer, "routing"),
             (RoutedExperts, "routed experts"),
             (SwiGLU, "shared experts" if around == "routing" else "dense FFN"),
@@ -66,10 +68,10 @@ def parts_of_modules(model: Any) -> dict[Any, str]:
 
 def methods_of_modules(model: Any) -> list[tuple[Any, str, str]]:
     """Return the methods that a part begins with if no module is called there: (module, name, part)."""
-    from dsv2.model.attention.mla_module import MultiHeadLatentAttention
+    from dsv2.model.transformer import DecoderLayer
 
-    found = [m for m in model.modules() if isinstance(m, MultiHeadLatentAttention)]
-    return [(module, "down", "attention projections") for module in found]
+    attention = [layer.self_attn for layer in model.modules() if isinstance(layer, DecoderLayer)]
+    return [(module, name, "attention projections") for module in attention for name in module.projections]
 
 
 class Ranges:

@@ -73,7 +73,8 @@ def load(overrides: list[str], machines: "Machines", any_layout: bool = False) -
     With `any_layout` the layout is replaced: each rank holds all experts and runs one sequence at a time.
     """
     from dsv2.config.compose import compose_overrides, to_config
-    from dsv2.kernels.specs import find_spec, latent_heads
+    from dsv2.kernels.specs import find_spec
+    from dsv2.model.attention.kinds import attention_kind
     from dsv2.training.validate import validate
 
     composed = compose_overrides(overrides)
@@ -85,7 +86,8 @@ def load(overrides: list[str], machines: "Machines", any_layout: bool = False) -
         config.runtime.micro_batch_size = 1
     validate(config, machines.gpus)
     kernels = find_spec(config.runtime.kernels)
-    kernels.check_gpu(machines.gpu.name, machines.gpu.capability, latent_heads(config.model))
+    heads = attention_kind(config.model).latent_heads(config.model)
+    kernels.check_gpu(machines.gpu.name, machines.gpu.capability, heads)
     return config
 
 

@@ -17,14 +17,6 @@ class Precision(enum.Enum):
     bf16 = "bf16"  # bf16 parameters and activations, fp32 master weights and gradient accumulation
 
 
-class AttentionKind(enum.Enum):
-    mla = "mla"  # Multi-head Latent Attention (section 2.1)
-    # What the paper measures it against (appendix D): heads as wide as qk_nope_head_dim, RoPE on all of that.
-    mha = "mha"  # a key and a value head for every query head
-    gqa = "gqa"  # num_key_value_heads of them, each shared by as many query heads
-    mqa = "mqa"  # one of each
-
-
 class WandbMode(enum.Enum):
     auto = "auto"  # online if logged in, else offline; never a prompt
     offline = "offline"
@@ -72,7 +64,8 @@ class ModelConfig:
     vocab_size: int = 4096  # token ids that the model knows; at least the tokenizer's pieces
     hidden_size: int = 192  # width of the residual stream
     num_hidden_layers: int = 4  # layers, dense and MoE
-    attention: AttentionKind = AttentionKind.mla  # kind of attention (section 2.1; appendix D for the others)
+    # kind of attention: mla (section 2.1), or mha, gqa or mqa (appendix D)
+    attention: str = "mla"
     num_attention_heads: int = 4  # query heads
     # key and value heads; must be given for gqa and must be null otherwise
     num_key_value_heads: int | None = None
@@ -84,6 +77,7 @@ class ModelConfig:
     v_head_dim: int = 32  # width of a value head
     intermediate_size: int = 512  # width of the FFN in dense layers
     moe_intermediate_size: int = 96  # width of one expert
+    router: str = "softmax_topk"  # how a token's experts are chosen
     n_routed_experts: int = 16  # routed experts per MoE layer
     n_shared_experts: int = 1  # experts per MoE layer that every token uses
     num_experts_per_tok: int = 4  # routed experts per token

@@ -7,7 +7,7 @@ function in that one.
 from typing import ClassVar, NamedTuple, NoReturn
 
 from dsv2.config.rules import refuse
-from dsv2.config.schema import AttentionKind, ModelConfig, Precision
+from dsv2.config.schema import ModelConfig, Precision
 from dsv2.packages import CUTE, misfit
 
 HEAD_CHUNK = 16384  # tokens per chunk of the fused head: their logits take 3.1 GiB at a vocabulary of 102400
@@ -151,7 +151,7 @@ def find_spec(name: str) -> KernelSpec:
 
 def latent_heads(model: ModelConfig) -> HeadWidths | None:
     """Return the widths of the heads that the model hands to `latent_attention`; None if it never does."""
-    if model.attention is not AttentionKind.mla:
+    if model.attention != "mla":
         return None
     rotary = model.qk_rope_head_dim
     return HeadWidths(rotary, model.qk_nope_head_dim + rotary, model.v_head_dim)

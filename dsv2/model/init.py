@@ -1,7 +1,7 @@
 """Initial weights: N(0, initializer_range) for every matrix, 1 for every norm (appendix B.1).
 
-Every parameter, and every single expert, is drawn from a generator of its own, seeded by its name. So
-the start is the same on every layout of one kind of device, and a rank makes only the experts it holds.
+Every parameter, and every single expert, is drawn from its own generator, seeded by its name. So the
+start is the same on every layout of one kind of device, and a rank draws only the experts it holds.
 """
 
 import zlib
@@ -20,7 +20,7 @@ def _normal_(tensor: torch.Tensor, std: float, seed: int, name: str) -> None:
 
 @torch.no_grad()
 def init_weights(model: nn.Module, std: float, seed: int) -> None:
-    """Fill all parameters in place; drawn in fp32 on the parameter's device."""
+    """Fill all parameters in place; they are drawn in fp32 on the parameter's device."""
     for module_name, module in model.named_modules():
         for name, parameter in module.named_parameters(prefix=module_name, recurse=False):
             if isinstance(module, nn.RMSNorm):

@@ -10,14 +10,15 @@ class RMSNorm(nn.RMSNorm):
 
     def __init__(self, width: int, eps: float, kernels: KernelSet = REFERENCE):
         super().__init__(width, eps=eps)
-        self.epsilon, self.kernels = eps, kernels
+        self.epsilon = eps
+        self.kernels = kernels
 
     def forward(self, x: Tensor) -> Tensor:
         return self.kernels.rms_norm(x, self.weight, self.epsilon)
 
 
 class ResidualNorm(RMSNorm):
-    """(x + change, its norm); without a change (x, its norm). The stream goes on with what is returned."""
+    """(x + change, its norm), or (x, its norm) without a change; the stream continues with the first."""
 
     def forward(self, x: Tensor, change: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self.kernels.add_rms_norm(x, change, self.weight, self.epsilon)

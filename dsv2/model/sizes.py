@@ -1,71 +1,112 @@
-"""Counts of parameters and floating-point operations, from the sizes alone.
+"""Parameters and floating-point operations of the whole model: sums over its parts' specs; no torch.
 
-The definitions are those used for published figures: a token's training FLOPs are 6 for every active
+The definitions are those of published figures: a token's training FLOPs are 6 for every active
 matrix weight (the input embedding is a look-up and counts nothing) plus causal attention.
 """
 
+from math import prod
 from typing import NamedTuple
 
-from dsv2.config.schema import AttentionKind, ModelConfig
+from dsv2.config.schema import ModelConfig
+from dsv2.model.attention.kinds import attention_kind
+from dsv2.moe.routers.kinds import router_of
+from dsv2.moe.sizes import Shapes, below, expert_parameters, shared_parameters, swiglu_parameters
 
 
 class ParameterCount(NamedTuple):
     total: int
-    active: int  # of one token, both embeddings counted
-    active_matmul: int  # of one token: matrices it is multiplied with (no input embedding, no norms)
+    active: int  # used for one token, both embeddings counted
+    active_matmul: int  # matrices that one token is multiplied with: no input embedding, no norms
 
 
-def key_value_heads(config: ModelConfig) -> int:
-    """Heads of keys and values that attention other than MLA has."""
-    if config.attention is AttentionKind.gqa:
-        assert config.num_key_value_heads is not None, "validate() checks this"
-        return config.num_key_value_heads
-    return 1 if config.attention is AttentionKind.mqa else config.num_attention_heads
+def is_dense(model: ModelConfig, layer: int) -> bool:
+    """Return whether the layer of this number has a dense FFN instead of experts."""
+    return layer < model.first_k_dense_replace
 
 
-def attention_matrices(config: ModelConfig) -> int:
-    """Parameters of one layer's attention, its norms not counted."""
-    heads = config.num_attention_heads
-    if config.attention is not AttentionKind.mla:  # queries and output; keys and values
-        return 2 * config.hidden_size * config.qk_nope_head_dim * (heads + key_value_heads(config))
-    q_width = heads * (config.qk_nope_head_dim + config.qk_rope_head_dim)
-    if config.q_lora_rank is None:
-        query = config.hidden_size * q_width
-    else:
-        query = (config.hidden_size + q_width) * config.q_lora_rank
-    key_value = config.hidden_size * (config.kv_lora_rank + config.qk_rope_head_dim)
-    up = config.kv_lora_rank * heads * (config.qk_nope_head_dim + config.v_head_dim)
-    return query + key_value + up + heads * config.v_head_dim * config.hidden_size
+def count_layers(model: ModelConfig) -> tuple[int, int]:
+    """Return how many layers have a dense FFN, and how many have experts."""
+    dense = min(model.first_k_dense_replace, model.num_hidden_layers)
+    return dense, model.num_hidden_layers - dense
 
 
-def count_parameters(config: ModelConfig) -> ParameterCount:
-    """Parameters in total and of one token."""
-    hidden, layers = config.hidden_size, config.num_hidden_layers
-    dense_layers = min(config.first_k_dense_replace, layers)
-    moe_layers = layers - dense_layers
-    expert = 3 * hidden * config.moe_intermediate_size
-    head = config.vocab_size * hidden
-    latent_norms = config.kv_lora_rank + (config.q_lora_rank or 0)
-    norms = layers * (2 * hidden + (latent_norms if config.attention is AttentionKind.mla else 0)) + hidden
-    always = (
-        layers * attention_matrices(config)
-        + dense_layers * 3 * hidden * config.intermediate_size
-        + moe_layers * (config.n_shared_experts * expert + config.n_routed_experts * hidden)
-        + head
-    )
-    matmul = always + moe_layers * config.num_experts_per_tok * expert
+def outer_parameters(model: ModelConfig) -> Shapes:
+    """Return the parameters outside the layers: embedding, last norm and output head."""
+    return {
+        "model.embed_tokens.weight": (model.vocab_size, model.hidden_size),
+        "model.norm.weight": (model.hidden_size,),
+        "lm_head.weight": (model.vocab_size, model.hidden_size),
+    }
+
+
+def layer_parameters(model: ModelConfig, dense: bool, ep_size: int = 1) -> Shapes:
+    """Return one rank's parameters of one layer, by their names below `model.layers.N`."""
+    shapes: Shapes = {"input_layernorm.weight": (model.hidden_size,)}
+    shapes |= below("self_attn", attention_kind(model).parameters(model))
+    shapes["post_attention_layernorm.weight"] = (model.hidden_size,)
+    if dense:
+        return shapes | below("mlp", swiglu_parameters(model.hidden_size, model.intermediate_size))
+    shapes |= below("mlp.gate", router_of(model).parameters(model))
+    shapes |= below("mlp.experts", expert_parameters(model, ep_size))
+    return shapes | below("mlp.shared_experts", shared_parameters(model))
+
+
+def _elements(shapes: Shapes) -> int:
+    return sum(prod(shape) for shape in shapes.values())
+
+
+def _active_matmul(model: ModelConfig, dense: bool) -> int:
+    """Return the elements of a layer's matrices that one token is multiplied with."""
+    shapes = layer_parameters(model, dense)
+    routed = {name: shape for name, shape in shapes.items() if name.startswith("mlp.experts.")}
+    matrices = sum(prod(shape) for shape in shapes.values() if len(shape) > 1)
+    unused = model.n_routed_experts - model.num_experts_per_tok
+    return matrices - _elements(routed) // model.n_routed_experts * unused
+
+
+def attention_matrices(model: ModelConfig) -> int:
+    """Return the parameters of one layer's attention without its norms."""
+    shapes = attention_kind(model).parameters(model).values()
+    return sum(prod(shape) for shape in shapes if len(shape) > 1)
+
+
+def cached_elements(model: ModelConfig) -> int:
+    """Return the elements that decoding caches per token, over all layers."""
+    return attention_kind(model).cached_elements(model) * model.num_hidden_layers
+
+
+def count_parameters(model: ModelConfig) -> ParameterCount:
+    """Return the parameters in total and those used for one token."""
+    dense_layers, moe_layers = count_layers(model)
+    head = model.vocab_size * model.hidden_size
+    total = _elements(outer_parameters(model)) + dense_layers * _elements(layer_parameters(model, True))
+    total += moe_layers * _elements(layer_parameters(model, False))
+    matmul = dense_layers * _active_matmul(model, True) + moe_layers * _active_matmul(model, False) + head
+    unused = model.n_routed_experts - model.num_experts_per_tok
+    expert = 3 * model.hidden_size * model.moe_intermediate_size
     return ParameterCount(
-        total=always + moe_layers * config.n_routed_experts * expert + head + norms,
-        active=matmul + head + norms,
+        total=total,
+        active=total - moe_layers * unused * expert,
         active_matmul=matmul,
     )
 
 
-def flops_per_token(config: ModelConfig, sequence_length: int) -> int:
-    """Training FLOPs (forward and backward) of one token at this length, recomputation not counted."""
-    head_width = config.qk_nope_head_dim + config.v_head_dim
-    if config.attention is AttentionKind.mla:
-        head_width += config.qk_rope_head_dim
-    # A token attends to half the sequence on average; a product is 2 FLOPs forward and 4 backward.
-    attention = 6 * config.num_hidden_layers * config.num_attention_heads * head_width * sequence_length // 2
-    return 6 * count_parameters(config).active_matmul + attention
+def layer_flops(model: ModelConfig, dense: bool, sequence_length: int) -> int:
+    """Return one token's training FLOPs (forward and backward) in one layer."""
+    score_width = attention_kind(model).score_width(model)
+    # A product is 2 FLOPs forward and 4 backward; a token attends to half the sequence on average.
+    attention = 6 // 2 * model.num_attention_heads * score_width * sequence_length
+    return 6 * _active_matmul(model, dense) + attention
+
+
+def head_flops(model: ModelConfig) -> int:
+    """Return one token's training FLOPs in the output head."""
+    return 6 * model.vocab_size * model.hidden_size
+
+
+def flops_per_token(model: ModelConfig, sequence_length: int) -> int:
+    """Return one token's training FLOPs at this length, recomputation not counted."""
+    dense_layers, moe_layers = count_layers(model)
+    dense = dense_layers * layer_flops(model, True, sequence_length)
+    mixture = moe_layers * layer_flops(model, False, sequence_length)
+    return dense + mixture + head_flops(model)

@@ -4,7 +4,7 @@ Shapes: B sequences, S tokens a sequence, D hidden_size, L MoE layers, P rotary 
 are those of the published weights (`model.layers.3.self_attn.kv_b_proj.weight`).
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,10 @@ from torch.utils.checkpoint import checkpoint
 
 from dsv2.config.schema import ModelConfig
 from dsv2.kernels.sets import KernelSet
-from dsv2.model.attention.kinds import build_attention, rotary_width
+from dsv2.model.attention.base import AttentionModule
+from dsv2.model.attention.kinds import attention_kind
 from dsv2.model.norm import ResidualNorm, RMSNorm
-from dsv2.model.rope import rope_tables
+from dsv2.model.rope import Angles, rope_tables
 from dsv2.moe.balance import BalanceLosses
 from dsv2.moe.execution import Execution
 from dsv2.moe.experts import SwiGLU
@@ -29,7 +30,7 @@ class DecoderLayer(nn.Module):
         super().__init__()
         norm = (config.hidden_size, config.rms_norm_eps, execution.kernels)
         self.input_layernorm = ResidualNorm(*norm)
-        self.self_attn = build_attention(config, execution.kernels)
+        self.self_attn: AttentionModule = attention_kind(config).build(config, execution.kernels)
         self.post_attention_layernorm = ResidualNorm(*norm)
         self.mlp = (
             SwiGLU(config.hidden_size, config.intermediate_size, execution.kernels)
@@ -38,10 +39,10 @@ class DecoderLayer(nn.Module):
         )
 
     def forward(
-        self, x_BSD: Tensor, cos_SP: Tensor, sin_SP: Tensor, sequence_ids_B: Tensor
+        self, x_BSD: Tensor, angles: Angles, sequence_ids_B: Tensor
     ) -> tuple[Tensor, BalanceLosses | None, RoutingStats | None]:
         x_BSD, normed_BSD = self.input_layernorm(x_BSD)
-        return self.feed_forward(x_BSD, self.self_attn(normed_BSD, cos_SP, sin_SP), sequence_ids_B)
+        return self.feed_forward(x_BSD, self.self_attn(normed_BSD, angles), sequence_ids_B)
 
     def feed_forward(
         self, x_BSD: Tensor, attended_BSD: Tensor, sequence_ids_B: Tensor
@@ -101,25 +102,28 @@ class DeepseekV2(nn.Module):
         self.model = Decoder(config, self.execution)
         self.lm_head = OutputHead(config.hidden_size, config.vocab_size, self.execution.kernels)
 
-    def rope_tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin for tokens at these positions, fp32 [..., P]."""
+    def decoder_layers(self) -> list[DecoderLayer]:
+        """Return the layers in order."""
+        return cast(list[DecoderLayer], list(self.model.layers))
+
+    def angles(self, positions: Tensor) -> Angles:
+        """Return RoPE's angles of tokens at these positions."""
         config = self.config
-        return rope_tables(positions, rotary_width(config), config.rope_theta, config.rope_scaling)
+        width = attention_kind(config).rotary_width(config)
+        return rope_tables(positions, width, config.rope_theta, config.rope_scaling)
 
     def hidden_states(
         self, input_ids_BS: Tensor, sequence_ids_B: Tensor
     ) -> tuple[Tensor, list[BalanceLosses], list[RoutingStats]]:
         """[B, S, D] after the last norm, with every MoE layer's losses and statistics."""
         x_BSD = self.model.embed_tokens(input_ids_BS)
-        cos_SP, sin_SP = self.rope_tables(torch.arange(input_ids_BS.shape[1], device=x_BSD.device))
+        angles = self.angles(torch.arange(input_ids_BS.shape[1], device=x_BSD.device))
         losses, stats = [], []
         for layer in self.model.layers:
             if self.execution.recompute and self.training:
-                x_BSD, loss, stat = checkpoint(
-                    layer, x_BSD, cos_SP, sin_SP, sequence_ids_B, use_reentrant=False
-                )
+                x_BSD, loss, stat = checkpoint(layer, x_BSD, angles, sequence_ids_B, use_reentrant=False)
             else:
-                x_BSD, loss, stat = layer(x_BSD, cos_SP, sin_SP, sequence_ids_B)
+                x_BSD, loss, stat = layer(x_BSD, angles, sequence_ids_B)
             if loss is not None:
                 losses.append(loss)
                 stats.append(stat)

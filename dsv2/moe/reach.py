@@ -1,4 +1,4 @@
-"""How far a token's experts spread, for a uniform router."""
+"""How many ranks a token's experts live on, for a uniform router."""
 
 from math import comb
 
@@ -6,20 +6,25 @@ from dsv2.config.schema import ModelConfig
 
 
 def mean_ranks(model: ModelConfig, ep_size: int, limited: bool) -> float:
-    """Ranks that a token's K experts live on, for a uniform router.
+    """Return the mean number of ranks that a token's K experts live on.
 
-    With the limit, M of the D groups are open and the K experts lie anywhere in them.
+    With the limit, M of the G groups are open and the K experts lie anywhere in them.
     """
-    experts, top_k = model.n_routed_experts, model.num_experts_per_tok
-    groups, limit = (model.n_group, model.topk_group) if limited else (1, 1)
-    here = experts // ep_size  # of a rank
-    in_group = experts // groups
-    pool = limit * in_group
-    if here <= in_group:  # a rank lies within one group: it is open with probability M / D
-        return ep_size * limit / groups * (1 - comb(pool - here, top_k) / comb(pool, top_k))
-    held = groups // ep_size  # whole groups of a rank; `open_here` of them are open, hypergeometrically
+    experts = model.n_routed_experts
+    top_k = model.num_experts_per_tok
+    groups = model.n_group if limited else 1
+    open_groups = model.topk_group if limited else 1
+    per_rank = experts // ep_size
+    per_group = experts // groups
+    pool = open_groups * per_group
+    if per_rank <= per_group:  # a rank lies within one group, which is open with probability M / G
+        missed_if_open = comb(pool - per_rank, top_k) / comb(pool, top_k)
+        return ep_size * open_groups / groups * (1 - missed_if_open)
+    # A rank holds whole groups; how many of them are open is distributed hypergeometrically.
+    held = groups // ep_size
     missed = 0.0
-    for open_here in range(min(held, limit) + 1):
-        ways = comb(held, open_here) * comb(groups - held, limit - open_here) / comb(groups, limit)
-        missed += ways * comb(pool - open_here * in_group, top_k) / comb(pool, top_k)
+    for open_held in range(min(held, open_groups) + 1):
+        ways = comb(held, open_held) * comb(groups - held, open_groups - open_held)
+        chosen_elsewhere = comb(pool - open_held * per_group, top_k) / comb(pool, top_k)
+        missed += ways / comb(groups, open_groups) * chosen_elsewhere
     return ep_size * (1 - missed)

@@ -5,37 +5,52 @@ python -m dsv2 cache model=lite [model.FIELD=VALUE ...]
 
 from dataclasses import replace
 
-from dsv2.config.schema import AttentionKind, ModelConfig
+from dsv2.config.schema import ModelConfig
 from dsv2.formats import fmt_count
-from dsv2.planner.cache import elements_per_token, mha_heads_of_as_many_parameters
+from dsv2.model.attention.kinds import KINDS
+from dsv2.model.sizes import attention_matrices, cached_elements
 
-GROUPS = 8  # of the paper's GQA (appendix D.1), where the configuration names none
+GROUPS = 8  # of the paper's GQA (appendix D.1), unless the configuration names a number
+COMPARED = ("mla", "mha", "gqa", "mqa")  # the kinds that the paper compares
+
+
+def mha_heads_of_as_many_parameters(model: ModelConfig) -> int:
+    """Return the most heads with which MHA has no more attention parameters than this model; at least 1."""
+    single = replace(model, attention="mha", num_attention_heads=1, num_key_value_heads=None)
+    return max(1, attention_matrices(model) // attention_matrices(single))
 
 
 def rows(model: ModelConfig) -> list[tuple[str, int]]:
-    """(kind, elements per token) with the layers and head width of `model`."""
-    heads, groups = model.num_attention_heads, model.num_key_value_heads
-    groups = groups or min(GROUPS, heads)
-    mla = replace(model, attention=AttentionKind.mla, num_key_value_heads=None)
-    matched = mha_heads_of_as_many_parameters(mla)
+    """Return (kind, elements per token) with the layers and head width of `model`.
 
-    def dense(n: int) -> int:
-        mha = replace(mla, attention=AttentionKind.mha, num_attention_heads=n)
-        return elements_per_token(mha)
+    The paper's comparison comes first, then every other kind of attention that these sizes allow.
+    """
+    heads = model.num_attention_heads
+    groups = model.num_key_value_heads or min(GROUPS, heads)
+    latent = replace(model, attention="mla", num_key_value_heads=None)
+    matched = mha_heads_of_as_many_parameters(latent)
 
-    return [
-        (f"MHA, same heads ({heads})", dense(heads)),
-        (f"MHA, as many attention parameters as MLA ({matched} heads)", dense(matched)),
-        (f"GQA, {groups} groups", dense(groups)),
-        ("MQA", dense(1)),
-        ("MLA", elements_per_token(mla)),
+    def grouped(key_value_heads: int) -> int:
+        return cached_elements(replace(latent, attention="mha", num_attention_heads=key_value_heads))
+
+    table = [
+        (f"MHA, same heads ({heads})", grouped(heads)),
+        (f"MHA, as many attention parameters as MLA ({matched} heads)", grouped(matched)),
+        (f"GQA, {groups} groups", grouped(groups)),
+        ("MQA", grouped(1)),
+        ("MLA", cached_elements(latent)),
     ]
+    for kind in KINDS:
+        if kind.name not in COMPARED:
+            table.append((kind.name.upper(), cached_elements(replace(latent, attention=kind.name))))
+    return table
 
 
 def table(model: ModelConfig) -> str:
-    """Its text: elements of each kind, and what share of either MHA's they are."""
+    """Return the table's text: elements of each kind, and their share of both MHA rows."""
     entries = rows(model)
-    same, matched = entries[0][1], entries[1][1]
+    same = entries[0][1]
+    matched = entries[1][1]
     width = max(len(name) for name, _ in entries)
     lines = [
         f"KV cache per token over {model.num_hidden_layers} layers, elements, and its share of MHA's",

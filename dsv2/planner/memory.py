@@ -8,10 +8,12 @@ from typing import NamedTuple
 
 from dsv2.config.schema import Config, Precision
 from dsv2.kernels.specs import find_spec
+from dsv2.moe.routers.kinds import router_of
 from dsv2.optimizers.rules import find_optimizer
+from dsv2.parallel.micro_batch import micro_batch
 from dsv2.parallel.zero.base import FP32, Job, States
 from dsv2.parallel.zero.stages import find_stage
-from dsv2.planner.activations import Activations, activations, make_pass
+from dsv2.planner.activations import Activations, activations
 from dsv2.planner.parameters import rank_parameters
 
 
@@ -43,9 +45,10 @@ def memory(config: Config, world_size: int, gpu: bool = True) -> Memory:
     """
     optim = config.optim
     runtime = config.runtime
+    ep_size = config.parallel.expert_parallel_size
     stage = find_stage(config.parallel.zero_stage, runtime.precision)
     job = Job(
-        parameters=rank_parameters(config.model, world_size, config.parallel.expert_parallel_size),
+        parameters=rank_parameters(config.model, world_size, ep_size),
         optimizer=find_optimizer(optim.name),
         weight_bytes=2 if runtime.precision is Precision.bf16 else FP32,
         state_bytes=2 if optim.states is Precision.bf16 else FP32,
@@ -53,7 +56,8 @@ def memory(config: Config, world_size: int, gpu: bool = True) -> Memory:
         fused=find_spec(runtime.kernels).is_fused,
     )
     states = stage.states(job)
-    needed = activations(make_pass(config, fused_norm=gpu))
+    ranks_per_token = router_of(config.model).mean_ranks(config.model, ep_size)
+    needed = activations(micro_batch(config, ranks_per_token, fused_norm=gpu))
     buffers = stage.step_buffers(job)
     reduction = stage.reduction(job)
     in_backward = reduction if stage.reduces_in_backward else 0

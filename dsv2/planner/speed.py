@@ -10,6 +10,7 @@ from typing import NamedTuple
 from dsv2.config.schema import Config, Precision
 from dsv2.model.sizes import flops_per_token
 from dsv2.moe.reach import mean_ranks
+from dsv2.moe.routers.kinds import router_of
 from dsv2.moe.traffic import bytes_per_row
 from dsv2.parallel.gpus import Gpu
 from dsv2.parallel.zero.stages import find_stage
@@ -46,7 +47,7 @@ def traffic(config: Config, gpus_per_node: int) -> Traffic:
     itemsize = 2 if config.runtime.precision is Precision.bf16 else 4
     row = bytes_per_row(model.hidden_size, model.num_experts_per_tok, itemsize, config.runtime.recompute)
     row *= model.num_hidden_layers - min(model.first_k_dense_replace, model.num_hidden_layers)
-    ranks = mean_ranks(model, ep, limited=True)
+    ranks = router_of(model).mean_ranks(model, ep)
     elsewhere = (ep - 1) / ep
     return Traffic(
         ranks=ranks,

@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 
 from dsv2.config.schema import Config, Device
 from dsv2.formats import fmt_count
-from dsv2.model.sizes import count_parameters
-from dsv2.planner.cache import elements_per_token
+from dsv2.model.sizes import cached_elements, count_parameters
 from dsv2.studies.arms import STUDIES
 from dsv2.studies.jobs import ROOT, Job, is_finished
 
@@ -69,7 +68,7 @@ def summary(study: str, jobs: list[Job], overrides: list[str], at_once: int) -> 
             "overrides": changes,
             "parameters": counts.total,
             "active_parameters": counts.active,
-            "cache_elements_per_token": elements_per_token(of_arm[0].config.model),
+            "cache_elements_per_token": cached_elements(of_arm[0].config.model),
             "seeds": list(by_seed),
             "metrics": {
                 column.metric: spread([by_seed[seed][column.metric] for seed in by_seed])

@@ -4,7 +4,6 @@ import math
 
 from dsv2.config.rules import divisors, refuse, require_above_0, require_fraction, require_positive
 from dsv2.config.schema import (
-    AttentionKind,
     Config,
     LoggingConfig,
     ModelConfig,
@@ -12,7 +11,9 @@ from dsv2.config.schema import (
     RopeScalingConfig,
     RuntimeConfig,
 )
-from dsv2.kernels.specs import find_spec, latent_heads
+from dsv2.kernels.specs import find_spec
+from dsv2.model.attention.kinds import attention_kind
+from dsv2.moe.routers.kinds import router_of
 from dsv2.optimizers.rules import find_optimizer
 from dsv2.parallel.zero.stages import find_stage
 
@@ -69,21 +70,12 @@ def _validate_model(model: ModelConfig) -> None:
         "vocab_size",
         "hidden_size",
         "num_attention_heads",
-        "kv_lora_rank",
-        "qk_nope_head_dim",
-        "qk_rope_head_dim",
-        "v_head_dim",
         "intermediate_size",
         "moe_intermediate_size",
-        "num_experts_per_tok",
         "max_position_embeddings",
     ]
     require_positive("model", model, sizes)
     require_positive("model", model, ["n_shared_experts"], least=0)
-    if model.q_lora_rank is not None and model.q_lora_rank < 1:
-        refuse("model.q_lora_rank", model.q_lora_rank, "must be at least 1, or null for none")
-    if model.qk_rope_head_dim % 2:
-        refuse("model.qk_rope_head_dim", model.qk_rope_head_dim, "must be even: RoPE turns pairs")
     above_0 = ["rms_norm_eps", "rope_theta", "initializer_range", "routed_scaling_factor"]
     require_above_0("model", model, above_0)
     if not 0 <= model.first_k_dense_replace < model.num_hidden_layers:
@@ -92,38 +84,9 @@ def _validate_model(model: ModelConfig) -> None:
             model.first_k_dense_replace,
             f"must leave at least one MoE layer of model.num_hidden_layers={model.num_hidden_layers}",
         )
-    _validate_attention(model)
+    attention_kind(model).check(model)
     if model.rope_scaling is not None:
         _validate_rope_scaling(model, model.rope_scaling)
-
-
-def _validate_attention(model: ModelConfig) -> None:
-    kind, heads, groups = model.attention, model.num_attention_heads, model.num_key_value_heads
-    if kind is AttentionKind.gqa:
-        if groups is None or groups < 1 or heads % groups:
-            refuse(
-                "model.num_key_value_heads",
-                groups,
-                f"must divide model.num_attention_heads={heads} with model.attention=gqa: "
-                f"one of {divisors(heads)}",
-            )
-    elif groups is not None:
-        refuse("model.num_key_value_heads", groups, "must be null but with model.attention=gqa")
-    if kind is AttentionKind.mla:
-        return
-    if model.v_head_dim != model.qk_nope_head_dim:
-        refuse(
-            "model.v_head_dim",
-            model.v_head_dim,
-            f"must be model.qk_nope_head_dim={model.qk_nope_head_dim} with model.attention={kind.value}: "
-            "its heads have one width",
-        )
-    if model.qk_nope_head_dim % 2:
-        refuse(
-            "model.qk_nope_head_dim",
-            model.qk_nope_head_dim,
-            f"must be even with model.attention={kind.value}: RoPE turns pairs of the whole head",
-        )
 
 
 def _validate_rope_scaling(model: ModelConfig, scaling: RopeScalingConfig) -> None:
@@ -150,23 +113,8 @@ def _validate_rope_scaling(model: ModelConfig, scaling: RopeScalingConfig) -> No
 
 
 def _validate_moe(model: ModelConfig) -> None:
-    experts, groups, limit = model.n_routed_experts, model.n_group, model.topk_group
-    require_positive("model", model, ["n_routed_experts", "n_group", "topk_group"])
-    if experts % groups:
-        refuse(
-            "model.n_group",
-            groups,
-            f"must divide model.n_routed_experts={experts}: one of {divisors(experts)}",
-        )
-    if limit > groups:
-        refuse("model.topk_group", limit, f"must be at most model.n_group={groups}")
-    if model.num_experts_per_tok > limit * experts // groups:
-        refuse(
-            "model.num_experts_per_tok",
-            model.num_experts_per_tok,
-            f"must be at most {limit * experts // groups}, the experts that model.topk_group={limit} of "
-            f"model.n_group={groups} groups hold",
-        )
+    require_positive("model", model, ["n_routed_experts"])
+    router_of(model).check(model)
     balance = model.balance
     require_positive("model.balance", balance, ["alpha_expert", "alpha_device", "alpha_comm"], least=0)
     require_fraction("model.balance", balance, ["exempt_fraction"])
@@ -193,7 +141,7 @@ def _validate_optim(optim: OptimConfig) -> None:
 def _validate_kernels(model: ModelConfig, runtime: RuntimeConfig) -> None:
     spec = find_spec(runtime.kernels)
     spec.check(model, runtime.precision)
-    if heads := latent_heads(model):
+    if heads := attention_kind(model).latent_heads(model):
         spec.check_heads(heads)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from dsv2.config.schema import AttentionKind, Precision
+from dsv2.config.schema import Precision
 from tests.dist import jobs, traces
 
 STEPS = 4
@@ -17,7 +17,7 @@ STEPS = 4
 @pytest.mark.parametrize(("ep", "stage"), [(2, 1), (2, 3)])
 def test_grouped_query_attention_equals_one_process(train, ep, stage):
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "v_head_dim": 8}
-    changes: dict[str, Any] = {"attention": AttentionKind.gqa} | heads
+    changes: dict[str, Any] = {"attention": "gqa"} | heads
     got = train(2, STEPS, ep=ep, stage=stage, micro_batch=2, **changes)
     assert got.weights["model.layers.1.self_attn.k_proj.weight"].size == 2 * 8 * 24
     traces.assert_same(got, jobs.reference(STEPS, **changes))

@@ -11,8 +11,11 @@ import pytest
 
 from data.config import DataConfig
 from dsv2.config.schema import Config, OptimConfig, ParallelConfig, Precision, RuntimeConfig
+from dsv2.model.head_memory import head
+from dsv2.moe.routers.kinds import router_of
+from dsv2.parallel.micro_batch import micro_batch
 from dsv2.parallel.zero.base import BUCKET
-from dsv2.planner.activations import activations, head, make_pass
+from dsv2.planner.activations import activations
 from dsv2.planner.memory import Memory, memory
 from tests.dist import jobs
 
@@ -142,7 +145,8 @@ def test_experts_elsewhere(pools, world_size, changes, recompute, kernels, preci
         parallel=ParallelConfig(expert_parallel_size=world_size),
         runtime=runtime,
     )
-    p = make_pass(config, fused_norm=False)
+    ranks_per_token = router_of(config.model).mean_ranks(config.model, world_size)
+    p = micro_batch(config, ranks_per_token, fused_norm=False)
     want = activations(p)
     assert want.kept + sum(head(p).values()) == pytest.approx(kept, rel=0.02)
     # Where two moments are nearly as full, uneven ranks have theirs at either, and the mean of the fuller

@@ -13,7 +13,7 @@ from dsv2.__main__ import VERBS
 from dsv2.checkpoint.files import FORMAT
 from dsv2.cli.base import main
 from dsv2.config import compose
-from dsv2.config.schema import AttentionKind, BalanceConfig, Config, ModelConfig, RopeScalingConfig
+from dsv2.config.schema import BalanceConfig, Config, ModelConfig, RopeScalingConfig
 from dsv2.kernels.reference.router import sequence_sums
 from dsv2.kernels.types import Routing
 from dsv2.model.transformer import DeepseekV2
@@ -43,14 +43,14 @@ YARN = RopeScalingConfig(
 KINDS: dict[str, dict[str, Any]] = {
     "mla": {},
     "mla without query compression": {"q_lora_rank": None},
-    "mha": {"attention": AttentionKind.mha, "v_head_dim": 8},
+    "mha": {"attention": "mha", "v_head_dim": 8},
     "gqa": {
-        "attention": AttentionKind.gqa,
+        "attention": "gqa",
         "v_head_dim": 8,
         "num_attention_heads": 6,
         "num_key_value_heads": 2,
     },
-    "mqa": {"attention": AttentionKind.mqa, "v_head_dim": 8},
+    "mqa": {"attention": "mqa", "v_head_dim": 8},
 }
 
 

@@ -110,7 +110,7 @@ def mla(h: Array, w: Weights, config) -> Array:
 def gqa(h: Array, w: Weights, config) -> Array:
     """Heads of one width, of which query head i reads key and value head i * G // H; tokens h [S, D]."""
     heads, width = config.num_attention_heads, config.qk_nope_head_dim
-    groups = {"mha": heads, "gqa": config.num_key_value_heads, "mqa": 1}[config.attention.value]
+    groups = {"mha": heads, "gqa": config.num_key_value_heads, "mqa": 1}[config.attention]
     turning = (config.rope_theta, config.rope_scaling)
     w_q = w["q_proj.weight"].reshape(heads, width, -1)
     w_k, w_v = (w[f"{name}_proj.weight"].reshape(groups, width, -1) for name in "kv")
@@ -206,7 +206,7 @@ def transformer(ids: Sequence[int], w: Weights, config) -> Array:
     for layer in range(config.num_hidden_layers):
         lw = below(w, f"model.layers.{layer}.")
         normed = np.array([rms_norm(row, lw["input_layernorm.weight"], eps) for row in x])
-        attention = mla if config.attention.value == "mla" else gqa
+        attention = mla if config.attention == "mla" else gqa
         x = x + attention(normed, below(lw, "self_attn."), config)
         normed = np.array([rms_norm(row, lw["post_attention_layernorm.weight"], eps) for row in x])
         ffn = below(lw, "mlp.")

@@ -1,10 +1,6 @@
-"""Attention with a key and a value for every head (MHA), for groups of heads (GQA) or for all (MQA).
+"""Attention of H query heads over J key and value heads (MHA, GQA, MQA) as a module.
 
-What the paper measures MLA against (appendix D). Heads of queries, keys and values are all of width
-qk_nope_head_dim, and RoPE turns the whole head.
-
-Shapes: B batch, S sequence, T cached places, D hidden_size, G key and value heads, g query heads that
-share one of them, H = G * g query heads, Q their width.
+Each key head serves H / J consecutive query heads. Sizes, checks and memory are in grouped.py.
 """
 
 import torch
@@ -13,54 +9,51 @@ from torch import Tensor, nn
 from dsv2.config.schema import ModelConfig
 from dsv2.kernels.reference.attention import causal_attention, masked_softmax
 from dsv2.kernels.reference.rope import apply_rope
-from dsv2.model.rope import softmax_scale
-from dsv2.model.sizes import key_value_heads
+from dsv2.model.rope import Angles, softmax_scale
 
 
 class GroupedQueryAttention(nn.Module):
-    """Causal attention of H query heads over G key and value heads."""
+    """Causal attention of num_attention_heads query heads over `key_value_heads` key and value heads."""
 
-    def __init__(self, config: ModelConfig):
+    projections: tuple[str, ...] = ()
+
+    def __init__(self, config: ModelConfig, key_value_heads: int):
         super().__init__()
-        self.groups, self.head_dim = key_value_heads(config), config.qk_nope_head_dim
-        self.heads_a_group = config.num_attention_heads // self.groups
+        self.key_value_heads = key_value_heads
+        self.head_dim = config.qk_nope_head_dim
+        self.queries_per_key = config.num_attention_heads // key_value_heads
         self.scale = softmax_scale(self.head_dim, config.rope_scaling)
-        hidden, q_width = config.hidden_size, config.num_attention_heads * self.head_dim
+        hidden = config.hidden_size
+        q_width = config.num_attention_heads * self.head_dim
+        kv_width = key_value_heads * self.head_dim
         self.q_proj = nn.Linear(hidden, q_width, bias=False)
-        self.k_proj = nn.Linear(hidden, self.groups * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(hidden, self.groups * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(hidden, kv_width, bias=False)
+        self.v_proj = nn.Linear(hidden, kv_width, bias=False)
         self.o_proj = nn.Linear(q_width, hidden, bias=False)
 
-    def _queries(self, x_BSD: Tensor, cos_SP: Tensor, sin_SP: Tensor) -> Tensor:
-        """Turned, [B, S, H, Q]; consecutive heads share a key."""
-        return apply_rope(self.q_proj(x_BSD).unflatten(-1, (-1, self.head_dim)), cos_SP, sin_SP)
+    def _queries(self, x_BSD: Tensor, angles: Angles) -> Tensor:
+        """Return the rotated queries [B, S, H, N]."""
+        return apply_rope(self.q_proj(x_BSD).unflatten(-1, (-1, self.head_dim)), *angles)
 
-    def cached(self, x_BSD: Tensor, cos_SP: Tensor, sin_SP: Tensor) -> tuple[Tensor, Tensor]:
-        """What decoding keeps of each token: its turned keys and its values, [B, S, G, Q] each."""
-        k_BSGQ = self.k_proj(x_BSD).unflatten(-1, (self.groups, self.head_dim))
-        v_BSGQ = self.v_proj(x_BSD).unflatten(-1, (self.groups, self.head_dim))
-        return apply_rope(k_BSGQ, cos_SP, sin_SP), v_BSGQ
+    def cached(self, x_BSD: Tensor, angles: Angles) -> tuple[Tensor, Tensor]:
+        """Return the rotated keys and the values, [B, S, J, N] each."""
+        k_BSJN = self.k_proj(x_BSD).unflatten(-1, (self.key_value_heads, self.head_dim))
+        v_BSJN = self.v_proj(x_BSD).unflatten(-1, (self.key_value_heads, self.head_dim))
+        return apply_rope(k_BSJN, *angles), v_BSJN
 
-    def forward(self, x_BSD: Tensor, cos_SP: Tensor, sin_SP: Tensor) -> Tensor:
-        q_BSHQ = self._queries(x_BSD, cos_SP, sin_SP)
-        k_BSHQ, v_BSHQ = (
-            kept.repeat_interleave(self.heads_a_group, dim=2) for kept in self.cached(x_BSD, cos_SP, sin_SP)
-        )
-        return self.o_proj(causal_attention(q_BSHQ, k_BSHQ, v_BSHQ, self.scale).flatten(-2))
+    def forward(self, x_BSD: Tensor, angles: Angles) -> Tensor:
+        q_BSHN = self._queries(x_BSD, angles)
+        k_BSJN, v_BSJN = self.cached(x_BSD, angles)
+        k_BSHN = k_BSJN.repeat_interleave(self.queries_per_key, dim=2)
+        v_BSHN = v_BSJN.repeat_interleave(self.queries_per_key, dim=2)
+        return self.o_proj(causal_attention(q_BSHN, k_BSHN, v_BSHN, self.scale).flatten(-2))
 
-    def decode(
-        self,
-        x_B1D: Tensor,
-        cos_B1P: Tensor,
-        sin_B1P: Tensor,
-        k_BTGQ: Tensor,
-        v_BTGQ: Tensor,
-        visible_BT: Tensor,
-    ) -> Tensor:
-        """[B, 1, D] for one token of each sequence, from what is cached of it and of those before it."""
-        q_BHQ = self._queries(x_B1D, cos_B1P, sin_B1P).squeeze(1)
-        q_BGgQ = q_BHQ.unflatten(1, (self.groups, self.heads_a_group))
-        scores_BGgT = torch.einsum("bghq,btgq->bght", q_BGgQ, k_BTGQ) * self.scale
-        shares_BHT = masked_softmax(scores_BGgT.flatten(1, 2), visible_BT)
-        out_BGgQ = torch.einsum("bght,btgq->bghq", shares_BHT.view_as(scores_BGgT), v_BTGQ)
-        return self.o_proj(out_BGgQ.flatten(1)).unsqueeze(1)
+    def decode(self, x_B1D: Tensor, angles: Angles, kept: tuple[Tensor, ...], visible_BC: Tensor) -> Tensor:
+        """Return [B, 1, D] for one token per sequence; query heads of one key form a second dimension."""
+        k_BCJN, v_BCJN = kept
+        q_BHN = self._queries(x_B1D, angles).squeeze(1)
+        q_BJ_queries_N = q_BHN.unflatten(1, (self.key_value_heads, self.queries_per_key))
+        scores_BJ_queries_C = torch.einsum("bjqn,bcjn->bjqc", q_BJ_queries_N, k_BCJN) * self.scale
+        shares_BHC = masked_softmax(scores_BJ_queries_C.flatten(1, 2), visible_BC)
+        out_BJ_queries_N = torch.einsum("bjqc,bcjn->bjqn", shares_BHC.view_as(scores_BJ_queries_C), v_BCJN)
+        return self.o_proj(out_BJ_queries_N.flatten(1)).unsqueeze(1)

@@ -1,20 +1,21 @@
-"""The kinds of attention behind one signature: `forward` for whole sequences, `cached` and `decode` for
-one token after another (see dsv2/inference/decode.py)."""
+"""The registry of attention kinds: `model.attention` is the name of one of them."""
 
-from dsv2.config.schema import AttentionKind, ModelConfig
-from dsv2.kernels.sets import REFERENCE, KernelSet
-from dsv2.model.attention.grouped_module import GroupedQueryAttention
-from dsv2.model.attention.mla_module import MultiHeadLatentAttention
+from dsv2.config.rules import refuse
+from dsv2.config.schema import ModelConfig
+from dsv2.model.attention.base import AttentionKind
+from dsv2.model.attention.grouped import GroupedQuery, MultiHead, MultiQuery
+from dsv2.model.attention.mla import MultiHeadLatent
 
-Attention = MultiHeadLatentAttention | GroupedQueryAttention
-
-
-def build_attention(config: ModelConfig, kernels: KernelSet = REFERENCE) -> Attention:
-    if config.attention is AttentionKind.mla:
-        return MultiHeadLatentAttention(config, kernels)
-    return GroupedQueryAttention(config)
+KINDS: tuple[AttentionKind, ...] = (MultiHeadLatent(), MultiHead(), GroupedQuery(), MultiQuery())
 
 
-def rotary_width(config: ModelConfig) -> int:
-    """Dimensions of a head that RoPE turns: MLA's decoupled ones, else all."""
-    return config.qk_rope_head_dim if config.attention is AttentionKind.mla else config.qk_nope_head_dim
+def attention_kind(model: ModelConfig) -> AttentionKind:
+    """Return the spec of the model's attention.
+
+    Raises:
+        UserError: `model.attention` names no kind.
+    """
+    by_name = {kind.name: kind for kind in KINDS}
+    if model.attention not in by_name:
+        refuse("model.attention", model.attention, f"must be one of {', '.join(by_name)}")
+    return by_name[model.attention]

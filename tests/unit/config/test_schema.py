@@ -9,7 +9,7 @@ import pytest
 
 from dsv2.config.compose import to_plain, to_yaml
 from dsv2.config.fields import field_types
-from dsv2.config.schema import AttentionKind, Config, Precision, RopeScalingConfig
+from dsv2.config.schema import Config, Precision, RopeScalingConfig
 from dsv2.errors import UserError
 from dsv2.training.validate import validate
 from tests.unit.helpers import compose_config
@@ -139,7 +139,7 @@ def test_a_moment_that_never_moves(name):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ([("model.qk_rope_head_dim", 15)], "model.qk_rope_head_dim=15: must be even: RoPE turns pairs"),
+        ([("model.qk_rope_head_dim", 15)], "model.qk_rope_head_dim=15: must be even: RoPE rotates pairs"),
         (
             [("model.q_lora_rank", 0)],
             "model.q_lora_rank=0: must be at least 1, or null for none",
@@ -167,37 +167,37 @@ def test_a_moment_that_never_moves(name):
             "data.sequence_length=4097: must be at most model.max_position_embeddings=4096",
         ),
         (
-            [("model.attention", AttentionKind.gqa)],
+            [("model.attention", "gqa")],
             "model.num_key_value_heads=None: must divide model.num_attention_heads=4 with "
             "model.attention=gqa: one of 1, 2, 4",
         ),
         (
-            [("model.attention", AttentionKind.gqa), ("model.num_key_value_heads", 3)],
+            [("model.attention", "gqa"), ("model.num_key_value_heads", 3)],
             "model.num_key_value_heads=3: must divide model.num_attention_heads=4 with "
             "model.attention=gqa: one of 1, 2, 4",
         ),
         (
-            [("model.attention", AttentionKind.gqa), ("model.num_key_value_heads", 0)],
+            [("model.attention", "gqa"), ("model.num_key_value_heads", 0)],
             "model.num_key_value_heads=0: must divide model.num_attention_heads=4 with "
             "model.attention=gqa: one of 1, 2, 4",
         ),
         (
-            [("model.attention", AttentionKind.mqa), ("model.num_key_value_heads", 2)],
-            "model.num_key_value_heads=2: must be null but with model.attention=gqa",
+            [("model.attention", "mqa"), ("model.num_key_value_heads", 2)],
+            "model.num_key_value_heads=2: must be null with model.attention=mqa",
         ),
         (
-            [("model.attention", AttentionKind.mha), ("model.v_head_dim", 16)],
+            [("model.attention", "mha"), ("model.v_head_dim", 16)],
             "model.v_head_dim=16: must be model.qk_nope_head_dim=32 with model.attention=mha: its heads have "
             "one width",
         ),
         (
             [
-                ("model.attention", AttentionKind.mha),
+                ("model.attention", "mha"),
                 ("model.v_head_dim", 7),
                 ("model.qk_nope_head_dim", 7),
             ],
-            "model.qk_nope_head_dim=7: must be even with model.attention=mha: RoPE turns pairs of the whole "
-            "head",
+            "model.qk_nope_head_dim=7: must be even with model.attention=mha: RoPE rotates pairs of the "
+            "whole head",
         ),
         (
             [("model.rope_scaling.beta_fast", 1.0)],
@@ -334,8 +334,8 @@ def test_impossible_layouts(world_size, changes, message):
         (1, [("logging.alert_max_vio", None), ("logging.alert_dead", None), ("logging.alert_spike", 0.0)]),
         (1, [("model.rope_scaling.factor", 2.0), ("model.max_position_embeddings", 8192)]),
         (1, [("model.rope_scaling.factor", 1.0)]),
-        (1, [("model.attention", AttentionKind.gqa), ("model.num_key_value_heads", 2)]),
-        (1, [("model.attention", AttentionKind.mqa), ("model.q_lora_rank", None)]),
+        (1, [("model.attention", "gqa"), ("model.num_key_value_heads", 2)]),
+        (1, [("model.attention", "mqa"), ("model.q_lora_rank", None)]),
     ],
 )
 def test_limits_are_allowed(world_size, changes):

@@ -10,8 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dsv2.config.schema import BalanceConfig
 from dsv2.inference.decode import Cache, decode, prefill
 from dsv2.model.init import init_weights
+from dsv2.model.sizes import cached_elements
 from dsv2.model.transformer import DeepseekV2
-from dsv2.planner.cache import elements_per_token
 from tests.unit.helpers import KINDS, YARN, tiny_config
 
 PROMPTS = [[3, 14, 15, 9, 26, 5], [7], [2, 7, 18, 28]]
@@ -97,7 +97,7 @@ def test_bytes_that_the_cache_occupies(kind):
         assert sum(storages.values()) == cache.nbytes == BYTES[kind]
         assert all(t._base is None for t in tensors), "no view that keeps something larger alive"
         logits = decode(model, logits.argmax(dim=-1), cache)
-    assert elements_per_token(model.config) * 4 * 2 * 11 == BYTES[kind]
+    assert cached_elements(model.config) * 4 * 2 * 11 == BYTES[kind]
 
 
 def sizes_made_by(action: Callable[[], object]) -> set[int]:

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from dsv2.kernels.sets import REFERENCE
 from dsv2.model.attention.grouped_module import GroupedQueryAttention
-from dsv2.model.attention.kinds import build_attention, rotary_width
+from dsv2.model.attention.kinds import attention_kind
 from dsv2.model.attention.mla_module import MultiHeadLatentAttention
 from dsv2.model.rope import rope_tables
 from tests.unit import reference
@@ -16,8 +17,10 @@ DENSE = ("mha", "gqa", "mqa")
 
 def make_attention(kind: str, **changes) -> GroupedQueryAttention:
     """fp64, with weights large enough that attention is far from uniform."""
-    attention = build_attention(tiny_config(**KINDS[kind], **changes)).double()
+    config = tiny_config(**KINDS[kind], **changes)
+    attention = attention_kind(config).build(config, REFERENCE)
     assert isinstance(attention, GroupedQueryAttention)
+    attention = attention.double()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in attention.parameters():
@@ -33,8 +36,8 @@ def test_against_loops(kind, scaling):
     config = tiny_config(**KINDS[kind], rope_theta=100.0, rope_scaling=scaling)
     attention = make_attention(kind, rope_scaling=scaling)
     x = torch.randn(2, 6, 20, generator=torch.Generator().manual_seed(1)).double()
-    assert rotary_width(config) == 8, "RoPE turns the whole head"
-    out = attention(x, *rope_tables(torch.arange(6), 8, 100.0, scaling)).detach().numpy()
+    assert attention_kind(config).rotary_width(config) == 8, "RoPE turns the whole head"
+    out = attention(x, rope_tables(torch.arange(6), 8, 100.0, scaling)).detach().numpy()
     for b in range(2):
         expected = reference.gqa(x[b].numpy(), reference.weights_of(attention), config)
         assert np.abs(expected).max() > 0.5, "the test's own scale, which the tolerance is measured against"
@@ -52,6 +55,7 @@ def test_shapes_of_the_weights(kind, heads, groups):
 
 
 def test_the_kind_is_chosen_by_name():
-    kinds = {kind: type(build_attention(tiny_config(**changes))) for kind, changes in KINDS.items()}
+    configs = {kind: tiny_config(**changes) for kind, changes in KINDS.items()}
+    kinds = {kind: type(attention_kind(config).build(config, REFERENCE)) for kind, config in configs.items()}
     assert {kind for kind, made in kinds.items() if made is GroupedQueryAttention} == set(DENSE)
     assert kinds["mla"] is MultiHeadLatentAttention

@@ -31,7 +31,7 @@ def tokens(batch: int, length: int, width: int, seed: int = 1) -> torch.Tensor:
 def run(
     attention: MultiHeadLatentAttention, x_BSD: torch.Tensor, theta: float = 10000.0, scaling=None
 ) -> torch.Tensor:
-    return attention(x_BSD, *rope_tables(torch.arange(x_BSD.shape[1]), attention.rope_dim, theta, scaling))
+    return attention(x_BSD, rope_tables(torch.arange(x_BSD.shape[1]), attention.rope_dim, theta, scaling))
 
 
 @pytest.mark.parametrize("scaling", [None, YARN])

@@ -9,11 +9,13 @@ from itertools import product
 import pytest
 import torch
 
-from dsv2.config.schema import AttentionKind, ModelConfig
+from dsv2.config.schema import ModelConfig
+from dsv2.model.head_memory import head
 from dsv2.model.init import init_weights
 from dsv2.model.transformer import DeepseekV2
 from dsv2.moe.execution import Execution
-from dsv2.planner.activations import Pass, activations, head
+from dsv2.parallel.micro_batch import MicroBatch
+from dsv2.planner.activations import activations
 from tests.live import LiveMemory
 from tests.unit.helpers import tiny_config
 
@@ -21,7 +23,7 @@ SEQUENCES, LENGTH = 2, 128
 TOKENS = SEQUENCES * LENGTH
 BASE = {"v_head_dim": 14, "hidden_size": 64, "moe_intermediate_size": 48, "intermediate_size": 160}
 GROUPED = {
-    "attention": AttentionKind.gqa,
+    "attention": "gqa",
     "num_attention_heads": 12,
     "num_key_value_heads": 6,
     "v_head_dim": 8,
@@ -33,19 +35,19 @@ SHAPES = {
     "many shared experts": {"n_shared_experts": 24, "num_experts_per_tok": 1},
     "no shared experts": {"n_shared_experts": 0},
     "two wide dense layers": {"first_k_dense_replace": 2, "intermediate_size": 900},
-    "a key for every head": {"attention": AttentionKind.mha, "num_attention_heads": 6, "v_head_dim": 8},
+    "a key for every head": {"attention": "mha", "num_attention_heads": 6, "v_head_dim": 8},
     "a key for two heads": GROUPED,
-    "one key": GROUPED | {"attention": AttentionKind.mqa},
+    "one key": GROUPED | {"attention": "mqa"},
     "many experts": {"n_routed_experts": 32, "moe_intermediate_size": 96, "num_experts_per_tok": 6},
 }
 DTYPES = [torch.float32, torch.bfloat16]
 
 
-def build(shape: str, dtype: torch.dtype, recompute: bool) -> tuple[DeepseekV2, Pass]:
+def build(shape: str, dtype: torch.dtype, recompute: bool) -> tuple[DeepseekV2, MicroBatch]:
     config = tiny_config(**(BASE | SHAPES[shape]))
     model = DeepseekV2(config, Execution(recompute=recompute)).to(dtype)
     init_weights(model, 0.02, 0)
-    return model, Pass(config, TOKENS, dtype.itemsize, ep_size=1, recompute=recompute, fused_norm=False)
+    return model, MicroBatch(config, TOKENS, dtype.itemsize, ep_size=1, recompute=recompute, fused_norm=False)
 
 
 def batch(config: ModelConfig) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -7,10 +7,13 @@ import torch
 
 from dsv2.config.schema import ModelConfig
 from dsv2.kernels.specs import find_spec
+from dsv2.model import head_memory
+from dsv2.model.head_memory import head
 from dsv2.model.transformer import DeepseekV2
 from dsv2.moe.execution import Execution
-from dsv2.planner import activations as planner
-from dsv2.planner.activations import Pass, activations, head
+from dsv2.moe.memory import moe
+from dsv2.parallel.micro_batch import MicroBatch
+from dsv2.planner.activations import activations
 from tests.idle_triton import idle_triton
 from tests.live import LiveMemory
 from tests.unit.helpers import tiny_config
@@ -40,8 +43,8 @@ def config(shape: str) -> ModelConfig:
 def measured(monkeypatch):
     """(bytes kept by a forward, most bytes during it and its backward, what the planner says)."""
 
-    def run(shape: str, chunk: int, recompute: bool, kind: str) -> tuple[int, int, Pass]:
-        monkeypatch.setattr(planner, "HEAD_CHUNK", chunk)
+    def run(shape: str, chunk: int, recompute: bool, kind: str) -> tuple[int, int, MicroBatch]:
+        monkeypatch.setattr(head_memory, "HEAD_CHUNK", chunk)
         sizes = config(shape)
         ids = torch.randint(0, sizes.vocab_size, (2, SEQUENCES, LENGTH), generator=torch.manual_seed(0))
         with idle_triton(kind, chunk) as kernels:
@@ -53,7 +56,7 @@ def measured(monkeypatch):
                 out = model(ids[0], ids[1], torch.arange(SEQUENCES))
                 kept = live.total
                 out.loss.backward()
-        p = Pass(sizes, TOKENS, 2, 1, recompute, fused_norm=False, kernels=find_spec(kind))
+        p = MicroBatch(sizes, TOKENS, 2, 1, recompute, fused_norm=False, kernels=find_spec(kind))
         return kept, live.peak, p
 
     return run
@@ -70,9 +73,6 @@ def test_kept_and_fullest_moment(measured, shape, chunk, recompute, kind):
 
 def test_fused_cute_keeps_no_weight_a_pair():
     """fused multiplies the hidden activations by it, fused_cute the outputs, by the token's slots."""
-    p = Pass(config("base"), TOKENS, 2, 1, False, fused_norm=False, kernels=find_spec("fused"))
-    kept = [
-        planner.moe(p._replace(kernels=find_spec(name)))["experts: weights"]
-        for name in ("fused", "fused_cute")
-    ]
+    p = MicroBatch(config("base"), TOKENS, 2, 1, False, fused_norm=False, kernels=find_spec("fused"))
+    kept = [moe(p._replace(kernels=find_spec(name)))["experts: weights"] for name in ("fused", "fused_cute")]
     assert kept[0] - kept[1] == 4 * TOKENS * p.model.num_experts_per_tok

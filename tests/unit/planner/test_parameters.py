@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dsv2.config.schema import AttentionKind
 from dsv2.model.sizes import count_parameters
 from dsv2.model.transformer import DeepseekV2
 from dsv2.planner.parameters import rank_parameters
@@ -17,9 +16,9 @@ MODELS = {
     "lite": compose_config("model=lite").model,
     "debug": compose_config("model=debug").model,
     "tiny": tiny_config(),
-    "mha": tiny_config(attention=AttentionKind.mha, **HEADS),
-    "gqa": tiny_config(attention=AttentionKind.gqa, num_key_value_heads=2, **HEADS),
-    "mqa": tiny_config(attention=AttentionKind.mqa, **HEADS),
+    "mha": tiny_config(attention="mha", **HEADS),
+    "gqa": tiny_config(attention="gqa", num_key_value_heads=2, **HEADS),
+    "mqa": tiny_config(attention="mqa", **HEADS),
     "no shared experts, no dense layer": tiny_config(n_shared_experts=0, first_k_dense_replace=0),
     "two dense layers": tiny_config(q_lora_rank=None, first_k_dense_replace=2),
 }

@@ -15,9 +15,7 @@ import pytest
 
 from dsv2.config.compose import compose_config as compose
 from dsv2.config.compose import to_yaml
-from dsv2.config.schema import AttentionKind
-from dsv2.model.sizes import attention_matrices, count_parameters
-from dsv2.planner.cache import elements_per_token
+from dsv2.model.sizes import attention_matrices, cached_elements, count_parameters
 from dsv2.studies import jobs
 from dsv2.studies.arms import STUDIES
 from dsv2.studies.jobs import Job
@@ -73,11 +71,11 @@ def test_granularity_arms_use_a_quarter_of_one_total_width(split):
 
 def test_attention_arms_differ_in_attention_alone():
     models = {arm: arm_config("attention", arm).model for arm in STUDIES["attention"]}
-    assert [model.attention for model in models.values()] == list(AttentionKind)
+    assert [model.attention for model in models.values()] == ["mla", "mha", "gqa", "mqa"]
     sizes = {arm: attention_matrices(model) for arm, model in models.items()}
     assert sizes["mha"] == sizes["gqa"] == sizes["mqa"] == 2**20
     assert sizes["mla"] == pytest.approx(2**20, rel=0.02)
-    cached = {arm: elements_per_token(model) for arm, model in models.items()}
+    cached = {arm: cached_elements(model) for arm, model in models.items()}
     assert cached == {"mla": 5 * 160, "mha": 5 * 1024, "gqa": 5 * 512, "mqa": 5 * 128}
 
 

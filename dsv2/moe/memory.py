@@ -1,0 +1,191 @@
+"""Bytes that the feed-forward networks keep for the backward pass and need at their peak; no torch.
+
+Each function is a small table of the tensors that autograd keeps, so a module whose code changes has one
+table to change. `tests/unit/planner/test_activations.py` counts the real tensors.
+"""
+
+from dsv2.moe.routers.kinds import router_of
+from dsv2.parallel.micro_batch import FP32, INT32, INT64, MicroBatch, Table
+
+
+def dense_ffn(run: MicroBatch) -> Table:
+    """Return what the dense FFN of dsv2/moe/experts.py and the norm before it keep."""
+    model = run.model
+    return {"norm": run.norm_bytes(model.hidden_size), "ffn": _swiglu(run, model.intermediate_size)}
+
+
+def dense_peak(run: MicroBatch) -> float:
+    """Return the most bytes that a dense FFN needs beyond its layer's kept tensors."""
+    return _swiglu_peak(run, run.model.intermediate_size) + stream_peak(run)
+
+
+def moe(run: MicroBatch) -> Table:
+    """Return what dsv2/moe/layer.py and the norm before it keep."""
+    model = run.model
+    norm = run.norm_bytes(model.hidden_size)
+    if not run.fused and run.cast and not model.n_shared_experts:
+        # In bf16 the router and the experts keep copies of the norm's output. Only the shared experts keep
+        # the output itself.
+        norm -= run.tokens * run.row
+    table: Table = {"norm": norm, "shared experts": _swiglu(run, _shared_width(run))}
+    table |= router_of(model).kept_bytes(run)
+    if run.ep_size > 1:
+        # The rows' order is a view of the sort over all ranks.
+        orders = 1 if run.fused else 2
+        table["dispatch: indices"] = (run.tokens * run.ep_size + orders * run.rows) * INT64
+    return table | (_fused_experts(run) if run.fused else _reference_experts(run))
+
+
+def moe_peak(run: MicroBatch) -> float:
+    """Return the most bytes that an MoE layer needs beyond its kept tensors.
+
+    The routed experts' backward pass runs first, then the shared experts'. Each frees what it kept.
+    """
+    table = moe(run)
+    freed = sum(size for name, size in table.items() if name.startswith(("experts", "sums")))
+    shared = _swiglu_peak(run, _shared_width(run)) if run.model.n_shared_experts else 0
+    if run.fused:  # beside the routed experts' results, or what is on its way from their ranks
+        shared += run.rows * run.row * (1 if run.ep_size == 1 else 2)
+    routed = _fused_backward(run) if run.fused else _reference_backward(run, table)
+    forward = _fused_forward(run) if run.fused else _reference_forward(run)
+    if run.recompute:  # the stream's gradient exists during the second forward pass
+        forward += run.tokens * run.row
+    return max(max(shared - freed, routed) + stream_peak(run), forward)
+
+
+def held_orders(run: MicroBatch) -> float:
+    """Return the orders of rows that fused kernels hold through recomputation: no saved tensors."""
+    if not run.fused:
+        return 0
+    ranks = 0 if run.ep_size == 1 else run.tokens * run.ep_size
+    return (run.pairs + ranks) * INT64
+
+
+def stream_peak(run: MicroBatch) -> float:
+    """Return the residual stream's gradient, and torch's norm in fp32."""
+    return run.tokens * (run.row + (0 if run.fused else run.model.hidden_size * FP32))
+
+
+def _shared_width(run: MicroBatch) -> int:
+    return run.model.n_shared_experts * run.model.moe_intermediate_size
+
+
+def _swiglu(run: MicroBatch, width: int) -> float:
+    """Return gate, up and, unless fused, silu(gate) and the product; the norm's table has the input."""
+    return (2 if run.fused else 4) * run.tokens * width * run.itemsize
+
+
+def _swiglu_peak(run: MicroBatch, width: int) -> float:
+    """Return the gradients of the product and, unless fused, of silu(gate).
+
+    Fused, the product's gradient is freed before those of the input and of the last of the three matrices
+    exist.
+    """
+    product = run.tokens * width * run.itemsize
+    matrix = width * run.row
+    if not run.fused:
+        return 2 * product
+    return max(product + matrix, run.tokens * run.row + 3 * matrix)
+
+
+def _expert_matrices(run: MicroBatch) -> float:
+    """Return the bytes of one of the three matrices of all experts of this rank."""
+    model = run.model
+    return (
+        model.n_routed_experts // run.ep_size * model.hidden_size * model.moe_intermediate_size * run.itemsize
+    )
+
+
+def _reference_experts(run: MicroBatch) -> Table:
+    """Return what dsv2/kernels/reference/experts.py keeps; `combine` of dispatch.py keeps next to nothing."""
+    width = run.pairs * run.model.moe_intermediate_size * run.itemsize
+    return {
+        "experts: indices": run.pairs * INT64,
+        "experts: rows": run.pairs * run.row,
+        "experts: gate and up": 2 * width,
+        "experts: silu, product": 2 * width,
+        # Slots and the order of their rows; three numbers per bag.
+        "sums: indices": (2 * run.pairs + 3 * run.rows) * INT64,
+        "sums: in fp32": run.pairs * run.model.hidden_size * FP32,
+        "sums: weights": run.pairs * FP32,
+    }
+
+
+def _reference_backward(run: MicroBatch, table: Table) -> float:
+    """Return the peak of the reference backward pass: `combine`, then the sums in fp32, then the experts.
+
+    The experts' gradients exist one by one until the last expert is done. They are then stacked, first
+    w2's and then w13's: 3 + 1 and 2 + 2 matrices per expert.
+    """
+    hidden_fp32 = run.model.hidden_size * FP32
+    combine = 0.0
+    sums = run.pairs * hidden_fp32  # the gradients of their terms
+    if run.ep_size > 1:
+        combine = run.rows * hidden_fp32 + run.cast * run.rows * run.row
+        sums += run.rows * (run.row + run.cast * hidden_fp32)
+    # By the time the experts' gradients are stacked, the rows' gradients have replaced the rows.
+    freed = sum(size for name, size in table.items() if name.startswith("sums"))
+    freed += table["experts: gate and up"] + table["experts: silu, product"]
+    return max(combine, sums, 4 * _expert_matrices(run) - freed)
+
+
+def _reference_forward(run: MicroBatch) -> float:
+    """Return the peak of the reference forward pass: the largest of four moments.
+
+    The experts' outputs exist both separately and concatenated; their fp32 sums are being cast; `combine`
+    runs; or the layer's terms are being added. These tensors are alive at each moment: the attention
+    output; the shared experts' output, or the norm's output if there are none; the received rows or their
+    results; and, in bf16, the residual stream after the attention. The stream before the attention counts
+    too, unless recomputation already keeps it.
+    """
+    hidden_fp32 = run.model.hidden_size * FP32
+    stream = run.tokens * run.row
+    rows = run.rows * run.row
+    received = 0 if run.ep_size == 1 else rows
+    outputs = run.pairs * run.row
+    shared = run.model.n_shared_experts > 0
+    sums = run.cast * (outputs + rows) + run.rows * hidden_fp32
+    combine = 0.0
+    if received:  # the returned rows, their fp32 copies and their sums, which are then cast
+        combine = received + run.cast * (run.rows * hidden_fp32 + stream) + run.tokens * hidden_fp32
+    added = stream * (3 if shared else 2)
+    alive = 1 + (shared or run.cast) + run.cast * (1 if run.recompute else 2)
+    return max(0 if run.cast else outputs, sums, combine, added) + received + alive * stream
+
+
+def _fused_experts(run: MicroBatch) -> Table:
+    """Return what dsv2/kernels/fused/experts.py or experts_cute.py keeps; `combine` keeps nothing."""
+    slots = run.rows * run.model.num_experts_per_tok
+    return {
+        "experts: indices": run.pairs * INT64 + slots * INT32,
+        "experts: rows": run.pairs * run.row,
+        "experts: gate and up": 2 * run.pairs * run.model.moe_intermediate_size * run.itemsize,
+        "experts: weights": (slots + run.kernels.keeps_pair_weights * run.pairs) * FP32,
+    }
+
+
+def _fused_backward(run: MicroBatch) -> float:
+    """Return the peak of the fused backward pass, the larger of two moments.
+
+    With w2's gradient exist those of the outputs and of the product; with the input's gradient exist those
+    of both weights, of the pairs and of the rows. The gradients of gate and up overwrite gate and up, except
+    in experts_cute.py.
+    """
+    width = run.pairs * run.model.moe_intermediate_size * run.itemsize
+    matrix = _expert_matrices(run)
+    pairs = run.pairs * run.row
+    rows = run.rows * run.row
+    peak = max(pairs + width + matrix, pairs + rows + 3 * matrix)
+    peak += 0 if run.kernels.overwrites_gate_and_up else 2 * width
+    return peak + (0 if run.ep_size == 1 else rows)  # beside the received gradient
+
+
+def _fused_forward(run: MicroBatch) -> float:
+    """Return the product, the outputs and their sums, beside attention's and the shared experts' output.
+
+    With several ranks the received rows exist as well.
+    """
+    model = run.model
+    rows = run.rows * run.row * (1 if run.ep_size == 1 else 2)
+    alive = run.tokens * run.row * (2 if model.n_shared_experts else 1)
+    return run.pairs * (run.row + model.moe_intermediate_size * run.itemsize) + rows + alive

@@ -1,0 +1,50 @@
+"""What a router must say about itself: sizes, checks, traffic and memory; no torch.
+
+A router is two files: NAME.py holds the spec, and NAME_module.py holds the `RouterModule` that `build`
+returns (see module.py). kinds.py lists all routers.
+"""
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any
+
+from dsv2.config.schema import ModelConfig
+from dsv2.moe.sizes import Shapes
+from dsv2.parallel.micro_batch import MicroBatch, Table
+
+if TYPE_CHECKING:
+    from dsv2.kernels.sets import KernelSet
+    from dsv2.moe.routers.module import RouterModule
+
+
+class Router(ABC):
+    """The spec of one way to choose a token's experts."""
+
+    name: str  # the value of model.router
+
+    @abstractmethod
+    def check(self, model: ModelConfig) -> None:
+        """Raise UserError for sizes that this router cannot have."""
+
+    @abstractmethod
+    def parameters(self, model: ModelConfig) -> Shapes:
+        """Return the shape of every parameter of one layer's router, by its name below `mlp.gate`."""
+
+    @abstractmethod
+    def mean_ranks(self, model: ModelConfig, ep_size: int) -> float:
+        """Return how many ranks a token's experts live on, on average, if all experts are chosen alike."""
+
+    @abstractmethod
+    def kept_bytes(self, run: MicroBatch) -> Table:
+        """Return the tensors that the forward pass of one layer's router keeps for the backward pass."""
+
+    @abstractmethod
+    def published(self, model: ModelConfig) -> dict[str, Any]:
+        """Return this router's fields of a Hugging Face config.json.
+
+        Raises:
+            UserError: Hugging Face's architecture has no such router.
+        """
+
+    @abstractmethod
+    def build(self, model: ModelConfig, kernels: "KernelSet") -> "RouterModule":
+        """Return the nn.Module of one layer."""

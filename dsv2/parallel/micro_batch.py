@@ -1,0 +1,83 @@
+"""One micro-batch on one rank, in numbers: what every table of activation bytes is computed from.
+
+Each part of the model has a torch-free spec whose `kept_bytes` takes a `MicroBatch`.
+dsv2/planner/activations.py sums them. Routing is taken to be balanced:
+every rank's experts get tokens x experts-per-token pairs, and as many rows arrive as leave.
+"""
+
+from typing import NamedTuple
+
+from dsv2.config.schema import Config, ModelConfig, Precision
+from dsv2.kernels.specs import KernelSpec, find_spec
+
+Table = dict[str, float]  # name of a tensor: its bytes
+
+# Bytes of one element.
+FP32 = 4
+INT32 = 4
+INT64 = 8
+
+
+class MicroBatch(NamedTuple):
+    """What one rank computes in one forward and backward pass."""
+
+    model: ModelConfig
+    tokens: int
+    itemsize: int  # bytes of an activation: 2 in bf16, 4 in fp32
+    ep_size: int
+    recompute: bool
+    fused_norm: bool  # CUDA's single kernel; on the CPU torch composes RMSNorm of several and keeps more
+    kernels: KernelSpec = find_spec("reference")
+    ranks_per_token: float = 1.0  # ranks that a token's experts live on, on average: the router knows
+
+    @property
+    def fused(self) -> bool:
+        """Whether the costly operations are fused kernels."""
+        return self.kernels.is_fused
+
+    @property
+    def whole_norm(self) -> bool:
+        """Whether RMSNorm is one operation."""
+        return self.fused_norm or self.fused
+
+    @property
+    def cast(self) -> bool:
+        """Whether an fp32 version of an activation is a copy."""
+        return self.itemsize != FP32
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of a token and an expert at the experts of this rank."""
+        return self.tokens * self.model.num_experts_per_tok
+
+    @property
+    def rows(self) -> float:
+        """Tokens that reach the experts of this rank, its own included; as many are sent."""
+        return self.tokens * self.ranks_per_token
+
+    @property
+    def row(self) -> int:
+        """Bytes of one hidden state."""
+        return self.model.hidden_size * self.itemsize
+
+    def norm_bytes(self, width: int) -> float:
+        """Return the bytes RMSNorm keeps: its input, 1 / rms, and its output, which the next matrix keeps."""
+        output = self.tokens * width * self.itemsize
+        if self.whole_norm:
+            return 2 * output + self.tokens * FP32
+        # Composed of several operations: the input and the normalised input, both in fp32.
+        return output + self.tokens * (2 * width + 1) * FP32
+
+
+def micro_batch(config: Config, ranks_per_token: float, fused_norm: bool = True) -> MicroBatch:
+    """Return the micro-batch that `config` describes."""
+    return MicroBatch(
+        model=config.model,
+        tokens=config.runtime.micro_batch_size * config.data.sequence_length,
+        itemsize=2 if config.runtime.precision is Precision.bf16 else FP32,
+        ep_size=config.parallel.expert_parallel_size,
+        recompute=config.runtime.recompute,
+        fused_norm=fused_norm,
+        kernels=find_spec(config.runtime.kernels),
+        ranks_per_token=ranks_per_token,
+    )
