@@ -4,6 +4,7 @@ Importing torch and DeepSpeed takes a process 5 s: a fork server imports them on
 many layouts share a pool.
 """
 
+import gc
 import importlib
 import multiprocessing
 import os
@@ -31,6 +32,7 @@ def _serve(rank: int, world_size: int, rendezvous: str, pipe: Connection) -> Non
         world_size=world_size,
         timeout=timedelta(seconds=JOB_TIMEOUT_S),
     )
+    gc.freeze()  # modules never go; without them, collecting a job's garbage is quick
     pipe.send(("ready", None))
     while (job := pipe.recv()) is not None:
         module, function, arguments = job
@@ -39,8 +41,26 @@ def _serve(rank: int, world_size: int, rendezvous: str, pipe: Connection) -> Non
             pipe.send(("done", result))
         except BaseException:
             pipe.send(("failed", traceback.format_exc()))
+        else:
+            _end_groups()
     dist.barrier()
     os._exit(0)  # nothing is left to do, and taking everything apart takes seconds
+
+
+def _end_groups() -> None:
+    """End the process groups that a job made for itself.
+
+    Every gloo group has threads that poll. After some hundred jobs, the groups of idle workers used whole cores.
+    """
+    import torch.distributed as dist
+    from deepspeed.utils import groups
+
+    caches = (groups._EXPERT_PARALLEL_GROUP, groups._EXPERT_DATA_PARALLEL_GROUP)
+    kept = [dist.group.WORLD, groups._WORLD_GROUP, *(group for cache in caches for group in cache.values())]
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if not any(group is other for other in kept):
+            dist.destroy_process_group(group)
+    gc.collect()  # engines are cycles, and hold groups
 
 
 class Pool:
