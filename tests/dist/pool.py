@@ -50,7 +50,7 @@ def _serve(rank: int, world_size: int, rendezvous: str, pipe: Connection) -> Non
 def _end_groups() -> None:
     """End the process groups that a job made for itself.
 
-    Every gloo group has threads that poll. After some hundred jobs, the groups of idle workers used whole cores.
+    Every gloo group has threads that poll. After some hundred jobs, idle workers used whole cores.
     """
     import torch.distributed as dist
     from deepspeed.utils import groups
