@@ -30,7 +30,8 @@ def parts_of_modules(model: Any) -> dict[Any, str]:
     """Return the modules that a part begins with, by their class and position."""
     from torch import nn
 
-    from dsv2.model.transformer import DecoderLayer, OutputHead
+    from dsv2.model.block import DecoderLayer
+    from dsv2.model.stages import OutputHead
     from dsv2.moe.experts import RoutedExperts, SwiGLU
     from dsv2.moe.layer import MoELayer
 
@@ -68,7 +69,7 @@ def parts_of_modules(model: Any) -> dict[Any, str]:
 
 def methods_of_modules(model: Any) -> list[tuple[Any, str, str]]:
     """Return the methods that a part begins with if no module is called there: (module, name, part)."""
-    from dsv2.model.transformer import DecoderLayer
+    from dsv2.model.block import DecoderLayer
 
     attention = [layer.self_attn for layer in model.modules() if isinstance(layer, DecoderLayer)]
     return [(module, name, "attention projections") for module in attention for name in module.projections]

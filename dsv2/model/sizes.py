@@ -4,6 +4,7 @@ The definitions are those of published figures: a token's training FLOPs are 6 f
 matrix weight (the input embedding is a look-up and counts nothing) plus causal attention.
 """
 
+from functools import cache
 from math import prod
 from typing import NamedTuple
 
@@ -110,3 +111,31 @@ def flops_per_token(model: ModelConfig, sequence_length: int) -> int:
     dense = dense_layers * layer_flops(model, True, sequence_length)
     mixture = moe_layers * layer_flops(model, False, sequence_length)
     return dense + mixture + head_flops(model)
+
+
+def cut(model: ModelConfig, stages: int, sequence_length: int) -> list[range]:
+    """Return the layers of each of `stages` pipeline stages, so that the costliest stage costs least.
+
+    A stage's cost is its training FLOPs. The head counts for the last stage; the embedding is a look-up and
+    costs nothing. Of equally good cuts the one with the longest first stages is taken.
+    """
+    costs = [
+        layer_flops(model, is_dense(model, layer), sequence_length)
+        for layer in range(model.num_hidden_layers)
+    ]
+    costs[-1] += head_flops(model)
+
+    @cache
+    def best(start: int, stages: int) -> tuple[int, tuple[int, ...]]:
+        """Return the cost of the costliest stage, and where each stage of the layers from `start` on ends."""
+        if stages == 1:
+            return sum(costs[start:]), (len(costs),)
+        choices = []
+        for end in range(start + 1, len(costs) - stages + 2):
+            cost, ends = best(end, stages - 1)
+            choices.append((max(sum(costs[start:end]), cost), -end, (end, *ends)))
+        cost, _, ends = min(choices)
+        return cost, ends
+
+    _, ends = best(0, stages)
+    return [range(start, end) for start, end in zip((0, *ends), ends, strict=False)]

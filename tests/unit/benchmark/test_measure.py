@@ -251,7 +251,7 @@ def test_balanced_routing_gives_every_expert_as_many_tokens():
     out = model(ids[0], ids[1], torch.arange(4))
     out.loss.backward()
     assert (out.stats.load_E == out.stats.load_E[0, 0]).all()
-    assert all(layer.mlp.gate.weight.grad.abs().max() > 0 for layer in model.model.layers[1:])
+    assert all(layer.mlp.gate.weight.grad.abs().max() > 0 for layer in model.decoder_layers()[1:])
 
 
 def test_tokens_of_a_prepared_folder(tmp_path):

@@ -58,7 +58,7 @@ def test_the_same_experts_however_they_are_split(ranks):
     n_local = 12 // ranks
     for rank in range(ranks):
         share = DeepseekV2(tiny_config())
-        for layer in share.model.layers[1:]:
+        for layer in share.decoder_layers()[1:]:
             layer.mlp.experts = RoutedExperts(
                 20, 7, n_experts=12, first_expert=rank * n_local, n_local=n_local
             )

@@ -79,7 +79,7 @@ def test_balance_gradient_is_scaled_by_the_alphas():
     def gate_gradient(*alphas: float) -> torch.Tensor:
         model = make_model(balance=BalanceConfig(*alphas))
         model(ids, labels, sequence_ids).loss.backward()
-        return model.model.layers[2].mlp.gate.weight.grad
+        return model.decoder_layers()[2].mlp.gate.weight.grad
 
     plain = gate_gradient(0, 0, 0)
     units = [gate_gradient(*row) - plain for row in np.eye(3)]
@@ -91,7 +91,7 @@ def test_balance_gradient_is_scaled_by_the_alphas():
 @pytest.mark.parametrize("dense", [0, 1, 2])
 def test_first_layers_are_dense(dense):
     model = make_model(first_k_dense_replace=dense)
-    kinds = [type(layer.mlp) for layer in model.model.layers]
+    kinds = [type(layer.mlp) for layer in model.decoder_layers()]
     assert kinds == [SwiGLU] * dense + [MoELayer] * (3 - dense)
     out = model(*batch())
     assert out.stats.load_E.shape == (3 - dense, 12)

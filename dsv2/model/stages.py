@@ -1,0 +1,116 @@
+"""A stage: consecutive layers of the decoder, with the embedding before the first and the head after the last.
+
+Every parameter keeps the name that it has in the whole model (`model.layers.17.mlp.gate.weight`). So
+checkpoints and Hugging Face folders do not depend on the number of stages. `cut` in model/sizes.py says which
+layers belong to which stage. model/transformer.py is the whole model as a single stage.
+"""
+
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dsv2.config.schema import ModelConfig
+from dsv2.kernels.sets import KernelSet
+from dsv2.model.attention.kinds import attention_kind
+from dsv2.model.block import DecoderLayer
+from dsv2.model.norm import RMSNorm
+from dsv2.model.rope import Angles, rope_tables
+from dsv2.model.sizes import is_dense
+from dsv2.moe.balance import BalanceLosses
+from dsv2.moe.execution import Execution
+from dsv2.moe.stats import RoutingStats
+
+
+class Decoder(nn.Module):
+    """The part of `model.*` of the published weights that belongs to a stage."""
+
+    def __init__(self, config: ModelConfig, layers: range, *, first: bool, last: bool, execution: Execution):
+        super().__init__()
+        if first:
+            self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleDict(
+            {str(number): DecoderLayer(config, is_dense(config, number), execution) for number in layers}
+        )
+        if last:
+            self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, execution.kernels)
+
+
+class OutputHead(nn.Linear):
+    """Logits; or, given labels, the loss itself: complete logits are the largest tensor of all."""
+
+    def __init__(self, hidden_size: int, vocab_size: int, kernels: KernelSet):
+        super().__init__(hidden_size, vocab_size, bias=False)
+        self.kernels = kernels
+
+    def forward(self, hidden: Tensor, labels_T: Tensor | None = None) -> Tensor:
+        """Return the logits of hidden states [..., D]; given labels, the mean cross-entropy of [T, D]."""
+        if labels_T is None:
+            return super().forward(hidden)
+        return self.kernels.head_loss(hidden, self.weight, labels_T)
+
+
+class StageOutput(NamedTuple):
+    x_BSD: Tensor  # the residual stream; of the last stage, after the last norm
+    losses: list[BalanceLosses]  # of each MoE layer of the stage
+    stats: list[RoutingStats]  # of each MoE layer of the stage
+
+
+class Stage(nn.Module):
+    """Consecutive layers.
+
+    Args:
+        config: the whole model's.
+        layers: the numbers of this stage's layers.
+        first: does the embedding belong to this stage?
+        last: do the last norm and the output head belong to this stage?
+        execution: ranks, kernels and the like, which change no result.
+    """
+
+    def __init__(self, config: ModelConfig, layers: range, *, first: bool, last: bool, execution: Execution):
+        super().__init__()
+        self.config = config
+        self.execution = execution
+        self.model = Decoder(config, layers, first=first, last=last, execution=execution)
+        if last:
+            self.lm_head = OutputHead(config.hidden_size, config.vocab_size, execution.kernels)
+
+    def decoder_layers(self) -> list[DecoderLayer]:
+        """Return the layers in order."""
+        return cast(list[DecoderLayer], list(self.model.layers.values()))
+
+    def angles(self, positions: Tensor) -> Angles:
+        """Return RoPE's angles of tokens at these positions."""
+        config = self.config
+        width = attention_kind(config).rotary_width(config)
+        return rope_tables(positions, width, config.rope_theta, config.rope_scaling)
+
+    def hidden_states(self, x: Tensor, sequence_ids_B: Tensor) -> StageOutput:
+        """Run the layers.
+
+        Args:
+            x: the previous stage's residual stream [B, S, D]; for the first stage, token ids [B, S].
+            sequence_ids_B: positions of the sequences in the run's global order.
+        """
+        x_BSD = self.model.embed_tokens(x) if hasattr(self.model, "embed_tokens") else x
+        angles = self.angles(torch.arange(x_BSD.shape[1], device=x_BSD.device))
+        losses = []
+        stats = []
+        for layer in self.decoder_layers():
+            if self.execution.recompute and self.training:
+                x_BSD, loss, stat = checkpoint(layer, x_BSD, angles, sequence_ids_B, use_reentrant=False)
+            else:
+                x_BSD, loss, stat = layer(x_BSD, angles, sequence_ids_B)
+            if loss is not None:
+                losses.append(loss)
+                stats.append(stat)
+        if hasattr(self.model, "norm"):
+            x_BSD = self.model.norm(x_BSD)
+        return StageOutput(x_BSD, losses, stats)
+
+    def with_balance(self, loss: Tensor, losses: list[BalanceLosses]) -> Tensor:
+        """Return the loss plus the layers' balance losses times their alphas: fp32 [] (section 2.2.3)."""
+        recipe = self.config.balance
+        expert, device, comm = (torch.stack(parts).sum() for parts in zip(*losses, strict=True))
+        return loss + recipe.alpha_expert * expert + recipe.alpha_device * device + recipe.alpha_comm * comm
