@@ -1,4 +1,4 @@
-"""A stage: consecutive layers of the decoder, with the embedding before the first and the head after the last.
+"""A stage: consecutive layers of the decoder, perhaps with the embedding before or the head after them.
 
 Every parameter keeps the name that it has in the whole model (`model.layers.17.mlp.gate.weight`). So
 checkpoints and Hugging Face folders do not depend on the number of stages. `cut` in model/sizes.py says which
