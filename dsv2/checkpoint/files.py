@@ -1,7 +1,7 @@
-"""A checkpoint as files: is it whole, and do they hold what was written?
+"""A checkpoint as files: are they complete, and do they hold the bytes that were written?
 
-`state.json`, written last, lists every file's size and CRC-32. Sizes are compared whenever a checkpoint is
-opened (`check`). Reading all bytes takes time, so a run compares them only before it resumes
+`state.json`, written last, lists every file's size and CRC-32. `check` compares the sizes whenever a
+checkpoint is opened. Reading all bytes takes time, so a run compares checksums only before it resumes
 (`damaged_file`).
 """
 
@@ -25,18 +25,18 @@ def check(path: Path, option: str | None = None) -> dict[str, Any]:
         option: how the user named the path, such as "resume=PATH"; errors begin with it.
 
     Raises:
-        UserError: `path` is missing, foreign, torn or truncated; the text says which file and how.
+        UserError: `path` is missing, is no checkpoint, or is incomplete; the message names the file.
     """
     option = option or f"checkpoint {path}"
     if not path.is_dir():
-        raise UserError(f"{option}: there is no such folder of a checkpoint, or of a run")
+        raise UserError(f"{option}: there is no such folder; must be a checkpoint or a run's folder")
     try:
         content = json.loads((path / STATE_FILE).read_text())
     except FileNotFoundError:
         if inside := complete_checkpoints(path):
-            raise UserError(f"{option}: holds checkpoints; give one of them, {inside[0]}") from None
+            raise UserError(f"{option}: holds checkpoints; give one of them, such as {inside[0]}") from None
         raise UserError(
-            f"{option}: no {STATE_FILE}; it is no dsv2 checkpoint, or its writing was cut short"
+            f"{option}: no {STATE_FILE}; it is no dsv2 checkpoint, or writing it was interrupted"
         ) from None
     except (ValueError, OSError) as error:
         raise UserError(f"{option}: {STATE_FILE} cannot be read ({error})") from None
@@ -44,21 +44,21 @@ def check(path: Path, option: str | None = None) -> dict[str, Any]:
         raise UserError(f"{option}: {STATE_FILE} is not of the format {FORMAT}")
     for name, size in content.get("files", {"every file": 1}).items():
         file = path / name
-        found = file.stat().st_size if file.exists() else None
-        if found != size:
-            how = "is missing" if found is None else f"has {found} bytes of {size}"
-            raise UserError(f"{option}: {name} {how}; use an older checkpoint")
+        actual_size = file.stat().st_size if file.exists() else None
+        if actual_size != size:
+            problem = "is missing" if actual_size is None else f"has {actual_size} bytes of {size}"
+            raise UserError(f"{option}: {name} {problem}; use an older checkpoint")
     return content
 
 
 def find_checkpoint(path: Path, option: str | None = None) -> Path:
-    """Return the checkpoint that `path` means: itself, or the newest whole one of a run's folder.
+    """Return the checkpoint that `path` means: `path` itself, or the newest whole one in a run's folder.
 
     Args:
         option: how the user named the path; errors begin with it.
 
     Raises:
-        UserError: it is neither.
+        UserError: `path` is no checkpoint, or is a run's folder without a whole one.
     """
     if not (path / "checkpoints").is_dir():
         check(path, option)
@@ -69,20 +69,20 @@ def find_checkpoint(path: Path, option: str | None = None) -> Path:
 
 
 def newest_first(folder: Path) -> list[Path]:
-    """Return the checkpoints in the folder, whole or not, except those set aside."""
+    """Return the checkpoints in the folder, newest first, whole or not, except those set aside."""
     return sorted((p for p in folder.glob("step-*") if not p.suffix), reverse=True)
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
     """Return the whole checkpoints in the folder, newest first."""
-    found = []
+    complete = []
     for path in newest_first(folder):
         try:
             check(path)
-            found.append(path)
+            complete.append(path)
         except UserError:
             continue
-    return found
+    return complete
 
 
 def checksum(file: Path) -> int:
@@ -95,19 +95,19 @@ def checksum(file: Path) -> int:
 
 
 def damaged_file(path: Path, names: Iterable[str], checksums: dict[str, int]) -> str | None:
-    """Return what is wrong with the first file whose bytes differ from those written; None if none does."""
+    """Describe the first file whose bytes are not those that were written. None if every file is intact."""
     for name in names:
         try:
-            found = checksum(path / name)
+            actual = checksum(path / name)
         except OSError as error:
             return f"{name} cannot be read ({error.strerror or error})"
-        if found != checksums.get(name):
+        if actual != checksums.get(name):
             return f"{name} does not hold what was written (its checksum differs)"
     return None
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename in it survive a power cut."""
+    """Make a rename inside the folder survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

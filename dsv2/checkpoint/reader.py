@@ -16,32 +16,32 @@ from dsv2.config.schema import Config
 from dsv2.errors import UserError
 
 
-def run_tokenizer(config: Config, given: str | None) -> Tokenizer:
-    """Return the tokenizer of a run: the file `given`, else the one that its data was made with.
+def run_tokenizer(config: Config, file: str | None) -> Tokenizer:
+    """Return the tokenizer in `file`; without a file, the one that the run's data was made with.
 
     Raises:
-        UserError: it is missing, or has more pieces than the model.
+        UserError: the tokenizer is missing, or has more pieces than the model.
     """
     try:
-        tokenizer = load_tokenizer(given) if given else source_of(config.data).tokenizer(config.data)
+        tokenizer = load_tokenizer(file) if file else source_of(config.data).tokenizer(config.data)
     except UserError as error:
         raise UserError(f"{error}; --tokenizer FILE names the one that the run was trained with") from error
     if tokenizer.vocab_size > config.model.vocab_size:
         raise UserError(
             f"tokenizer {tokenizer.path}: has {tokenizer.vocab_size} pieces, and the model's vocab_size is "
-            f"{config.model.vocab_size}; give the one it was trained with as --tokenizer FILE"
+            f"{config.model.vocab_size}; --tokenizer FILE must name the one that the run was trained with"
         )
     return tokenizer
 
 
 class CheckpointReader:
-    """A whole checkpoint, read a tensor at a time.
+    """A whole checkpoint, read one tensor at a time.
 
     Raises:
-        UserError: `path` is no whole checkpoint; a tensor is missing, of another size or unreadable.
+        UserError: `path` is no whole checkpoint, or a tensor is missing, has another size or is unreadable.
     """
 
-    config: Config  # the run's
+    config: Config  # of the run that wrote the checkpoint
 
     def __init__(self, path: Path):
         self.path = path
@@ -51,16 +51,20 @@ class CheckpointReader:
         self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
 
     def tensor(self, name: str, numel: int, kind: str = "fp32") -> Tensor:
-        """Return a whole flattened tensor: a parameter with all experts, or by `kind` its state or a buffer.
+        """Return a whole flattened tensor: a parameter with all experts, an optimizer state or a buffer.
 
-        Parameters and states are fp32, buffers of the dtype they were saved in.
+        Args:
+            name: of the parameter or buffer.
+            numel: elements that the tensor must have.
+            kind: "fp32" for a parameter, "buffer", or the name of an optimizer state. Parameters and states
+                are fp32; a buffer has the dtype it was saved in.
         """
         key = f"{kind}/{name}"
         saved = self._metadata.state_dict_metadata.get(key)
         size = tuple(getattr(saved, "size", ()))
         if size != (numel,):
-            there = f"{size[0]} numbers" if size else "nothing"
-            raise UserError(f"checkpoint {self.path}: {there} under {key} in place of {numel} numbers")
+            content = f"{size[0]} numbers" if size else "nothing"
+            raise UserError(f"checkpoint {self.path}: {content} under {key} instead of {numel} numbers")
         assert isinstance(saved, TensorStorageMetadata), "only a tensor has a size"
         flat = torch.empty(numel, dtype=saved.properties.dtype if kind == "buffer" else torch.float32)
         planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)

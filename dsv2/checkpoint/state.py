@@ -1,4 +1,4 @@
-"""What a checkpoint holds besides tensors, and what finding and loading one returns."""
+"""What a checkpoint holds besides tensors, and the results of finding and of loading a checkpoint."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +15,7 @@ class RunState:
     wandb_id: str | None = None
 
     def after(self, step: int, tokens: int) -> "RunState":
-        """Return the state after so many steps and tokens."""
+        """Return the state after `step` steps and `tokens` tokens in all."""
         return replace(self, step=step, tokens=tokens)
 
 
@@ -24,8 +24,8 @@ class Found(NamedTuple):
 
     path: Path
     state: RunState  # of this run: step 0 at the start of a new stage
-    warnings: list[str]  # about damaged ones that were passed over
-    older: list[Path]  # the run's own, newest first, to fall back on
+    warnings: list[str]  # about damaged checkpoints that were passed over
+    older: list[Path]  # older checkpoints of this run, newest first, to fall back on
 
 
 class Loaded(NamedTuple):
@@ -33,6 +33,6 @@ class Loaded(NamedTuple):
 
     state: RunState
     path: Path
-    warnings: list[str]  # about damaged ones that were passed over or set aside
-    changed: list[str]  # options whose values differ from those it was saved with
-    optimizer_steps: float  # as the optimizer counts them
+    warnings: list[str]  # about damaged checkpoints that were passed over or set aside
+    changed: list[str]  # options whose values differ from the saved ones
+    optimizer_steps: float  # the optimizer's own count

@@ -1,14 +1,14 @@
-"""Checkpoints: one format for every layout, complete or absent.
+"""Save, find and load checkpoints. One format serves every layout; a checkpoint is complete or absent.
 
-A checkpoint is a folder `step-00000120` with torch.distributed.checkpoint files and `state.json`. For
-every parameter it holds the fp32 weights and the optimizer's states as flat tensors of the WHOLE
-parameter, and every persistent buffer. Each rank writes and reads the contiguous ranges it owns (`Shard`),
-so world size, expert-parallel size and ZeRO stage may change between save and load.
+A checkpoint is a folder `step-00000120` with torch.distributed.checkpoint files and `state.json`. It holds
+the fp32 weights and the optimizer's states of every parameter, as flat tensors of the WHOLE parameter, and
+every persistent buffer. Each rank writes and reads the contiguous ranges it owns (`Shard`), so world size,
+expert-parallel size and ZeRO stage may change between save and load.
 
-It is written to `step-00000120.partial` and renamed at the end, after `state.json` (see
-dsv2/checkpoint/files.py): a checkpoint that was cut short is never taken for a whole one.
+The folder is named `step-00000120.partial` while it is written. It is renamed last, after `state.json` has
+been written (see dsv2/checkpoint/files.py), so an interrupted checkpoint never looks like a whole one.
 
-Nothing here imports DeepSpeed, which takes seconds and is not needed to read a checkpoint.
+Nothing here imports DeepSpeed: the import takes seconds, and reading a checkpoint does not need it.
 """
 
 import json
@@ -48,8 +48,8 @@ class CheckpointStore:
     """A run's checkpoints.
 
     Args:
-        folder: where they are.
-        keep: how many of the newest complete checkpoints stay when another is saved.
+        folder: where the checkpoints are.
+        keep: how many complete checkpoints remain after a save, the new one included.
         settings: the run's whole configuration as plain values. It is saved too, and its model is compared
             with the checkpoint's. With `new_stage`, another run's checkpoint gives weights and states only.
     """
@@ -63,11 +63,11 @@ class CheckpointStore:
         """Write `folder/step-N` and delete all but the newest `keep` complete checkpoints. Collective.
 
         Args:
-            shards: all that this rank holds of weights, optimizer states and buffers.
-            optimizer_steps: as the optimizer counts them.
+            shards: this rank's weights, optimizer states and buffers.
+            optimizer_steps: the optimizer's own count.
 
         Raises:
-            CheckpointError: on every rank, if any rank could not write; nothing of the attempt is left.
+            CheckpointError: on every rank, if any rank could not write; the partial checkpoint is removed.
         """
         target = self.folder / f"step-{state.step:08d}"
         partial = target.with_suffix(".partial")
@@ -82,7 +82,7 @@ class CheckpointStore:
         }
 
         def prepare() -> None:
-            for leftover in self.folder.glob("step-*.partial"):  # of a save that was cut short
+            for leftover in self.folder.glob("step-*.partial"):  # of a save that was interrupted
                 shutil.rmtree(leftover, ignore_errors=True)
             partial.mkdir(parents=True)
 
@@ -92,14 +92,14 @@ class CheckpointStore:
                 file.flush()
                 os.fsync(file.fileno())
             _write_state(partial, content, checksums)
-            shutil.rmtree(target, ignore_errors=True)  # an older try at the same step
+            shutil.rmtree(target, ignore_errors=True)  # an earlier checkpoint of the same step
             os.rename(partial, target)
             sync_folder(self.folder)
 
         try:
             _on_main(prepare, mesh)
             _write_shards(shards, partial, mesh)
-            # Each rank reads back what it has just written.
+            # Each rank reads back the files that it has just written.
             written = {file.name: checksum(file) for file in partial.glob(f"__{everyone.rank}_*.distcp")}
             checksums = {k: v for part in everyone.objects(written) for k, v in part.items()}
             _on_main(complete, mesh)
@@ -117,19 +117,21 @@ class CheckpointStore:
         """Return the checkpoint that `resume` means, or None for a fresh start.
 
         Args:
-            resume: `auto`, the newest whole one of this run; `never`; or a path. A path names a checkpoint,
-                or a run's folder for its newest one. It is ignored if this run has checkpoints of its own.
+            resume: `auto`, the newest whole checkpoint of this run; `never`; or a path. A path names a
+                checkpoint, or a run's folder for its newest one. If this run already has checkpoints, a path
+                to another run's is ignored.
             stop_step: the run is to stop after this step.
 
         Raises:
-            UserError: the path has no whole checkpoint or is an older one of this very run; `never` with any
-                there to lose; some are there, none is whole; another model's; past `stop_step` already.
+            UserError: the path has no whole checkpoint, or names one of this run that is not its newest.
+                `never` was given although the run has checkpoints. The run has checkpoints, but none is
+                whole. The checkpoint is another model's, or has reached `stop_step`.
         """
         found = self._find(resume)
         if found and stop_step is not None and found.state.step >= stop_step:
             raise UserError(
-                f"stop_step={stop_step}: {found.path} is at step {found.state.step} already; give a later "
-                "step, or null to run to the end"
+                f"stop_step={stop_step}: must be after step {found.state.step}, which {found.path} has "
+                "reached; or null to run to the end"
             )
         return found
 
@@ -143,16 +145,16 @@ class CheckpointStore:
                 )
             return None
         if resume != "auto":
-            given = find_checkpoint(Path(resume), option=f"resume={resume}")
-            content = check(given)
-            is_own = self._is_own(given)
-            if is_own and given.name != present[0].name:
+            chosen = find_checkpoint(Path(resume), option=f"resume={resume}")
+            content = check(chosen)
+            is_own = self._is_own(chosen)
+            if is_own and chosen.name != present[0].name:
                 raise UserError(
                     f"resume={resume}: this run has the newer {present[0].name}, which would be overwritten; "
                     "use another name=NAME to branch off"
                 )
             if is_own or not present:
-                return self._found(given, content, [], [])
+                return self._found(chosen, content, [], [])
         warnings = []
         for index, path in enumerate(present):
             try:
@@ -179,11 +181,14 @@ class CheckpointStore:
         return state if self._is_own(path) else replace(state, wandb_id=None)
 
     def _found(self, path: Path, content: dict[str, Any], warnings: list[str], older: list[Path]) -> Found:
-        """Refuse a checkpoint of another model. The balance recipe and the longest length may change; RoPE's
-        scaling at the start of a new stage."""
+        """Refuse a checkpoint of another model.
+
+        The balance recipe and the longest length may change, and RoPE's scaling at the start of a new stage.
+        """
         stage = self._begins_stage(path)
         may_change = {"balance", "max_position_embeddings"} | ({"rope_scaling"} if stage else set())
-        saved = to_plain(Config())["model"] | content["config"]["model"]  # older ones have fewer fields
+        # A checkpoint of an older version has fewer fields: the defaults stand for the missing ones.
+        saved = to_plain(Config())["model"] | content["config"]["model"]
         for key, value in self.settings["model"].items():
             if key not in may_change and saved.get(key) != value:
                 raise UserError(
@@ -197,11 +202,11 @@ class CheckpointStore:
         """Fill the shards of a new engine of any layout, and set this rank's random state. Collective.
 
         If the run's newest checkpoint was asked for and is damaged, it is set aside as `step-N.damaged`, and
-        the next older one is taken. From a checkpoint of another run, this run starts with its own W&B run;
-        in a new stage it also starts at step 0, without tokens and data behind it.
+        the next older one is loaded. After another run's checkpoint, this run has its own W&B run. In a new
+        stage it also starts at step 0, with no tokens seen and at the start of its data.
 
         Raises:
-            UserError: damaged, and there is no other.
+            UserError: the checkpoint is damaged, and there is no older one.
         """
         path = found.path
         older = list(found.older)
@@ -223,7 +228,7 @@ class CheckpointStore:
         )
 
     def _damage(self, path: Path, mesh: Mesh) -> str | None:
-        """Return what is wrong with a checkpoint's bytes, or None; ranks share the reading. Collective."""
+        """Describe the damage to a checkpoint, or return None. The ranks share the reading. Collective."""
         problem = None
         everyone = mesh[Dim.world]
         try:
@@ -239,7 +244,9 @@ class CheckpointStore:
         content = check(path)
         everyone = mesh[Dim.world]
         if len(set(everyone.objects(json.dumps(content)))) > 1:
-            raise UserError(f"checkpoint {path}: not the same on every machine; runs_dir must be shared")
+            raise UserError(
+                f"checkpoint {path}: differs between machines; runs_dir must be on a shared file system"
+            )
         try:
             tensors.read(shards, path, everyone.host_group)
         except CheckpointException as error:
@@ -259,16 +266,16 @@ def _write_shards(shards: Iterable[Shard], partial: Path, mesh: Mesh) -> None:
     except CheckpointException as error:  # raised on every rank
         raise CheckpointError(_root_cause(error)) from error
     if not all(everyone.objects((partial / ".metadata").exists())):
-        raise CheckpointError(f"not every machine sees {partial}; runs_dir must be a shared file system")
+        raise CheckpointError(f"not every machine sees {partial}; runs_dir must be on a shared file system")
 
 
 def _on_main(action: Callable[[], None], mesh: Mesh) -> None:
-    """Run it on rank 0 and let every rank know whether it worked."""
+    """Run the action on rank 0, and raise on every rank if it failed. Collective."""
     problem = None
     if mesh.is_main:
         try:
             action()
-        except Exception as error:  # whatever it is, the other ranks wait to hear of it
+        except Exception as error:  # of any kind: the other ranks are waiting for the outcome
             problem = _in_words(error)
     if problem := mesh[Dim.world].objects(problem)[0]:
         raise CheckpointError(problem)
@@ -282,12 +289,12 @@ def _root_cause(error: CheckpointException) -> str:
 
 def _in_words(error: BaseException) -> str:
     text = (str(error) or type(error).__name__).splitlines()[0]
-    # What torch's writer of zip files says when a write came up short.
-    return f"the disk is full, it seems ({text})" if "inline_container" in text else text
+    # torch's writer of zip files names this file of its source when a write was incomplete.
+    return f"the disk is probably full ({text})" if "inline_container" in text else text
 
 
 def _write_state(partial: Path, content: dict[str, Any], checksums: dict[str, int]) -> None:
-    """Write state.json. `checksums` has those of the ranks' files; the other files' are made here."""
+    """Write state.json. `checksums` covers the files that the ranks wrote; this adds the remaining files."""
     remaining = {path.name: checksum(path) for path in partial.iterdir() if path.name not in checksums}
     sizes = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
     with open(partial / STATE_FILE, "w") as file:

@@ -1,4 +1,4 @@
-"""Shards as torch.distributed.checkpoint reads and writes them: ranges of flat tensors by "KEY/NAME"."""
+"""Read and write shards with torch.distributed.checkpoint, as ranges of flat tensors named "KEY/NAME"."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,7 +21,7 @@ from dsv2.optimizers.base import Shard
 
 
 class _Range:
-    """A rank's range of a flat tensor, as the planners of torch.distributed.checkpoint want it."""
+    """A rank's range of a flat tensor, with the methods that torch.distributed.checkpoint's planners call."""
 
     def __init__(self, local: Tensor, offset: int, total: int):
         self.local = local
@@ -52,7 +52,7 @@ class _LoadPlanner(DefaultLoadPlanner):
     def set_up_planner(
         self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
     ) -> None:
-        # The default planner replaces everything in the dict that is not a tensor by None.
+        # The default planner replaces everything in the dict that is not a tensor with None.
         self.state_dict = state_dict
         self.original_state_dict = state_dict
         self.metadata = metadata
@@ -71,10 +71,10 @@ def _ranges(shards: Iterable[Shard]) -> dict[str, _Range]:
 
 
 def write(shards: Iterable[Shard], folder: Path, group: dist.ProcessGroup | None) -> None:
-    """Write every rank's shards; of equal ranges one copy. Collective.
+    """Write every rank's shards. A range that several ranks hold is written once. Collective.
 
     Raises:
-        CheckpointException: on every rank, if one could not write.
+        CheckpointException: on every rank, if any rank could not write.
     """
     dcp.save(
         _ranges(shards),
@@ -88,7 +88,7 @@ def read(shards: Iterable[Shard], folder: Path, group: dist.ProcessGroup | None)
     """Fill every rank's shards in place. Collective.
 
     Raises:
-        CheckpointException: on every rank, if one could not read.
+        CheckpointException: on every rank, if any rank could not read.
     """
     dcp.load(
         _ranges(shards),

@@ -124,7 +124,7 @@ def test_a_runs_folder_is_its_newest_whole_checkpoint(tmp_path):
 
 
 def test_missing(tmp_path):
-    with pytest.raises(UserError, match=r"^resume=\S+-00000009: there is no such folder of a checkpoint"):
+    with pytest.raises(UserError, match=r"^resume=\S+-00000009: there is no such folder; must be a"):
         store(tmp_path).find(str(tmp_path / "step-00000009"))
 
 

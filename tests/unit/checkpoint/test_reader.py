@@ -78,8 +78,8 @@ def test_a_newer_versions_configuration_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_hidden_layers": 4}, r"nothing under fp32/model.layers.3.\S+ in place of"),
-        ({"vocab_size": 32}, r"620 numbers under fp32/model.embed_tokens.weight in place of 640 numbers"),
+        ({"num_hidden_layers": 4}, r"nothing under fp32/model.layers.3.\S+ instead of"),
+        ({"vocab_size": 32}, r"620 numbers under fp32/model.embed_tokens.weight instead of 640 numbers"),
     ],
 )
 def test_weights_of_another_model(tmp_path, change, message):
