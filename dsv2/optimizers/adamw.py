@@ -31,7 +31,7 @@ class AdamW(Optimizer):
         return MOMENTS
 
     def update_copies(self, *, bf16_states: bool, fp32_gradient: bool) -> int:
-        """Count what kernels/reference/adamw.py makes."""
+        """Count the tensors that kernels/reference/adamw.py allocates."""
         if bf16_states:  # the gradient, the three new tensors, and int64 random bits three times
             return 1 + 3 + 3 * 2
         return 1 if fp32_gradient else 2

@@ -1,7 +1,7 @@
-"""What an optimizer is to the rest of the project: its rule, its state and its parameter groups.
+"""The interface of an optimizer: its update rule, its state and its parameter groups.
 
-The rule only: the learning rate of a step comes from training/schedule.py, the partition over ranks from
-parallel/zero. Validation and the planner ask optimizers too, so nothing here imports torch at import time.
+The learning rate of a step comes from training/schedule.py, and the partition over ranks from parallel/zero.
+Validation and the planner use this module without torch, so it imports torch only inside functions.
 """
 
 from abc import ABC, abstractmethod
@@ -41,7 +41,7 @@ class RankParameters(NamedTuple):
 
     @property
     def dense(self) -> int:
-        """Elements that every rank holds alike."""
+        """Elements of the tensors that are the same on every rank."""
         return self.decay.elements + self.no_decay.elements
 
 
@@ -59,7 +59,7 @@ class Shard(NamedTuple):
     name: str  # in the model
     offset: int  # of its first element, in the whole tensor with all experts
     total: int  # elements of the whole tensor
-    tensors: "dict[str, Tensor]"  # 1-D views: "fp32" and the optimizer's states, or a buffer's "buffer"
+    tensors: "dict[str, Tensor]"  # 1-D views by key: "fp32" and the optimizer's states, or only "buffer"
 
 
 class Optimizer(ABC):
@@ -78,7 +78,7 @@ class Optimizer(ABC):
 
     @abstractmethod
     def state_names(self, group: str) -> tuple[str, ...]:
-        """Return the names of the tensors that it keeps per parameter of the group, each of its size."""
+        """Return the names of the states kept per parameter of the group; each has the parameter's size."""
 
     @abstractmethod
     def update_copies(self, *, bf16_states: bool, fp32_gradient: bool) -> int:
@@ -86,7 +86,7 @@ class Optimizer(ABC):
 
     @abstractmethod
     def build(self, groups: list[dict[str, Any]], optim: OptimConfig) -> "torch.optim.Optimizer":
-        """Return torch's optimizer for these groups. Every group has its own `weight_decay`."""
+        """Return torch's optimizer for these groups. Each group contains its own `weight_decay`."""
 
     @abstractmethod
     def update(
@@ -100,15 +100,15 @@ class Optimizer(ABC):
         step: int,
         kernels: "KernelSet",
     ) -> None:
-        """Update a shard in place: for ZeRO stages that do not use torch's optimizer.
+        """Update a shard in place, in ZeRO stages that do not use torch's optimizer.
 
         Args:
-            shard: fp32 weights (bf16 with optim.states=bf16) and states.
+            shard: weights and states, fp32, or bf16 with optim.states=bf16.
             gradient: of the shard, fp32 or bf16.
-            weight: the model's bf16 weights, written too; None if the shard holds them.
-            scale: fp32 [], multiplies the gradient; NaN: nothing is changed.
+            weight: the model's bf16 weights, also written; None if the shard holds them.
+            scale: fp32 [], multiplies the gradient. If it is NaN, nothing is changed.
             settings: the group's settings, as in torch's `param_groups`.
-            step: of this update, counted from 1.
+            step: the number of this update, counted from 1.
             kernels: the model's operations.
         """
 
@@ -125,15 +125,16 @@ class Optimizer(ABC):
         ]
 
     def steps_done(self, built: "torch.optim.Optimizer") -> float:
-        """Return how many steps torch's optimizer has taken, where its rule counts them; else 0."""
+        """Return how many steps torch's optimizer has counted; 0 if its rule counts none."""
         return max((float(state["step"]) for state in built.state.values() if "step" in state), default=0.0)
 
     def set_steps_done(self, built: "torch.optim.Optimizer", count: float) -> None:
-        """Set that count after the states were loaded, where the rule counts steps."""
+        """Set the step count after the states were loaded. A rule without a count ignores it."""
         if not self.counts_steps:
             return
         import torch
 
         for owner, state in built.state.items():
-            # A tensor for each, as they count up in place; torch's fused kernels read it beside the weights.
+            # One tensor per parameter, since torch increments each in place. It must be on the weights'
+            # device, where torch's fused kernels read it.
             state["step"] = torch.tensor(count, device=owner.device)

@@ -11,7 +11,7 @@ def find_optimizer(name: str) -> Optimizer:
     """Return the optimizer of this name.
 
     Raises:
-        UserError: there is none.
+        UserError: no optimizer has this name.
     """
     known = {optimizer.name: optimizer for optimizer in OPTIMIZERS}
     if name not in known:
