@@ -1,4 +1,4 @@
-"""A model's buffers that belong to its checkpoint: those that are registered as persistent."""
+"""The buffers of a model that belong to its checkpoint: the ones registered as persistent."""
 
 from torch import Tensor, nn
 

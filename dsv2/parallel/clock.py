@@ -1,4 +1,4 @@
-"""Time that the work spends waiting for the experts' exchanges."""
+"""Measure the time that a rank waits for the experts' exchanges."""
 
 import time
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ import torch
 
 
 class WaitClock:
-    """Sums waiting times: of the stream on a GPU, of this process on the CPU."""
+    """Sums waiting times: on a GPU those of the stream, on the CPU those of this process."""
 
     def __init__(self) -> None:
         self._host_ms = 0.0
@@ -16,7 +16,7 @@ class WaitClock:
 
     @contextmanager
     def waiting(self, device: torch.device) -> Iterator[None]:
-        """Add the time spent inside, on `device`."""
+        """Add the time that passes on `device` inside the `with` block."""
         if device.type == "cuda":
             start = torch.cuda.Event(enable_timing=True)
             end = torch.cuda.Event(enable_timing=True)
@@ -30,7 +30,7 @@ class WaitClock:
             self._host_ms += (time.perf_counter() - begin) * 1e3
 
     def take_ms(self) -> float:
-        """Return the milliseconds since the last call. On a GPU it waits until the last exchange is over."""
+        """Return the milliseconds waited since the last call. On a GPU, first wait for the last exchange."""
         total = self._host_ms
         pairs = self._device
         self._host_ms = 0.0

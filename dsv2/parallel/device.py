@@ -1,4 +1,4 @@
-"""This process's device, or why it cannot have one."""
+"""Choose this process's device, or explain why it cannot have one."""
 
 import os
 
@@ -16,7 +16,7 @@ def pick_device(config: Config, processes: int) -> torch.device:
         processes: the job's processes on this machine.
 
     Raises:
-        UserError: more processes on this machine than GPUs, or kernels that the GPU or the packages lack.
+        UserError: this machine has more processes than GPUs, or its GPU or packages cannot run the kernels.
     """
     kernels = find_spec(config.runtime.kernels)
     gpus = torch.cuda.device_count()

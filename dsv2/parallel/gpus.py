@@ -1,4 +1,4 @@
-"""GPUs by their data sheets: memory, peak, links, compute capability. Imports no torch."""
+"""The data sheets of GPUs: memory, peak FLOP/s, links, compute capability. Imports no torch."""
 
 from dataclasses import dataclass
 
@@ -15,13 +15,13 @@ PEAKS = {  # dense bf16 FLOP/s
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Return the dense bf16 FLOP/s of a GPU by its data sheet, or None if they are unknown."""
+    """Return the dense bf16 FLOP/s in a GPU's data sheet, or None for an unknown GPU."""
     return next((peak for name, peak in PEAKS.items() if name in device_name), None)
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU and its links; bandwidths count one direction."""
+    """One GPU and its links. Each bandwidth is that of one direction."""
 
     name: str
     memory: float  # bytes that a program can allocate

@@ -33,9 +33,9 @@ def _collective(call: Callable[..., T], *args: Any, **options: Any) -> T:
 
 @contextmanager
 def peers_watched() -> Iterator[None]:
-    """Turn torch's errors of distribution into PeerLost where DeepSpeed runs its own collectives.
+    """Turn torch's `DistError` into PeerLost where DeepSpeed runs its own collectives.
 
-    gloo raises a plain RuntimeError, which could be any other mistake here, and is left as it is.
+    gloo raises a plain RuntimeError. Inside DeepSpeed it could mean anything, so it is not translated.
     """
     try:
         yield
@@ -66,11 +66,11 @@ class Work:
 
 
 class MeshDim:
-    """The ranks along one dimension, seen from one of them. All of them must call a collective together.
+    """The ranks along one dimension, seen from this rank. All ranks must call a collective together.
 
     Args:
-        group: moves tensors of the mesh's device; None with one rank.
-        host_group: a gloo group of the same ranks, for objects and for host tensors beside a GPU's.
+        group: moves tensors on the mesh's device; None with one rank.
+        host_group: a gloo group of the same ranks, for objects, and on a GPU for host tensors.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None, host_group: dist.ProcessGroup | None = None):
@@ -92,12 +92,12 @@ class MeshDim:
         if self._group is None:
             return x[None]
         every = x.new_empty(self.size, *x.shape)
-        whole = x[None].contiguous()  # gloo wants as many dimensions as the result has
+        whole = x[None].contiguous()  # gloo requires as many dimensions as the result has
         _collective(dist.all_gather_into_tensor, every, whole, group=self._group_for(x))
         return every
 
     def swap(self, x: Tensor) -> Tensor:
-        """Send x[w] to rank w; return what the ranks sent here, by sender. With one rank it is x."""
+        """Send x[w] to rank w, and return the parts received, by sender. With one rank, return x."""
         if self._group is None:
             return x
         x = x.contiguous()
@@ -106,7 +106,7 @@ class MeshDim:
         return received
 
     def exchange(self, x: Tensor, send: list[int], receive: list[int]) -> Work:
-        """Start sending `send[w]` of x's rows to each rank w, in order; `receive[w]` rows come from it."""
+        """Start to send the next `send[w]` rows of x to each rank w. Rank w sends `receive[w]` rows here."""
         if self._group is None:
             return Work(x)
         x = x.contiguous()
@@ -123,7 +123,7 @@ class MeshDim:
         return values
 
     def agree(self, flag: bool) -> bool:
-        """Return whether any rank's flag is set: the same answer on every rank."""
+        """Return whether any rank's flag is set. Every rank gets the same answer."""
         if self._group is None:
             return flag
         largest = torch.tensor(int(flag))
@@ -146,7 +146,7 @@ class MeshDim:
 
 
 class Mesh:
-    """This process among the others: its device, its rank along every dimension, and the collectives."""
+    """This process's device, its rank along every dimension, and the collectives of each dimension."""
 
     def __init__(self, device: torch.device, plan: ParallelPlan | None = None, **dims: MeshDim):
         self.device = device
@@ -164,9 +164,11 @@ class Mesh:
         return self[Dim.world].rank == 0
 
     def gradient_norm(self, square: Tensor, expert_square: Tensor) -> Tensor:
-        """Return the 2-norm, fp32 [], of reduced gradients from this rank's sums of their squares.
+        """Return the 2-norm of all reduced gradients, fp32 [], from each rank's sums of squares.
 
-        This rank has the gradients of its stage, except those of other ranks' experts.
+        Args:
+            square: over the dense gradients of this rank's stage.
+            expert_square: over the gradients of this rank's experts.
         """
         of_stage = square + self[Dim.ep].sum(expert_square)
         return self[Dim.pp].sum(of_stage).sqrt()

@@ -15,7 +15,7 @@ class Dim(StrEnum):
 
     world = "world"  # all processes of the job
     pp = "pp"  # the stages of the pipeline
-    dp = "dp"  # ranks of one stage; each has data of its own
+    dp = "dp"  # ranks of one stage; each has different data
     ep = "ep"  # ranks of one stage that share one copy of the routed experts
     edp = "edp"  # ranks of one stage that hold the same experts
 
@@ -40,11 +40,11 @@ class ParallelPlan:
         return {Dim.world: self.world, Dim.pp: self.pp, Dim.dp: dp, Dim.ep: self.ep, Dim.edp: dp // self.ep}
 
     def coordinate(self, rank: int, dim: Dim) -> int:
-        """Return where the world's `rank` stands along `dim`, counted from 0."""
+        """Return the position of the world's `rank` along `dim`, counted from 0."""
         return rank // self._stride(dim) % self.sizes[dim]
 
     def members(self, rank: int, dim: Dim) -> list[int]:
-        """Return the world's ranks, `rank` among them, whose other coordinates are those of `rank`."""
+        """Return the world's ranks along `dim` through `rank`: all other coordinates are equal."""
         stride = self._stride(dim)
         first = rank - self.coordinate(rank, dim) * stride
         return [first + index * stride for index in range(self.sizes[dim])]

@@ -15,8 +15,8 @@ from dsv2.parallel.zero.deepspeed_engine import expert_groups, start_deepspeed
 
 def start_mesh(plan: ParallelPlan, rank: int, device: torch.device) -> Mesh:
     """Start the process group unless one is running, and make all groups. Collective."""
-    assert plan.pp == 1, "pipeline groups are made here as soon as there are stages"
-    # DeepSpeed still calls collectives by names that torch has just renamed.
+    assert plan.pp == 1, "pipeline groups will be made here once there are stages"
+    # DeepSpeed still uses names of collectives that torch has deprecated.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
     if not dist.is_initialized():
         _init_process_group(device, rank, plan.world)
@@ -24,7 +24,7 @@ def start_mesh(plan: ParallelPlan, rank: int, device: torch.device) -> Mesh:
     ep_group, edp_group = expert_groups(plan.ep)
     everyone = ALONE
     if plan.world > 1:
-        host_group: Any = dist.new_group(backend="gloo")  # annotated as if it could be an int
+        host_group: Any = dist.new_group(backend="gloo")  # torch's annotation says that it may be an int
         everyone = MeshDim(dist.group.WORLD, host_group)
     mesh = Mesh(device, plan, world=everyone, dp=everyone, ep=MeshDim(ep_group), edp=MeshDim(edp_group))
     assert all(mesh[dim].rank == plan.coordinate(rank, dim) for dim in Dim)
@@ -49,6 +49,6 @@ def _init_process_group(device: torch.device, rank: int, world_size: int) -> Non
 
 
 def end_process_group() -> None:
-    """Leave together: a rank that exits while another still talks to it makes that one abort."""
+    """Wait for all ranks, then end the group. A rank whose peer exits during communication would abort."""
     dist.barrier()
     dist.destroy_process_group()

@@ -1,7 +1,7 @@
-"""What a ZeRO stage is to the rest: its rules, DeepSpeed's settings, one rank's bytes, traffic and shards.
+"""The interface of a ZeRO stage: its rules, DeepSpeed's settings, a rank's bytes, its traffic and shards.
 
-`wrap` puts a model under DeepSpeed; everything else is asked by validation and the planner too, so nothing
-here imports torch at import time. The byte counts are those of DeepSpeed 0.19.8 with these settings;
+`wrap` puts a model under DeepSpeed. Validation and the planner use the rest without torch, so this module
+imports torch only inside functions. The byte counts hold for DeepSpeed 0.19.8 with these settings;
 tests/dist/test_plan_memory.py compares them with real engines.
 """
 
@@ -26,14 +26,14 @@ BUCKET = 500_000_000  # elements; zero_optimization.reduce_bucket_size
 
 
 class Job(NamedTuple):
-    """What one rank holds, and how."""
+    """The tensors that one rank holds, and their data types."""
 
     parameters: RankParameters
     optimizer: Optimizer
     weight_bytes: int  # of one weight of the model
     state_bytes: int  # of one master weight, and of one element of an optimizer state
     several_terms: bool  # is a step's gradient a sum over micro-batches or ranks?
-    fused: bool  # runtime.kernels
+    fused: bool  # are the kernels fused, as runtime.kernels says?
 
 
 class States(NamedTuple):
@@ -72,7 +72,7 @@ def flat(group: GroupSizes) -> int:
 
 
 def copied_into_buckets(job: Job) -> float:
-    """Return the bytes of gradients that are copied for one reduction: at most a bucket, or one tensor."""
+    """Return the bytes of gradients copied for one reduction: at most a bucket, or one larger tensor."""
     parameters = job.parameters
     largest = max(*parameters.decay.sizes, *parameters.experts.sizes)
     elements = min(max(parameters.dense, parameters.experts.elements), max(BUCKET, largest))
@@ -91,14 +91,14 @@ class Range(NamedTuple):
     length: int
 
     def view(self, tensor: "Tensor") -> "Tensor":
-        """Return the range within `owner` or a tensor of its shape: 1-D, sharing memory."""
+        """Return a 1-D view of this range in `tensor`, which is `owner` or has its shape."""
         return tensor.detach().view(-1).narrow(0, self.start, self.length)
 
 
 def shards_of(
     ranges: "Iterable[Range]", built: "torch.optim.Optimizer", optimizer: Optimizer
 ) -> Iterator[Shard]:
-    """Yield each range with its fp32 weights and states. Missing states are made: zeros, as at the start."""
+    """Yield each range with its fp32 weights and states. Create missing states as zeros, as at the start."""
     for part in ranges:
         tensors = {"fp32": part.view(part.owner)}
         state = built.state[part.owner]
@@ -113,7 +113,7 @@ class Sharded(ABC):
     """One rank's part of a model under DeepSpeed, with its optimizer. `ZeroStage.wrap` makes it.
 
     Args:
-        engine: DeepSpeed's.
+        engine: DeepSpeed's engine, which holds the model.
     """
 
     def __init__(self, engine: Any, optimizer: Optimizer, mesh: "Mesh", optim: OptimConfig):
@@ -128,10 +128,10 @@ class Sharded(ABC):
 
     @abstractmethod
     def refresh(self) -> None:
-        """Bring the model's weights up to date after the fp32 weights were written to. Collective."""
+        """Copy the fp32 weights into the model's weights after they were written to. Collective."""
 
     def shards(self) -> Iterator[Shard]:
-        """Yield what this rank holds, as views: its ranges of weights and states, and whole buffers.
+        """Yield this rank's ranges of weights and states, and all buffers, as views.
 
         Every rank has the same buffers.
         """
@@ -146,14 +146,14 @@ class Sharded(ABC):
         return self.engine(*inputs)
 
     def backward(self, loss: "Tensor", *, last: bool) -> None:
-        """Add the gradients of one micro-batch; with the last one of a step they are reduced."""
+        """Add the gradients of one micro-batch. The last micro-batch of a step also reduces them."""
         self.engine.set_gradient_accumulation_boundary(last)
         self.engine.backward(loss, scale_wrt_gas=False)
         if not last:
-            self.engine.step()  # DeepSpeed counts the micro-batch
+            self.engine.step()  # only counts the micro-batch
 
     def step(self, lr: float) -> float:
-        """Clip and update; return the gradient's norm before clipping."""
+        """Clip the gradient and update the weights. Return the gradient's norm before clipping."""
         self.update(lr)
         return float(self.engine.get_global_grad_norm())
 
@@ -231,11 +231,14 @@ class ZeroStage(ABC):
 
     @abstractmethod
     def states(self, job: Job) -> States:
-        """Return the bytes after a step: nothing in flight, no activations."""
+        """Return the bytes held between steps, when there are no activations or temporaries."""
 
     @abstractmethod
     def traffic(self, micro_batches: int, weight_bytes: int) -> float:
-        """Return the bytes moved per step and element: once by a gather or scatter, twice by a sum."""
+        """Return the bytes moved per step and element.
+
+        A gather or a scatter moves each byte once, a sum twice.
+        """
 
     def moments(self, job: Job) -> int:
         """Return the bytes of the optimizer's states."""
@@ -249,11 +252,11 @@ class ZeroStage(ABC):
         return sum(self.owned(group) for group in job.parameters)
 
     def step_gradients(self, job: Job) -> float:
-        """Return the bytes of further gradients while a step accumulates them."""
+        """Return the bytes of gradients that exist, besides `states`, while a step accumulates them."""
         return job.weight_bytes * job.parameters.elements
 
     def gradients_after_backward(self, job: Job) -> float:
-        """Return which of them still exist after the last backward pass."""
+        """Return the bytes of `step_gradients` that still exist after the last backward pass."""
         return self.step_gradients(job)
 
     def step_buffers(self, job: Job) -> float:
@@ -261,26 +264,26 @@ class ZeroStage(ABC):
         return 0
 
     def reduction(self, job: Job) -> float:
-        """Return the most bytes of copies that exist while gradients are reduced."""
+        """Return the peak of the bytes copied while gradients are reduced."""
         return 0
 
     def stepping(self, job: Job) -> float:
-        """Return the bytes of temporaries in the optimizer step: here of one flat fp32 gradient.
+        """Return the bytes of temporaries in the optimizer step: by default, of one flat fp32 gradient.
 
-        torch's fused optimizer itself makes none.
+        torch's fused optimizer has no temporaries.
         """
         return FP32 * max(self.owned(group) for group in job.parameters)
 
     def building(self, job: Job) -> float:
         """Return the bytes of the model as built, before ZeRO partitions it.
 
-        A matrix is drawn in fp32 and scaled out of place.
+        The initial values of a matrix are drawn in fp32 and scaled out of place.
         """
         parameters = job.parameters
         return job.weight_bytes * parameters.elements + 2 * FP32 * max(parameters.decay.sizes)
 
     def forward_and_backward(self, job: Job, activations: ActivationBytes) -> float:
-        """Return the peak of activations and further gradients together."""
+        """Return the peak of the bytes of activations and `step_gradients` together."""
         return self.step_gradients(job) + activations.peak
 
     def wrap(
@@ -296,7 +299,7 @@ class ZeroStage(ABC):
         """Put a freshly built model under DeepSpeed. Collective.
 
         Args:
-            kernels: the model's operations, for stages with an optimizer step of their own.
+            kernels: the model's operations, for stages that replace DeepSpeed's optimizer step.
         """
         from dsv2.parallel.zero.deepspeed_engine import deepspeed_engine, make_engine
 

@@ -1,8 +1,9 @@
-"""DeepSpeed's bf16 ZeRO-1 optimizer with a step of our own, and states in fp32 or bf16.
+"""DeepSpeed's bf16 ZeRO-1 optimizer with our own step, and states in fp32 or bf16.
 
 DeepSpeed keeps the groups' flat weights and their partition over ranks, reduces gradients and gathers new
-weights. Ours: fp32 gradient sums only where there is a second term (another micro-batch, another rank), one
-norm, and one pass per parameter of `Optimizer.update`, which clips, updates and writes the model's weights.
+weights. This module adds fp32 gradient sums, but only if there is a second term: another micro-batch or
+another rank. Its step takes one norm, then calls `Optimizer.update` once per parameter. That one pass
+clips, updates and writes the model's weights.
 """
 
 from typing import Any
@@ -26,11 +27,11 @@ from dsv2.parallel.zero.stage1 import flat_ranges
 
 
 class ZeRO1BF16(BF16_Optimizer):
-    """See the module's docstring.
+    """The optimizer that the module's docstring describes.
 
     Args:
-        bf16_states: the model's own weights are the ones to update, without fp32 masters.
-        deepspeed: BF16_Optimizer's own arguments.
+        bf16_states: whether to update the model's own weights, without fp32 masters.
+        deepspeed: the arguments of BF16_Optimizer.
     """
 
     def __init__(
@@ -42,10 +43,10 @@ class ZeRO1BF16(BF16_Optimizer):
         self.kernels = kernels
         self.bf16_states = bf16_states
         self.steps_done = 0
-        self._one_term = False  # is a gradient of one micro-batch, and of no other rank?
+        self._one_term = False  # does a step have one micro-batch on one rank?
         self._expert_group = [all(map(is_expert, group)) for group in self.bf16_groups]
         self._shards: list[Shard] = []
-        # DeepSpeed has allocated fp32 gradient sums, whether they are needed or not.
+        # DeepSpeed has allocated fp32 gradient sums even if they are not needed: free them.
         self._sums: list[list[Tensor]] = []
         self.fp32_groups_gradients = []
         self.fp32_groups_gradients_flat = []
@@ -102,8 +103,9 @@ class ZeRO1BF16(BF16_Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        """Clip, update, gather. A norm that is not finite leaves weights and states as they are."""
-        # A parameter without a new gradient would be updated with the previous step's, still in its sum.
+        """Clip, update, gather. If the norm is not finite, weights and states stay unchanged."""
+        # A parameter without a new gradient would be updated with the previous step's gradient, which is
+        # still in its sum.
         assert all(map(all, self.fp32_groups_has_gradients)), "every parameter has a gradient in every step"
         gradients = self._gradients()
         dense: list[Tensor] = []
@@ -158,9 +160,9 @@ class BF16Engine(DeepSpeedEngine):
 
     Args:
         model: freshly built.
-        optimizer: torch's.
-        config: DeepSpeed's.
-        step: ZeRO1BF16's own arguments.
+        optimizer: torch's optimizer over the model's parameters.
+        config: DeepSpeed's configuration.
+        step: the arguments of ZeRO1BF16, except DeepSpeed's.
     """
 
     def __init__(

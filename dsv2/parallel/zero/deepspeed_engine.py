@@ -1,4 +1,4 @@
-"""DeepSpeed's engine, and those of its private names that every ZeRO stage needs (0.19.8, pinned).
+"""Build DeepSpeed's engine. The private names used here are those of DeepSpeed 0.19.8, which is pinned.
 
 DeepSpeed recognises a mixture-of-experts layer by its type (moe/engine_layer.py) and an expert's parameter
 by attributes on it. Without both, ZeRO-3 silently averages different experts.
@@ -32,7 +32,7 @@ def start_deepspeed() -> None:
 
 
 def expert_groups(ep_size: int) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
-    """Return this rank's two groups: sharing one copy of the experts, and holding the same experts."""
+    """Return this rank's expert-parallel group, and the group of ranks that hold the same experts."""
     groups._create_expert_and_data_parallel(ep_size)
     name = f"ep_size_{ep_size}"
     return groups._get_expert_parallel_group(name), groups._get_expert_data_parallel_group(name)
@@ -83,7 +83,7 @@ def make_engine(
     """Return DeepSpeed's engine over a freshly built model. Collective."""
     mark_experts(model)
     built = build_optimizer(model, optimizer, optim)
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints the memory after every parameter group
+    with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints the memory after each parameter group
         return initialize(model=model, optimizer=built, config=settings)
 
 

@@ -1,17 +1,17 @@
-"""Which parameters belong to routed experts, and which part of the whole layer's they are."""
+"""Which parameters belong to routed experts, and where each lies within the parameter of all experts."""
 
 from typing import Any
 
 
 def is_expert(parameter: Any) -> bool:
-    """Return whether it belongs to a routed expert, as deepspeed_engine.py marked it."""
+    """Return whether the parameter belongs to a routed expert; deepspeed_engine.py marked it so."""
     return not getattr(parameter, "allreduce", True)
 
 
 def place(parameter: Any, numel: int) -> tuple[int, int]:
-    """Return where this rank's parameter begins within the whole flattened one, and the whole one's size.
+    """Return the offset of this rank's parameter in the whole flattened one, and the size of the whole.
 
-    Expert parallelism cuts dim 0, so an expert's range within the whole parameter is contiguous.
+    Expert parallelism cuts dim 0, so a rank's range of the whole parameter is contiguous.
     """
     if not is_expert(parameter):
         return 0, numel

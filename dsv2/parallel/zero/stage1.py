@@ -1,7 +1,7 @@
 """ZeRO-1 in fp32: optimizer states are partitioned over the ranks that hold the same parameters.
 
-DeepSpeed keeps fp32 masters beside the weights even in fp32, and a reduction bucket of 5e8 elements from a
-step's first backward pass on, however small the model.
+DeepSpeed keeps fp32 masters beside the weights even in fp32. From a step's first backward pass on, it also
+keeps a reduction bucket of 5e8 elements, however small the model is.
 """
 
 from collections.abc import Iterable, Iterator
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 def flat_ranges(
     owners: "Iterable[Tensor]", groups: Iterable[list[Any]], names: dict[int, str]
 ) -> Iterator[Range]:
-    """Yield this rank's ranges of groups of parameters whose flat weights are cut into one part per rank.
+    """Yield this rank's ranges of parameters. A group's flat weights are cut into one part per rank.
 
     Args:
         owners: this rank's part of each group.
-        groups: their parameters, linked to the parts by DeepSpeed.
-        names: by the parameter's `id`.
+        groups: the parameters of each group, which DeepSpeed has linked to the parts.
+        names: the parameters' names by `id`.
     """
     for index, (owner, group) in enumerate(zip(owners, groups, strict=True)):
         for parameter in group:

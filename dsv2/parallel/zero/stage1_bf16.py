@@ -1,8 +1,8 @@
 """ZeRO-1 in bf16, with our own optimizer step (bf16_optimizer.py) inside DeepSpeed's BF16_Optimizer.
 
-Each rank keeps the WHOLE fp32 gradient of its parameters, and reduces it in fp32 and in place, except in
-groups that share a bucket. A gradient of one micro-batch on one rank stays in bf16. DeepSpeed begins
-with fp32 masters and gradient sums; those that are not needed are freed.
+Each rank keeps the WHOLE fp32 gradient of its parameters. It reduces the gradient in fp32 and in place,
+except in groups that share a bucket. With one micro-batch on one rank the gradient stays in bf16. DeepSpeed
+first allocates fp32 masters and gradient sums; those that are not needed are freed.
 """
 
 from collections.abc import Iterator
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 class PartitionedBF16(Partitioned):
-    """The same over ZeRO1BF16, which counts its steps on the host."""
+    """Like `Partitioned`, with ZeRO1BF16 as DeepSpeed's optimizer. It counts its steps on the host."""
 
     _first_micro_batch = True
 
@@ -65,10 +65,10 @@ class Stage1BF16(ZeroStage):
 
     def settings(self, optim: OptimConfig, runtime: RuntimeConfig, ranks: int) -> dict[str, Any]:
         settings = super().settings(optim, runtime, ranks)
-        # Each gradient goes to its fp32 sum as soon as it exists, and is freed.
+        # Each gradient is added to its fp32 sum as soon as it exists, then freed.
         settings["bf16"]["immediate_grad_update"] = True
-        # Without this, the fp32 sums would be rounded to bf16 and the ranks' sums added in bf16.
-        # Stages 2 and 3 reduce each micro-batch's bf16 gradients, and would need GiB of copies for it.
+        # Without this, the fp32 sums would be rounded to bf16 and reduced over the ranks in bf16. Stages 2
+        # and 3 reduce each micro-batch's bf16 gradients; this setting would cost them GiB of copies.
         settings["communication_data_type"] = "fp32"
         return settings
 
@@ -91,15 +91,15 @@ class Stage1BF16(ZeroStage):
     def step_gradients(self, job: Job) -> float:
         if not job.several_terms:
             return super().step_gradients(job)
-        # Each is freed as soon as it is in its fp32 sum.
+        # A bf16 gradient is freed as soon as it has been added to its fp32 sum.
         return 2 * max(*job.parameters.decay.sizes, *job.parameters.experts.sizes)
 
     def gradients_after_backward(self, job: Job) -> float:
         return 0 if job.several_terms else self.step_gradients(job)
 
     def reduction(self, job: Job) -> float:
-        # A group's gradients are one flat tensor. Groups that share a bucket are joined first. One process
-        # reduces nothing.
+        # A group's gradients are one flat tensor. Groups that share a bucket are concatenated first. One
+        # process reduces nothing.
         decay = job.parameters.decay
         return 0 if decay.elements > BUCKET or decay.copies == 1 else FP32 * job.parameters.dense
 
@@ -112,15 +112,15 @@ class Stage1BF16(ZeroStage):
         return copies * FP32 * max(min(max(group.sizes), self.owned(group)) for group in job.parameters)
 
     def building(self, job: Job) -> float:
-        """Return the larger of the model as built, and DeepSpeed's flat weights, masters and gradients."""
+        """Return the larger of two sizes: the model as built; DeepSpeed's flat weights, masters and sums."""
         begun = sum((2 + FP32) * flat(group) + FP32 * self.owned(group) for group in job.parameters)
         return max(super().building(job), begun)
 
     def forward_and_backward(self, job: Job, activations: ActivationBytes) -> float:
         if job.several_terms:
             return super().forward_and_backward(job, activations)
-        # Gradients of one term are allocated while activations are freed: the head's alone at the top
-        # layer, all of them at the first layer.
+        # Gradients of one term are allocated while activations are freed. In the top layer's backward pass
+        # only the head's gradient exists, in the first layer's all gradients do.
         head = job.weight_bytes * max(job.parameters.decay.sizes)
         return max(
             activations.kept + activations.logits,

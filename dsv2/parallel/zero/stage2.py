@@ -1,4 +1,4 @@
-"""ZeRO-2: gradients are partitioned too. Each micro-batch's are reduced in a bucket of 5e8 elements."""
+"""ZeRO-2: gradients are partitioned too. Each micro-batch reduces them in a bucket of 5e8 elements."""
 
 from dsv2.parallel.zero.base import FP32, Job, copied_into_buckets
 from dsv2.parallel.zero.stage1 import Stage1

@@ -1,6 +1,6 @@
 """ZeRO-3: weights are partitioned too, and gathered per module for the forward and backward pass.
 
-The reduction bucket of 5e8 elements always exists, tensors of at most 1e5 elements stay whole, and up to 1e9
+The reduction bucket of 5e8 elements always exists. Tensors of at most 1e5 elements stay whole. Up to 1e9
 elements are gathered at a time.
 """
 
@@ -76,10 +76,13 @@ class Stage3(ZeroStage):
         return 3 * micro_batches * weight_bytes  # weights gathered twice, gradients scattered
 
     def step_gradients(self, job: Job) -> float:
-        return 0  # their buffer is one of the states
+        return 0  # `states` counts the gradients
 
     def step_buffers(self, job: Job) -> float:
-        """Return the bytes of gathered weights; a module's are gathered together, or a layer's experts."""
+        """Return the bytes of gathered weights. The weights of one module are gathered together.
+
+        The routed experts of a layer count as one module.
+        """
         parameters = job.parameters
         partitioned = sum(group.elements for group in parameters if group.copies > 1)
         module = _layer_of_experts(parameters) if parameters.experts.copies > 1 else 0

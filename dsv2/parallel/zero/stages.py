@@ -1,4 +1,4 @@
-"""The ZeRO stages that parallel.zero_stage may name, each in the precisions that it runs in."""
+"""The ZeRO stages that parallel.zero_stage may name, by the precisions that each runs in."""
 
 from dsv2.config.rules import refuse
 from dsv2.config.schema import Precision
@@ -29,7 +29,7 @@ def find_stage(number: int, precision: Precision) -> ZeroStage:
     """Return the stage of this number for runs in this precision.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no such stage, or it does not run in this precision.
     """
     if number not in numbers(Precision.fp32):
         refuse("parallel.zero_stage", number, f"must be {_listed(numbers(Precision.fp32))}")
@@ -37,8 +37,8 @@ def find_stage(number: int, precision: Precision) -> ZeroStage:
         refuse(
             "parallel.zero_stage",
             number,
-            f"bf16 needs stage {_listed(numbers(precision))}, which keep fp32 master weights; or use "
-            "runtime.precision=fp32",
+            f"must be {_listed(numbers(precision))} with runtime.precision=bf16, for fp32 master weights; "
+            "or use runtime.precision=fp32",
         )
     return STAGES[number, precision]()
 

@@ -62,8 +62,8 @@ def refusal(*words: str) -> str:
         (["gpus=8", "zero=4", "experiment=lite"], "parallel.zero_stage=4: must be 0, 1, 2 or 3"),
         (
             ["gpus=8", "zero=0", "experiment=lite"],
-            "parallel.zero_stage=0: bf16 needs stage 1, 2 or 3, which keep fp32 master weights; or use "
-            "runtime.precision=fp32",
+            "parallel.zero_stage=0: must be 1, 2 or 3 with runtime.precision=bf16, for fp32 master weights; "
+            "or use runtime.precision=fp32",
         ),
         (
             ["gpus=512", "experiment=v2"],

@@ -249,8 +249,8 @@ def test_a_moment_that_never_moves(name):
         ),
         (
             [("parallel.zero_stage", 0), ("runtime.precision", Precision.bf16)],
-            "parallel.zero_stage=0: bf16 needs stage 1, 2 or 3, which keep fp32 master weights; or use "
-            "runtime.precision=fp32",
+            "parallel.zero_stage=0: must be 1, 2 or 3 with runtime.precision=bf16, for fp32 master weights; "
+            "or use runtime.precision=fp32",
         ),
         (
             [("optim.batch_size", 18)],
