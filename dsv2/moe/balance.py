@@ -24,7 +24,7 @@ class BalanceLosses(NamedTuple):
 def balance_losses(
     sums: SequenceSums, n_tokens: int, top_k: int, n_group: int, topk_group: int
 ) -> BalanceLosses:
-    """Return the losses; a sequence has `n_tokens` tokens, which choose `top_k` experts each."""
+    """Return the losses. A sequence has `n_tokens` tokens; each token chooses `top_k` experts."""
     n_experts = sums.selected_BE.shape[1]
     f_BE = sums.selected_BE * (n_experts / (top_k * n_tokens))  # eq. 24
     f_device_BG = f_BE.unflatten(-1, (n_group, -1)).mean(dim=-1)  # eq. 27

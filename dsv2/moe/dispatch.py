@@ -1,11 +1,12 @@
-"""Bring tokens to the ranks that hold their experts, and the experts' results back.
+"""Send tokens to the ranks that hold their experts, and the experts' results back.
 
-A token's hidden state goes to a rank once, however many of its experts are there, together with the
-token's choice and weights. With as many ranks as expert groups it goes to at most M ranks (section
-2.2.2). One row comes back per rank reached: the weighted sum over that rank's experts. `plan_dispatch`
-settles counts and order once per layer, for backward too. `start_dispatch` returns while rows are on
-their way, so that other work can overlap. With one rank nothing moves, and the layer has no branch for
-expert parallelism.
+A token's hidden state goes to a rank once, even if several of the token's experts are on that rank. Its
+choice and weights travel with it. With as many ranks as expert groups it goes to at most M ranks (section
+2.2.2). One row comes back per rank reached: the weighted sum over that rank's experts.
+
+`plan_dispatch` settles counts and order once per layer, for the backward pass too. `start_dispatch` returns
+while rows are on their way, so that other work can overlap. With one rank nothing moves, so the layer needs
+no branch for expert parallelism.
 """
 
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from dsv2.parallel.mesh import MeshDim, Work
 
 @dataclass(frozen=True)
 class Exchange:
-    """Which rows cross between the ranks of a dimension of several."""
+    """Which rows cross between the ranks of an expert-parallel group of several."""
 
     rows: RowMap  # the rows sent, out of T x W slots: by rank, then by token
     sent: list[int]  # rows to each rank [W]
@@ -46,15 +47,15 @@ class DispatchPlan:
     """Where every row goes in one layer."""
 
     kept_ids_TK: Tensor  # int64: the token's experts, -1 for a dropped pair
-    kept_E: Tensor  # int64: this rank's pairs per expert of the layer, without the dropped ones
-    first_expert: int  # the first expert of this rank
-    rows_of_expert: Tensor  # int64 [E / W]: pairs per expert of this rank
-    n_pairs: int  # their sum; with one rank it counts dropped pairs too, which come last
+    kept_E: Tensor  # int64: pairs of this rank's tokens per expert of the layer, without the dropped pairs
+    first_expert: int  # index of this rank's first expert in the layer
+    rows_of_expert: Tensor  # int64 [E / W]: pairs of all tokens per expert of this rank
+    n_pairs: int  # sum of rows_of_expert; with one rank plus the dropped pairs, which come last
     exchange: Exchange | None  # None with one rank
 
 
 class Arrived(NamedTuple):
-    """What this rank's experts work on."""
+    """The input of this rank's experts."""
 
     x_XD: Tensor
     expert_ids_XK: Tensor  # int64, counted from this rank's first expert; -1: on another rank, or dropped
@@ -68,7 +69,7 @@ def plan_dispatch(
     ep: MeshDim,
     load_E: Tensor | None = None,
 ) -> DispatchPlan:
-    """Settle where rows go. Collective; waits for the device once, with one rank never.
+    """Settle where rows go. Collective. The host waits for the device once, or never with one rank.
 
     Args:
         keep_TK: bool; pairs to keep. Dropped pairs are not sent. None keeps all.
@@ -93,11 +94,11 @@ def plan_dispatch(
         )
     n_local = n_experts // ep.size
     reached_TW = _ranks_reached(kept_TK, n_local, ep.size)
-    # To each rank: the pairs of its experts, and the rows that bring them.
+    # What goes to each rank: pairs per expert of that rank, then the number of rows.
     going_W_counts = torch.cat((counts_E.view(ep.size, n_local), reached_TW.sum(dim=0).unsqueeze(1)), dim=1)
     coming_W_counts = ep.swap(going_W_counts)
     rows_of_expert = coming_W_counts[:, :-1].sum(dim=0)
-    # All sizes cross to the host at once.
+    # One copy to the host for all sizes, because each copy waits for the device.
     sizes = torch.cat((going_W_counts[:, -1], coming_W_counts[:, -1], rows_of_expert.sum().unsqueeze(0)))
     numbers = sizes.tolist()
     sent = numbers[: ep.size]
@@ -130,7 +131,7 @@ class _Transfer:
         self._work: Work | None = None
 
     def launch(self, x: Tensor, backwards: bool) -> None:
-        """Start to send rows, backwards from where forward received them."""
+        """Start to send rows. In the backward pass they return to where the forward pass sent them from."""
         if backwards:
             self._work = self.ep.exchange(x, send=self.receive, receive=self.send)
         else:
@@ -146,10 +147,10 @@ class _Transfer:
 
 
 class _Launch(torch.autograd.Function):
-    """Start an exchange. The result is a token for `_Finish`, and stands for the rows in autograd's graph.
+    """Start an exchange. Return an empty handle for `_Finish`, which stands for the rows in autograd's graph.
 
-    Autograd runs `_Finish`'s backward first, which starts the way back, and this one's last. Work
-    between the two in forward therefore overlaps with the exchange in backward as well.
+    In the backward pass autograd runs `_Finish` first, which starts the exchange, and `_Launch` last, which
+    waits for it. Work between the two in the forward pass therefore overlaps in the backward pass as well.
     """
 
     @staticmethod
@@ -159,13 +160,13 @@ class _Launch(torch.autograd.Function):
         return x.new_zeros(())
 
     @staticmethod
-    def backward(ctx, token: Tensor):
+    def backward(ctx, handle: Tensor):
         return ctx.transfer.wait(), None
 
 
 class _Finish(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, token: Tensor, transfer: _Transfer) -> Tensor:
+    def forward(ctx, handle: Tensor, transfer: _Transfer) -> Tensor:
         ctx.transfer = transfer
         return transfer.wait()
 
@@ -184,7 +185,7 @@ class Pending:
         if exchange is None:
             self._arrived = Arrived(x_TD, plan.kept_ids_TK, weights_TK)
             return
-        # In fp32, which holds ids below 2^24 exactly.
+        # One fp32 tensor holds both: fp32 represents ids below 2^24 exactly.
         choices = torch.cat((weights_TK, plan.kept_ids_TK.float()), dim=1)
         self._choice_transfer = _Transfer(exchange, execution.clock)
         self._row_transfer = _Transfer(exchange, execution.clock)
@@ -192,7 +193,7 @@ class Pending:
         self._rows = _Launch.apply(execution.kernels.gather_rows(x_TD, exchange.rows), self._row_transfer)
 
     def wait(self) -> Arrived:
-        """Return this rank's rows."""
+        """Return the rows that arrived at this rank."""
         if self._plan.exchange is None:
             return self._arrived
         choices = _Finish.apply(self._choice, self._choice_transfer)
@@ -209,7 +210,7 @@ def start_dispatch(x_TD: Tensor, weights_TK: Tensor, plan: DispatchPlan, executi
 
 
 def combine(y_XD: Tensor, plan: DispatchPlan, execution: Execution) -> Tensor:
-    """Bring every row's result back and sum each token's in fp32: [T, D] in y's dtype. Collective."""
+    """Send the results back, and sum each token's results in fp32: [T, D] in y's dtype. Collective."""
     exchange = plan.exchange
     if exchange is None:
         return y_XD

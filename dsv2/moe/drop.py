@@ -1,7 +1,7 @@
 """Device-level token dropping (arXiv 2405.04434, section 2.2.4), for training only.
 
-The paper's devices are the expert groups here. `layer.py` calls `keep_within_budget`; dispatch leaves
-out the rest.
+The paper's devices correspond to the expert groups. `layer.py` calls `keep_within_budget`, and dispatch sends
+only the pairs that it keeps.
 """
 
 import torch
@@ -12,7 +12,7 @@ from dsv2.parallel.mesh import MeshDim
 
 
 def exempt_sequences(sequence_ids_B: Tensor, fraction: float, seed: int) -> Tensor:
-    """Return bool [B]: is the sequence one of the `fraction` whose tokens are never dropped?
+    """Return bool [B]: whether the sequence is exempt, one of the `fraction` that never lose a token.
 
     A hash of the sequence's position in the run's global order decides, so the choice is the same on
     every layout and after a resume. The overflow of int64 products mixes the bits.
@@ -30,8 +30,8 @@ def kept_by_budget(
 ) -> Tensor:
     """Return bool [P]: the pairs to keep when each group may serve `budget` pairs.
 
-    Within a group the pairs of highest affinity are kept; of equal affinities the earlier pair is kept.
-    Exempt pairs are always kept and count towards the budget first.
+    Within a group the pairs of highest affinity are kept. Of two pairs of equal affinity, the earlier one is
+    kept. Exempt pairs are always kept, and count towards the budget first.
     """
     # Affinities are at most 1, so 2 puts the exempt pairs before all others.
     order = torch.where(exempt_P, 2.0, affinity_P).sort(descending=True, stable=True).indices
@@ -57,8 +57,8 @@ def keep_within_budget(
 ) -> Tensor:
     """Return bool [T, K]: the pairs to keep, ranked over the tokens of all `ep` ranks. Collective.
 
-    A group's budget is `capacity_factor` times its average load over that population. Sequences are put
-    into their global order first, so that ties fall the same way on every layout.
+    A group's budget is `capacity_factor` times the average load of a group over these tokens. Sequences are
+    put into their global order first, so that ties are decided alike on every layout.
     """
     top_k = weights_TK.shape[1]
     n_sequences = len(sequence_ids_B)

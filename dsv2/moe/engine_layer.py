@@ -1,7 +1,7 @@
-"""The MoE layer under a type that DeepSpeed's engine recognises as a mixture of experts.
+"""The MoE layer as a subclass of the type that DeepSpeed's engine recognises as a mixture of experts.
 
-Training builds its model with it (training/build.py); other uses need no DeepSpeed. parallel/zero marks the
-experts' parameters once they have memory.
+Only training builds its model with this class (training/build.py): generation and export need no DeepSpeed.
+parallel/zero marks the experts' parameters once they have memory.
 """
 
 from typing import Any
@@ -22,7 +22,7 @@ class _Recognised(AutoEPMoELayer):
 
 
 class EngineMoELayer(MoELayer, _Recognised):
-    """Our layer, and the attributes that the engine reads."""
+    """`MoELayer` with the attributes that the engine reads."""
 
     def __init__(self, config: ModelConfig, execution: Execution):
         super().__init__(config, execution)

@@ -1,4 +1,4 @@
-"""How a model runs, as opposed to what it computes."""
+"""How a model runs: ranks, recomputation and kernels. The results do not depend on it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ from dsv2.parallel.mesh import ALONE, MeshDim
 
 @dataclass(frozen=True)
 class Execution:
-    """Passed down to every layer; the default is one process with plain torch."""
+    """How the layers run; every layer gets it. The default is one process with plain torch."""
 
     ep: MeshDim = ALONE  # ranks that share one copy of the routed experts
     recompute: bool = False  # recompute each layer's activations in backward instead of keeping them

@@ -7,7 +7,7 @@ from dsv2.kernels.sets import REFERENCE, KernelSet
 
 
 class SwiGLU(nn.Module):
-    """down(silu(gate x) * up x); the dense FFN and, as one wide network, the shared experts."""
+    """Computes down(silu(gate x) * up x): the dense FFN or, as one wide network, the shared experts."""
 
     def __init__(self, hidden_size: int, width: int, kernels: KernelSet = REFERENCE):
         super().__init__()
@@ -50,7 +50,8 @@ class RoutedExperts(nn.Module):
     ) -> Tensor:
         """Return each row's weighted sum over this rank's experts, [X, D].
 
-        Expert ids count from this rank's first. The kernel's arguments: dsv2/kernels/reference/experts.py.
+        Expert ids count from this rank's first expert. ExpertKernels in dsv2/kernels/base.py explains the
+        arguments.
         """
         return self.kernels.routed_experts(
             x_XD,

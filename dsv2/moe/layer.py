@@ -15,7 +15,7 @@ from dsv2.moe.stats import RoutingStats, routing_stats
 
 
 class MoEOutput(NamedTuple):
-    """Losses and statistics are return values: a recomputed layer cannot count them twice."""
+    """A layer's results. Losses and statistics are returned, so recomputation cannot count them twice."""
 
     y_BSD: Tensor
     losses: BalanceLosses
@@ -52,7 +52,7 @@ class MoELayer(nn.Module):
             self.shared_experts = SwiGLU(config.hidden_size, width, execution.kernels)
 
     def forward(self, x_BSD: Tensor, sequence_ids_B: Tensor, residual_BSD: Tensor | None = None) -> MoEOutput:
-        """Compute eq. 20 of x, plus the residual. Tokens are dropped in training only (section 2.2.4)."""
+        """Compute eq. 20 of x, plus the residual. Only training drops tokens (section 2.2.4)."""
         assert len(sequence_ids_B) == len(x_BSD), "one id per sequence"
         config = self.config
         kernels = self.execution.kernels

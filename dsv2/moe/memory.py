@@ -1,7 +1,7 @@
-"""Bytes that the feed-forward networks keep for the backward pass and need at their peak; no torch.
+"""Bytes that the feed-forward networks keep for the backward pass and need at their peak. Imports no torch.
 
-Each function is a small table of the tensors that autograd keeps, so a module whose code changes has one
-table to change. `tests/unit/planner/test_activations.py` counts the real tensors.
+Each function is a small table of the tensors that autograd keeps, so a change of a module changes one table.
+`tests/unit/planner/test_activations.py` counts the real tensors.
 """
 
 from dsv2.moe.routers.kinds import router_of
@@ -9,18 +9,18 @@ from dsv2.parallel.micro_batch import FP32, INT32, INT64, MicroBatch, Table
 
 
 def dense_ffn(run: MicroBatch) -> Table:
-    """Return what the dense FFN of dsv2/moe/experts.py and the norm before it keep."""
+    """Return the tensors that the dense FFN of dsv2/moe/experts.py and the norm before it keep."""
     model = run.model
     return {"norm": run.norm_bytes(model.hidden_size), "ffn": _swiglu(run, model.intermediate_size)}
 
 
 def dense_peak(run: MicroBatch) -> float:
-    """Return the most bytes that a dense FFN needs beyond its layer's kept tensors."""
+    """Return the peak bytes that a dense FFN needs beyond its layer's kept tensors."""
     return _swiglu_peak(run, run.model.intermediate_size) + stream_peak(run)
 
 
 def moe(run: MicroBatch) -> Table:
-    """Return what dsv2/moe/layer.py and the norm before it keep."""
+    """Return the tensors that dsv2/moe/layer.py and the norm before it keep."""
     model = run.model
     norm = run.norm_bytes(model.hidden_size)
     if not run.fused and run.cast and not model.n_shared_experts:
@@ -37,14 +37,14 @@ def moe(run: MicroBatch) -> Table:
 
 
 def moe_peak(run: MicroBatch) -> float:
-    """Return the most bytes that an MoE layer needs beyond its kept tensors.
+    """Return the peak bytes that an MoE layer needs beyond its kept tensors.
 
-    The routed experts' backward pass runs first, then the shared experts'. Each frees what it kept.
+    The routed experts' backward pass runs first, then the shared experts'. Each frees its kept tensors.
     """
     table = moe(run)
     freed = sum(size for name, size in table.items() if name.startswith(("experts", "sums")))
     shared = _swiglu_peak(run, _shared_width(run)) if run.model.n_shared_experts else 0
-    if run.fused:  # beside the routed experts' results, or what is on its way from their ranks
+    if run.fused:  # the rows' gradients exist too; with several ranks they are being sent, in two buffers
         shared += run.rows * run.row * (1 if run.ep_size == 1 else 2)
     routed = _fused_backward(run) if run.fused else _reference_backward(run, table)
     forward = _fused_forward(run) if run.fused else _reference_forward(run)
@@ -54,7 +54,10 @@ def moe_peak(run: MicroBatch) -> float:
 
 
 def held_orders(run: MicroBatch) -> float:
-    """Return the orders of rows that fused kernels hold through recomputation: no saved tensors."""
+    """Return the bytes of row orders that fused kernels hold through recomputation.
+
+    Autograd does not save these tensors.
+    """
     if not run.fused:
         return 0
     ranks = 0 if run.ep_size == 1 else run.tokens * run.ep_size
@@ -62,7 +65,7 @@ def held_orders(run: MicroBatch) -> float:
 
 
 def stream_peak(run: MicroBatch) -> float:
-    """Return the residual stream's gradient, and torch's norm in fp32."""
+    """Return the bytes of the residual stream's gradient and, unless fused, of torch's norm in fp32."""
     return run.tokens * (run.row + (0 if run.fused else run.model.hidden_size * FP32))
 
 
@@ -71,14 +74,17 @@ def _shared_width(run: MicroBatch) -> int:
 
 
 def _swiglu(run: MicroBatch, width: int) -> float:
-    """Return gate, up and, unless fused, silu(gate) and the product; the norm's table has the input."""
+    """Return the bytes of gate, up and, unless fused, silu(gate) and the product.
+
+    The norm's table counts the input.
+    """
     return (2 if run.fused else 4) * run.tokens * width * run.itemsize
 
 
 def _swiglu_peak(run: MicroBatch, width: int) -> float:
-    """Return the gradients of the product and, unless fused, of silu(gate).
+    """Return the peak bytes of a SwiGLU's backward pass: the gradients of the product and of silu(gate).
 
-    Fused, the product's gradient is freed before those of the input and of the last of the three matrices
+    The fused pass frees the product's gradient before the gradients of the input and of the third matrix
     exist.
     """
     product = run.tokens * width * run.itemsize
@@ -97,14 +103,14 @@ def _expert_matrices(run: MicroBatch) -> float:
 
 
 def _reference_experts(run: MicroBatch) -> Table:
-    """Return what dsv2/kernels/reference/experts.py keeps; `combine` of dispatch.py keeps next to nothing."""
+    """Return what dsv2/kernels/reference/experts.py keeps; `combine` of dispatch.py keeps almost nothing."""
     width = run.pairs * run.model.moe_intermediate_size * run.itemsize
     return {
         "experts: indices": run.pairs * INT64,
         "experts: rows": run.pairs * run.row,
         "experts: gate and up": 2 * width,
         "experts: silu, product": 2 * width,
-        # Slots and the order of their rows; three numbers per bag.
+        # The slots, the order of their rows, and three numbers per bag.
         "sums: indices": (2 * run.pairs + 3 * run.rows) * INT64,
         "sums: in fp32": run.pairs * run.model.hidden_size * FP32,
         "sums: weights": run.pairs * FP32,
@@ -114,12 +120,12 @@ def _reference_experts(run: MicroBatch) -> Table:
 def _reference_backward(run: MicroBatch, table: Table) -> float:
     """Return the peak of the reference backward pass: `combine`, then the sums in fp32, then the experts.
 
-    The experts' gradients exist one by one until the last expert is done. They are then stacked, first
-    w2's and then w13's: 3 + 1 and 2 + 2 matrices per expert.
+    The gradients of each expert's matrices are separate until the last expert is done. They are then stacked,
+    first w2's and then w13's: 3 + 1 and 2 + 2 matrices per expert.
     """
     hidden_fp32 = run.model.hidden_size * FP32
     combine = 0.0
-    sums = run.pairs * hidden_fp32  # the gradients of their terms
+    sums = run.pairs * hidden_fp32  # the gradients of the terms
     if run.ep_size > 1:
         combine = run.rows * hidden_fp32 + run.cast * run.rows * run.row
         sums += run.rows * (run.row + run.cast * hidden_fp32)
@@ -133,10 +139,10 @@ def _reference_forward(run: MicroBatch) -> float:
     """Return the peak of the reference forward pass: the largest of four moments.
 
     The experts' outputs exist both separately and concatenated; their fp32 sums are being cast; `combine`
-    runs; or the layer's terms are being added. These tensors are alive at each moment: the attention
-    output; the shared experts' output, or the norm's output if there are none; the received rows or their
-    results; and, in bf16, the residual stream after the attention. The stream before the attention counts
-    too, unless recomputation already keeps it.
+    runs; or the layer's terms are being added. At each moment the attention output is alive, and so are the
+    received rows or their results. The shared experts' output is alive too, or without shared experts the
+    norm's output. In bf16 the residual stream after the attention is alive. So is the stream before the
+    attention, unless recomputation already keeps it.
     """
     hidden_fp32 = run.model.hidden_size * FP32
     stream = run.tokens * run.row
@@ -167,9 +173,9 @@ def _fused_experts(run: MicroBatch) -> Table:
 def _fused_backward(run: MicroBatch) -> float:
     """Return the peak of the fused backward pass, the larger of two moments.
 
-    With w2's gradient exist those of the outputs and of the product; with the input's gradient exist those
-    of both weights, of the pairs and of the rows. The gradients of gate and up overwrite gate and up, except
-    in experts_cute.py.
+    First, w2's gradient exists together with the gradients of the outputs and of the product. Later, the
+    input's gradient exists together with those of both weights, the pairs and the rows. The gradients of gate
+    and up overwrite gate and up, except in experts_cute.py.
     """
     width = run.pairs * run.model.moe_intermediate_size * run.itemsize
     matrix = _expert_matrices(run)
@@ -181,8 +187,9 @@ def _fused_backward(run: MicroBatch) -> float:
 
 
 def _fused_forward(run: MicroBatch) -> float:
-    """Return the product, the outputs and their sums, beside attention's and the shared experts' output.
+    """Return the peak of the fused forward pass.
 
+    The product, the outputs and their sums exist, besides the outputs of attention and of the shared experts.
     With several ranks the received rows exist as well.
     """
     model = run.model

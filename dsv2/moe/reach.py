@@ -1,4 +1,4 @@
-"""How many ranks a token's experts live on, for a uniform router."""
+"""The number of ranks that hold a token's experts, for a uniform router."""
 
 from math import comb
 
@@ -6,7 +6,7 @@ from dsv2.config.schema import ModelConfig
 
 
 def mean_ranks(model: ModelConfig, ep_size: int, limited: bool) -> float:
-    """Return the mean number of ranks that a token's K experts live on.
+    """Return the mean number of ranks that hold a token's K experts.
 
     With the limit, M of the G groups are open and the K experts lie anywhere in them.
     """

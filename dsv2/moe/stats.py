@@ -22,7 +22,7 @@ class RoutingStats(NamedTuple):
     token_entropy: Tensor  # [] sum over tokens of the affinity's entropy, nats
     top1: Tensor  # [] sum over tokens of the highest affinity
     rows_out: Tensor  # [] rows that this rank sent to other ranks of its EP group
-    rows_in: Tensor  # [] rows that it received from them
+    rows_in: Tensor  # [] rows that this rank received from other ranks of its EP group
 
     def plus(self, other: "RoutingStats") -> "RoutingStats":
         """Return the sums over both sets of tokens."""
@@ -38,7 +38,11 @@ class RoutingStats(NamedTuple):
 def routing_stats(
     sums: SequenceSums, n_tokens: int, kept_E: Tensor, exchange: Exchange | None = None
 ) -> RoutingStats:
-    """Return one layer's statistics for sequences of `n_tokens` tokens each; `kept_E` pairs were kept."""
+    """Return one layer's statistics for sequences of `n_tokens` tokens each.
+
+    Args:
+        kept_E: how many pairs of each expert were kept.
+    """
     n_sequences, n_experts = sums.selected_BE.shape
     # One reduction instead of four.
     columns = (sums.selected_BE, sums.sent_BG, sums.entropy_B.unsqueeze(1), sums.top1_B.unsqueeze(1))

@@ -1,8 +1,8 @@
-"""One micro-batch on one rank, in numbers: what every table of activation bytes is computed from.
+"""The sizes of one micro-batch on one rank: the input of every table of activation bytes.
 
 Each part of the model has a torch-free spec whose `kept_bytes` takes a `MicroBatch`.
-dsv2/planner/activations.py sums them. Routing is taken to be balanced:
-every rank's experts get tokens x experts-per-token pairs, and as many rows arrive as leave.
+dsv2/planner/activations.py sums the tables. Routing is assumed to be balanced: the experts of every rank get
+tokens x experts-per-token pairs, and as many rows arrive as leave.
 """
 
 from typing import NamedTuple
@@ -19,16 +19,16 @@ INT64 = 8
 
 
 class MicroBatch(NamedTuple):
-    """What one rank computes in one forward and backward pass."""
+    """The work of one rank in one forward and backward pass."""
 
     model: ModelConfig
     tokens: int
     itemsize: int  # bytes of an activation: 2 in bf16, 4 in fp32
     ep_size: int
     recompute: bool
-    fused_norm: bool  # CUDA's single kernel; on the CPU torch composes RMSNorm of several and keeps more
+    fused_norm: bool  # CUDA's single kernel; on the CPU, torch composes RMSNorm from several and keeps more
     kernels: KernelSpec = find_spec("reference")
-    ranks_per_token: float = 1.0  # ranks that a token's experts live on, on average: the router knows
+    ranks_per_token: float = 1.0  # mean number of ranks with a token's experts: `Router.mean_ranks`
 
     @property
     def fused(self) -> bool:
@@ -47,12 +47,12 @@ class MicroBatch(NamedTuple):
 
     @property
     def pairs(self) -> int:
-        """Pairs of a token and an expert at the experts of this rank."""
+        """Number of (token, expert) pairs of this rank's experts."""
         return self.tokens * self.model.num_experts_per_tok
 
     @property
     def rows(self) -> float:
-        """Tokens that reach the experts of this rank, its own included; as many are sent."""
+        """Number of tokens that reach this rank's experts, from this rank too. As many are sent."""
         return self.tokens * self.ranks_per_token
 
     @property
@@ -61,7 +61,7 @@ class MicroBatch(NamedTuple):
         return self.model.hidden_size * self.itemsize
 
     def norm_bytes(self, width: int) -> float:
-        """Return the bytes RMSNorm keeps: its input, 1 / rms, and its output, which the next matrix keeps."""
+        """Return the bytes of RMSNorm's input, its 1 / rms, and its output, which the next matrix keeps."""
         output = self.tokens * width * self.itemsize
         if self.whole_norm:
             return 2 * output + self.tokens * FP32

@@ -1,4 +1,4 @@
-"""What a router must say about itself: sizes, checks, traffic and memory; no torch.
+"""The interface of a router's spec: checks, sizes, traffic and memory. Imports no torch.
 
 A router is two files: NAME.py holds the spec, and NAME_module.py holds the `RouterModule` that `build`
 returns (see module.py). kinds.py lists all routers.
@@ -23,7 +23,7 @@ class Router(ABC):
 
     @abstractmethod
     def check(self, model: ModelConfig) -> None:
-        """Raise UserError for sizes that this router cannot have."""
+        """Raise a UserError for sizes that this router cannot have."""
 
     @abstractmethod
     def parameters(self, model: ModelConfig) -> Shapes:
@@ -31,7 +31,7 @@ class Router(ABC):
 
     @abstractmethod
     def mean_ranks(self, model: ModelConfig, ep_size: int) -> float:
-        """Return how many ranks a token's experts live on, on average, if all experts are chosen alike."""
+        """Return the mean number of ranks that hold a token's experts, if all experts are equally likely."""
 
     @abstractmethod
     def kept_bytes(self, run: MicroBatch) -> Table:

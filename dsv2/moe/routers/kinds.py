@@ -12,7 +12,7 @@ def router_of(model: ModelConfig) -> Router:
     """Return the spec of the model's router.
 
     Raises:
-        UserError: `model.router` names none.
+        UserError: no router has the name `model.router`.
     """
     by_name = {router.name: router for router in ROUTERS}
     if model.router not in by_name:

@@ -1,4 +1,4 @@
-"""What every router's nn.Module does."""
+"""The interface of a router's nn.Module."""
 
 from torch import Tensor, nn
 
@@ -6,7 +6,7 @@ from dsv2.kernels.types import Routing
 
 
 class RouterModule(nn.Module):
-    """Choose the experts of each token. Buffers (a bias, say) are saved and exported by their names."""
+    """Chooses the experts of each token. Buffers, such as a bias, are saved and exported by their names."""
 
     weight: nn.Parameter  # [E, D], the experts' centroids e_i
 

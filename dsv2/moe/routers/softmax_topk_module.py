@@ -12,7 +12,7 @@ from dsv2.moe.routers.module import RouterModule
 
 
 class SoftmaxTopKRouter(nn.Linear, RouterModule):
-    """A linear layer whose rows are the experts' centroids, and the choice that follows it."""
+    """A linear layer whose rows are the experts' centroids, followed by the choice of experts."""
 
     def __init__(self, model: ModelConfig, kernels: KernelSet):
         super().__init__(model.hidden_size, model.n_routed_experts, bias=False)
