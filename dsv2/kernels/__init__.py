@@ -1,4 +1,4 @@
-"""The operations that take the time, one per file, each in plain torch and fused for a GPU.
+"""The costly operations, one per file. Each exists in plain torch and fused for a GPU.
 
 A model is built with one `KernelSet`. The set `reference` runs anywhere and defines the results. The fused
 sets compute the same on an NVIDIA GPU in bf16.

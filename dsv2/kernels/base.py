@@ -95,17 +95,17 @@ class ExpertKernels(Protocol):
         Args:
             expert_ids_XK: int64; -1 adds nothing.
             counts_E: int64, how often each expert is chosen.
-            n_pairs: at least the sum of `counts_E`; memory is taken for so many pairs.
+            n_pairs: at least the sum of `counts_E`; memory is allocated for this many pairs.
             w13_E2FD: W1 (gate) above W3 (up).
         """
         ...
 
     def gather_rows(self, x_TD: Tensor, rows: RowMap) -> Tensor:
-        """Return a copy of its token for each row, [rows, D]."""
+        """Return, for each row, a copy of its token's hidden state, [rows, D]."""
         ...
 
     def sum_rows(self, y: Tensor, rows: RowMap, n_tokens: int) -> Tensor:
-        """Return the sum of each token's rows of y [rows, D], [T, D]; summed in fp32."""
+        """Return [T, D], the sum of each token's rows of y [rows, D], summed in fp32."""
         ...
 
 
@@ -132,16 +132,15 @@ class OptimizerKernels(Protocol):
         hyper: AdamWStep,
         first: int,
     ) -> None:
-        """Update weights and moments in place. All tensors but `scale` are flat and of one length.
+        """Update weights and moments in place. All tensors except `scale` are flat and of one length.
 
         Args:
-            master: the weights that the optimizer keeps, fp32 or bf16, as the moments are.
+            master: the weights that the optimizer keeps, fp32 or bf16, like the moments.
             grad: fp32 or bf16.
-            scale: fp32 [], the gradient is multiplied by it. NaN changes nothing.
-            weight: the model's bf16 copy of the weights, written too; None if `master` is the only copy.
+            scale: fp32 [], multiplies the gradient. If it is NaN, nothing is changed.
+            weight: the model's bf16 copy of the weights, also written; None if `master` is the only copy.
             first: index of the range's first element in the whole parameter. Stochastic rounding depends only
-            on
-                the seed, the step and an element's index, so it is the same in every layout.
+                on the seed, the step and an element's index, so it is the same in every layout.
         """
         ...
 

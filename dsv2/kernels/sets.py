@@ -26,7 +26,7 @@ REFERENCE = KernelSet(
 
 
 def _fused() -> KernelSet:
-    """Needs Triton, which torch brings only to machines with an NVIDIA GPU."""
+    """Return the set `fused`. It needs Triton, which torch installs only for NVIDIA GPUs."""
     from dsv2.kernels.fused import adamw, attention, experts, head, linear, norm, router, rows, swiglu
 
     return KernelSet(
@@ -48,8 +48,8 @@ def _fused() -> KernelSet:
 
 
 def _fused_cute() -> KernelSet:
-    """Needs FlashAttention-4 and quack too. They replace cuDNN's attention and torch's grouped products."""
-    # FlashAttention-4 warns of its own call.
+    """Return `fused` with FlashAttention-4 and quack instead of cuDNN's attention and torch's products."""
+    # FlashAttention-4 triggers this warning itself.
     warnings.filterwarnings("ignore", "Argument aux_data", UserWarning)
     from dsv2.kernels.fused import attention, experts_cute
 
@@ -68,5 +68,5 @@ BUILDERS: dict[str, Callable[[], KernelSet]] = {
 
 
 def load_kernels(name: str) -> KernelSet:
-    """Return the set that runtime.kernels names. dsv2/kernels/specs.py says what each one needs."""
+    """Return the set that runtime.kernels names. dsv2/kernels/specs.py says what each set requires."""
     return BUILDERS[name]()

@@ -1,7 +1,7 @@
-"""The kernel sets by name: what each one needs, and what the planner counts for it.
+"""The kernel sets by name: what each one requires, and what the planner counts for it.
 
-Nothing here imports torch. dsv2/kernels/sets.py builds the sets: a new one is a class in this file and a
-function in that one.
+Nothing here imports torch. dsv2/kernels/sets.py builds the sets. A new set is a class in this file and a
+function in sets.py.
 """
 
 from typing import ClassVar, NamedTuple, NoReturn
@@ -29,20 +29,20 @@ class KernelSpec:
 
     name: str  # the value of runtime.kernels
     needs_gpu = False
-    packages: ClassVar[dict[str, str]] = {}  # beyond requirements.txt; name: specifier of the version
+    packages: ClassVar[dict[str, str]] = {}  # beyond requirements.txt; name: version specifier
     fallback = "reference"  # the set to use if these packages are missing
 
     # What the planner counts:
-    is_fused = False  # the bytes of dsv2/kernels/fused, not those of dsv2/kernels/reference
+    is_fused = False  # whether the bytes are those of dsv2/kernels/fused, not of dsv2/kernels/reference
     keeps_pair_weights = True  # a weight per (token, expert) pair is kept for the backward pass
     overwrites_gate_and_up = True  # their gradients take the memory that the forward pass kept
     sums_query_gradients_in_fp32 = False  # in a separate tensor
 
     def check(self, model: ModelConfig, precision: Precision) -> None:
-        """Refuse a precision, or widths of hidden states and experts, that the set does not take."""
+        """Refuse a precision, a hidden size or an expert width that the set does not support."""
 
     def check_heads(self, heads: HeadWidths) -> None:
-        """Refuse heads that `latent_attention` takes on no GPU."""
+        """Refuse head widths that `latent_attention` supports on no GPU."""
 
     def check_cpu(self) -> None:
         """Refuse to run without a GPU."""
@@ -50,12 +50,12 @@ class KernelSpec:
             self._refuse("needs an NVIDIA GPU; on the CPU use runtime.kernels=reference")
 
     def check_gpu(self, gpu: str, capability: int, heads: HeadWidths | None) -> None:
-        """Refuse a kind of GPU.
+        """Refuse a GPU that the set does not support.
 
         Args:
-            gpu: its name.
+            gpu: the GPU's name.
             capability: its major compute capability: 8 is Ampere, 9 Hopper, 10 Blackwell.
-            heads: what `latent_attention` gets; None if the model does not call it.
+            heads: widths of the inputs of `latent_attention`; None if the model does not call it.
         """
 
     def check_packages(self) -> None:
@@ -99,7 +99,7 @@ class Fused(KernelSpec):
         self._check_widths(heads)
 
     def _check_widths(self, heads: HeadWidths) -> None:
-        """cuDNN's attention takes these on Hopper, in the backward pass too."""
+        """Refuse widths that cuDNN's attention does not support on Hopper, in the backward pass too."""
         if (heads.key, heads.value) != (192, 128):
             self._require_at_most(128, heads, "at most 128, or 192 beside model.v_head_dim=128,")
 
@@ -117,7 +117,7 @@ class Fused(KernelSpec):
 
 
 class FusedCute(Fused):
-    """Fused with FlashAttention-4 and quack's products, both written in CuTe: Hopper."""
+    """`fused` with FlashAttention-4 and quack's products, both written in CuTe: Hopper GPUs only."""
 
     name = "fused_cute"
     packages = CUTE
@@ -131,8 +131,8 @@ class FusedCute(Fused):
 
     def check_gpu(self, gpu: str, capability: int, heads: HeadWidths | None) -> None:
         if capability != 9:
-            others = "fused or reference" if _cudnn_takes(heads, capability) else "reference"
-            self._refuse(f"needs a Hopper GPU (H100, H800, H200), not {gpu}; or use {others}")
+            alternatives = "fused or reference" if _cudnn_takes(heads, capability) else "reference"
+            self._refuse(f"needs a Hopper GPU (H100, H800, H200), not {gpu}; or use {alternatives}")
 
 
 SPECS = {spec.name: spec for spec in (Reference(), Fused(), FusedCute())}

@@ -1,4 +1,4 @@
-"""What kernels take and return besides plain tensors."""
+"""The arguments and results of kernels that are more than one plain tensor."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 class Routing(NamedTuple):
-    """The router's outcome. Everything after the router is computed from it."""
+    """The router's result. Everything after the router is computed from it."""
 
     expert_ids_TK: Tensor  # int64, by descending affinity
     weights_TK: Tensor  # fp32: g_i of eq. 21, the affinity itself, not renormalised
@@ -14,7 +14,7 @@ class Routing(NamedTuple):
 
 
 class SequenceSums(NamedTuple):
-    """Sums over each sequence's tokens, fp32 (exact for counts). Losses and statistics need no more."""
+    """Sums over each sequence's tokens, fp32 (exact for counts): all that losses and statistics need."""
 
     affinity_BE: Tensor  # of s; gradient flows
     selected_BE: Tensor  # tokens that select the expert
@@ -24,9 +24,12 @@ class SequenceSums(NamedTuple):
 
 
 class RowMap(NamedTuple):
-    """Rows for some of the tokens' slots, ordered by a key. A slot is one expert or one rank of a token."""
+    """Rows for some of the tokens' slots, ordered by a key.
 
-    slots: Tensor  # int64 [rows]: each row's slot, an index into the tokens x n_slots slots
+    A slot stands for one token and one of its experts, or for one token and one rank.
+    """
+
+    slots: Tensor  # int64 [rows]: each row's slot, an index into tokens x n_slots
     n_slots: int  # per token
 
     def tokens(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""MLA's queries, keys and values joined in one pass, around cuDNN's attention or FlashAttention-4."""
+"""MLA: one pass that builds queries, keys and values, then cuDNN's attention or FlashAttention-4."""
 
 from collections.abc import Callable
 from functools import partial
@@ -15,7 +15,7 @@ HEADS = 8  # of one program
 
 @triton.jit
 def _rotate(x, cos, sin):
-    """Each interleaved pair of the columns rotated by its angle, fp32."""
+    """Rotate each interleaved pair of columns by its angle, in fp32."""
     even, odd = tl.split(tl.reshape(x.to(tl.float32), (x.shape[0], x.shape[1] // 2, 2)))
     return tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), x.shape)
 
@@ -38,7 +38,7 @@ def _join(
     N_BLOCK: tl.constexpr,
     HEADS: tl.constexpr,
 ):
-    """Rotate the queries' rotary part; put the keys together."""
+    """Rotate the queries' rotary part, and join both parts of the keys."""
     t = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
     n = tl.arange(0, N_BLOCK)[None, :]
@@ -88,7 +88,7 @@ def _split_gradients(
     V_BLOCK: tl.constexpr,
     HEADS: tl.constexpr,
 ):
-    """The transpose of `_join`: gradients of its inputs."""
+    """Compute the gradients of `_join`'s inputs."""
     t = tl.program_id(0).to(tl.int64)
     b = t // S
     position = t % S
@@ -119,7 +119,7 @@ def _split_gradients(
 
 
 def _strides_of(**tensors: Tensor) -> dict[str, int]:
-    """Return strides of [B, S, H, width] tensors: `q_batch`, `q_position` and `q_head` of a tensor q."""
+    """Return the strides of [B, S, H, width] tensors: for one named q, `q_batch`, `q_position`, `q_head`."""
     strides: dict[str, int] = {}
     for name, tensor in tensors.items():
         batch, position, head, _ = tensor.stride()
@@ -128,7 +128,7 @@ def _strides_of(**tensors: Tensor) -> dict[str, int]:
 
 
 class _Join(torch.autograd.Function):
-    """(rotated queries, keys, values); the values are a view of kv."""
+    """Return (rotated queries, keys, values); the values are a view of kv."""
 
     @staticmethod
     def forward(ctx, q_BSHQ, kv, k_rope_BSR, cos_SA, sin_SA):
@@ -198,7 +198,7 @@ def _cudnn(q_BSHQ: Tensor, k_BSHQ: Tensor, v_BSHV: Tensor, scale: float) -> Tens
 
 
 def _flash4(q_BSHQ: Tensor, k_BSHQ: Tensor, v_BSHV: Tensor, scale: float) -> Tensor:
-    """Call FlashAttention-4 directly: torch's entry to it needs values padded to the keys' width."""
+    """Call FlashAttention-4 directly: torch's own call of it needs values padded to the keys' width."""
     from flash_attn.cute import flash_attn_func
 
     out_BSHV, _ = flash_attn_func(q_BSHQ, k_BSHQ, v_BSHV, softmax_scale=scale, causal=True)
@@ -215,7 +215,7 @@ def _latent_attention(
     *,
     scale: float,
 ) -> Tensor:
-    if q_BSHQ.shape[1] == 1:  # a single token sees only itself; cuDNN refuses it
+    if q_BSHQ.shape[1] == 1:  # a single token sees only itself, and cuDNN refuses a single token
         return kv[..., q_BSHQ.shape[-1] - k_rope_BSR.shape[-1] :]
     q, k, v = _Join.apply(q_BSHQ, kv, k_rope_BSR, cos_SA, sin_SA)
     return attend(q, k, v, scale)

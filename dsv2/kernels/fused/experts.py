@@ -1,9 +1,9 @@
 """The routed experts (see dsv2/kernels/reference/experts.py) around torch's grouped product.
 
 A pair's weight multiplies its hidden activations in the pass that computes them: W2 (w h) = w (W2 h).
-Bringing rows back to the tokens is then a plain sum. The gradient of a weight is computed beside the
-activations, and the experts' outputs are not kept. Kept for the backward pass: the pairs' rows, and gate and
-up.
+The results of a token's pairs are then summed without weights. The gradient of a weight is computed together
+with the activations' gradient. The activations kept for the backward pass are the pairs' rows, gate and up,
+but not the experts' outputs.
 """
 
 from functools import partial
@@ -17,12 +17,15 @@ from dsv2.kernels.types import RowMap
 
 
 def _product(a: Tensor, b: Tensor, ends_E: Tensor) -> Tensor:
-    """Multiply rows by their group's matrix; or, for two transposed row sets, return one matrix per group."""
+    """Multiply rows by their group's matrix. With two transposed row sets, return one matrix per group."""
     return torch._grouped_mm(a, b, offs=ends_E)
 
 
 class _NoRows(torch.autograd.Function):
-    """No token chose an expert of this rank. Gradients are zeros, not missing: all ranks reduce the same."""
+    """Return zeros when no token chose an expert of this rank.
+
+    The gradients are zero, not missing, because all ranks must reduce the same tensors.
+    """
 
     @staticmethod
     def forward(ctx, x_XD, weights_XK, w13_E2FD, w2_EDF):
@@ -53,7 +56,7 @@ class _RoutedExperts(torch.autograd.Function):
         x_PD, w13_E2FD, w2_EDF, places_XK, ends_E, gate_up_P2F, weights_P = ctx.saved_tensors
         pairs = ctx.pairs
         grad_y_PD = copy_rows(grad_XD.contiguous(), pairs)
-        hidden_PF = _product(grad_y_PD, w2_EDF, ends_E)  # its gradient, then in the same memory itself
+        hidden_PF = _product(grad_y_PD, w2_EDF, ends_E)  # first its gradient, then hidden in the same memory
         assert not ctx.done, "the experts' backward pass runs once: it overwrites what the forward pass kept"
         ctx.done = True
         grad_weights_P = swiglu.backward_in_place(hidden_PF, *gate_up_P2F.chunk(2, dim=1), weights_P)
@@ -67,7 +70,7 @@ class _RoutedExperts(torch.autograd.Function):
 
 
 def weights_gradient(grad_weights_P: Tensor, pairs: RowMap, places_XK: Tensor) -> Tensor:
-    """Return the weights' gradient [X, K]. Rows after the last expert's are dropped pairs: zeros."""
+    """Return the weights' gradient [X, K], with zeros for dropped pairs: the rows after the last expert's."""
     grads = grad_weights_P.new_zeros(places_XK.numel()).index_copy_(0, pairs.slots, grad_weights_P)
     return grads.view_as(places_XK).where(places_XK >= 0, 0.0)
 

@@ -1,12 +1,12 @@
 """The routed experts with quack's grouped products, which apply SwiGLU before they write.
 
-A pair's weight comes last, in the sum over a token's pairs: w (W2 h). In the backward pass the product with
-W2 ends in three results: the gradients of gate and up, the weighted activations that W2's own gradient needs,
-and the gradient of the weight. quack interleaves gate and up within a row. `concat_layout` names the tensors
-in which all of gate comes before all of up: w13 and its gradient. Kept for the backward pass: the pairs'
-rows, and gate and up.
+A pair's weight is applied last, in the sum over a token's pairs: w (W2 h). In the backward pass the product
+with W2 also computes the gradients of gate and up, and the gradient of the weight. It returns the weighted
+activations too, which the gradient of W2 needs. The activations kept for the backward pass are the pairs'
+rows, gate and up.
 
-The P rows of the pairs are followed by some spare ones.
+quack interleaves gate and up within a row. `concat_layout` names the tensors in which all of gate comes
+before all of up: w13 and its gradient. Tensors of P rows have spare rows after those of the pairs.
 """
 
 from functools import partial
@@ -23,7 +23,8 @@ from dsv2.kernels.types import RowMap
 # quack caches a plan per shape. Rounding the number of pairs up to a multiple of SPARE keeps the number of
 # shapes small.
 SPARE = 2048
-# SwiGLU's backward pass needs registers: 2.5 ms, with quack's own choice 3.6 (196608 pairs, V2-Lite, H200).
+# Narrow tiles, because SwiGLU's backward pass needs registers: 2.5 ms, against 3.6 ms with quack's own choice
+# (196608 pairs, V2-Lite, H200).
 NARROW = GemmConfig(tile_m=128, tile_n=128, pingpong=True, is_dynamic_persistent=False, cluster_m=2)
 
 

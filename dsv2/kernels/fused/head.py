@@ -16,7 +16,7 @@ BLOCK = 4096
 
 @triton.jit
 def _cross_entropy(logits, labels, losses, scale, vocab, row_step, BLOCK: tl.constexpr):
-    """A row's loss; the row becomes scale * (softmax - onehot)."""
+    """Compute a row's loss, and overwrite the row with scale * (softmax - onehot)."""
     row = tl.program_id(0).to(tl.int64)
     logits += row * row_step
     label = tl.load(labels + row)
@@ -76,11 +76,11 @@ class _HeadLoss(torch.autograd.Function):
             torch.mm(logits, weight_vocab_D, out=grad_hidden_TD[part])
             if tokens <= HEAD_CHUNK:
                 grad_weight = torch.mm(logits.t(), hidden)
-            elif grad_weight is None:  # several terms are summed in fp32
+            elif grad_weight is None:  # a sum over several chunks is kept in fp32
                 grad_weight = torch.mm(logits.t(), hidden, out_dtype=torch.float32)
             else:
                 torch.addmm(grad_weight, logits.t(), hidden, out_dtype=torch.float32, out=grad_weight)
-            del logits  # before the next chunk's are made
+            del logits  # before the next chunk's logits are allocated
         ctx.save_for_backward(grad_hidden_TD, grad_weight.to(weight_vocab_D.dtype))
         return losses_T.mean()
 

@@ -1,4 +1,4 @@
-"""Matrices with a common input, whose gradients are summed in the products."""
+"""Products of several matrices with one input. The backward products sum the input's gradient themselves."""
 
 import torch
 from torch import Tensor

@@ -8,7 +8,7 @@ from torch import Tensor
 from dsv2.kernels.reference import norm as reference
 
 ADDED = 2048  # elements of one program of the sum
-PROGRAMS = 1056  # of the backward pass, 8 per multiprocessor of a Hopper; each sums a weight gradient
+PROGRAMS = 1056  # of the backward pass: 8 per multiprocessor of a Hopper GPU; each sums a weight gradient
 
 
 @triton.jit
@@ -112,7 +112,7 @@ def _norm(x: Tensor, change: Tensor | None, weight: Tensor, eps: float) -> tuple
 def _norm_backward(
     grad: Tensor, grad_total: Tensor | None, rows: Tensor, weight: Tensor, inverse_rms: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients of x (and of what was added to it) as rows, and of the weight."""
+    """Return the gradient of x, as rows, and that of the weight. The added term has the gradient of x."""
     n_rows, width = rows.shape
     grad_x = rows.new_empty(rows.shape)
     programs = min(n_rows, PROGRAMS)
@@ -188,5 +188,5 @@ def add_rms_norm(x: Tensor, change: Tensor | None, weight: Tensor, eps: float) -
 
 
 def add_up(x: Tensor, *terms: Tensor) -> Tensor:
-    """Sum three tensors in one pass; torch needs no help with two."""
+    """Sum three tensors in one pass. torch sums two in one pass itself."""
     return _AddUp.apply(x, *terms) if len(terms) == 2 else reference.add_up(x, *terms)

@@ -1,8 +1,8 @@
 """The router's choice and its sums, one pass each (see dsv2/kernels/reference/router.py).
 
 The product with the centroids multiplies in bf16 and sums in fp32. This is as exact as a cast of both to
-fp32. Experts are columns. Each group gets a power of 2 of them, so that a group's best is a reduction over
-one dimension. Of equal affinities the lower column wins.
+fp32. Experts are columns. Each group is padded to a power of 2 columns, so that a group's best is a reduction
+over one dimension. Of equal affinities the lower column wins.
 """
 
 import torch
@@ -31,7 +31,7 @@ def _select(
     SIZE: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Softmax over all experts, then the K best of the M best groups."""
+    """Compute the softmax over all experts, and choose the K best experts of the M best groups."""
     t = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, GROUPS * SIZE)
     each: tl.constexpr = E // G
@@ -80,7 +80,7 @@ def _select_backward(
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Gradient of the logits as a sum of two bf16: the first its rounding, the second what that lost."""
+    """Compute the logits' gradient as a sum of two bf16 tensors: its rounding and the rounding error."""
     t = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)
     inside = (t < T)[:, None] & (column < E)[None, :]
@@ -114,7 +114,7 @@ def _sums(
     GROUPS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """The sums over some tokens of one sequence: affinity, selected, sent, entropy, top1."""
+    """Sum over some tokens of one sequence: affinity, selected, sent, entropy, top1."""
     sequence = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     row = part * ROWS + tl.arange(0, ROWS)

@@ -1,4 +1,4 @@
-"""Rows that move (see dsv2/kernels/reference/rows.py): one pass over the bytes, no atomics, fp32 sums."""
+"""Move rows (see dsv2/kernels/reference/rows.py): one pass over the bytes, no atomics, fp32 sums."""
 
 import torch
 import triton
@@ -48,7 +48,7 @@ def _sum(
 
 @triton.jit
 def _histogram(keys, counts, n_slots, KEYS: tl.constexpr, SORTED: tl.constexpr):
-    """How often each key occurs in a block of consecutive slots."""
+    """Count how often each key occurs in a block of consecutive slots."""
     block = tl.program_id(0)
     n = block * SORTED + tl.arange(0, SORTED)
     key = tl.load(keys + n, mask=n < n_slots, other=KEYS - 1).to(tl.int32)
@@ -69,7 +69,7 @@ def _place(
     SORTED: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """Each slot's row: after those of lower keys, of earlier blocks, and of earlier slots of its block."""
+    """Find each slot's row: after the rows of lower keys, earlier blocks, and earlier slots of its block."""
     block = tl.program_id(0)
     blocks = tl.num_programs(0)
     index = tl.arange(0, SORTED)
@@ -130,10 +130,10 @@ def rows_of_slots(rows: RowMap, n_tokens: int) -> Tensor:
 
 
 def copy_rows(x_TD: Tensor, rows: RowMap, length: int | None = None) -> Tensor:
-    """Return a copy of its token for each row, [rows, D]; no gradient.
+    """Return, for each row, a copy of its token's hidden state, [rows, D]; no gradient.
 
     Args:
-        length: rows of the result; those after the last row are uninitialised. None: as many as there are.
+        length: rows of the result; None means as many as `rows` has. Additional rows are uninitialised.
     """
     n_rows = len(rows.slots)
     width = x_TD.shape[1]
@@ -146,7 +146,7 @@ def copy_rows(x_TD: Tensor, rows: RowMap, length: int | None = None) -> Tensor:
 
 
 def add_rows(y: Tensor, places: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Return the sum of each token's rows of y, times their fp32 weights if given, [T, D]; no gradient.
+    """Return [T, D], the sum of each token's rows of y, times their fp32 weights if any; no gradient.
 
     Args:
         places: each slot's row, int32 [T, slots per token].

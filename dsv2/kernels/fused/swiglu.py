@@ -45,7 +45,7 @@ def _backward(
     HAS_WEIGHT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """In place: the gradient becomes the forward pass's result, gate and up become their gradients."""
+    """Overwrite the gradient with the forward pass's result, and gate and up with their gradients."""
     row = tl.program_id(0).to(tl.int64)
     factor = 1.0
     if HAS_WEIGHT:
@@ -90,7 +90,7 @@ def forward(gate: Tensor, up: Tensor, weight: Tensor | None) -> Tensor:
 
 
 def backward_in_place(grad: Tensor, gate: Tensor, up: Tensor, weight: Tensor | None) -> Tensor | None:
-    """Replace gate and up [rows, F] by their gradients, and `grad` by the forward pass's result.
+    """Overwrite gate and up [rows, F] with their gradients, and `grad` with the forward pass's result.
 
     Rows of gate and up may be strided.
 
@@ -116,7 +116,7 @@ def backward_in_place(grad: Tensor, gate: Tensor, up: Tensor, weight: Tensor | N
 
 
 class _SwiGLU(torch.autograd.Function):
-    """Keeps x, gate and up. Their product is recomputed in the backward pass that reads them anyway."""
+    """Keeps x, gate and up. The backward pass reads gate and up anyway, and recomputes their product."""
 
     @staticmethod
     def forward(ctx, x: Tensor, gate_FD: Tensor, up_FD: Tensor, down_DF: Tensor) -> Tensor:
@@ -135,7 +135,7 @@ class _SwiGLU(torch.autograd.Function):
         x, gate_FD, up_FD, down_DF, gate_TF, up_TF = ctx.saved_tensors
         x_TD = x.flatten(0, -2)
         grad_TD = grad.flatten(0, -2)
-        hidden_TF = torch.mm(grad_TD, down_DF)  # its gradient, then in the same memory itself
+        hidden_TF = torch.mm(grad_TD, down_DF)  # first its gradient, then hidden in the same memory
         backward_in_place(hidden_TF, gate_TF, up_TF, None)
         grads = [gate_TF, up_TF]
         grad_down = torch.mm(grad_TD.t(), hidden_TF)

@@ -1,7 +1,7 @@
 """One AdamW step (Loshchilov & Hutter, arXiv 1711.05101) on a range of a parameter, and the norm before it.
 
 All arithmetic is fp32. States kept in bf16 are rounded stochastically. Rounding to nearest would lose every
-update below a 256th of its weight, which most updates of a long run are.
+update smaller than 1/256 of its weight. In a long run, most updates are that small.
 """
 
 import torch
@@ -58,5 +58,9 @@ def random_bits(hyper: AdamWStep, first: int, count: int, device: torch.device) 
 
 
 def round_stochastically(x: Tensor, bits: Tensor) -> Tensor:
-    """Return x as bf16: one of its two neighbours, the nearer one more often. `bits`: 16 random ones each."""
+    """Return x as bf16: one of its two neighbours, the nearer one more often.
+
+    Args:
+        bits: 16 random bits per element.
+    """
     return ((x.view(torch.int32) + bits.int()) & -0x10000).view(torch.float32).bfloat16()

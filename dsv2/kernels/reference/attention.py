@@ -17,7 +17,7 @@ def causal_attention(q_BSHQ: Tensor, k_BSHQ: Tensor, v_BSHV: Tensor, scale: floa
     """Return softmax(q k^T * scale) v, [B, S, H, V]. A position sees itself and those before it."""
     v_dim = v_BSHV.shape[-1]
     if q_BSHQ.device.type == "cpu" and v_dim < q_BSHQ.shape[-1]:
-        # torch's fused CPU attention needs equal widths; zero columns change no other column.
+        # torch's fused CPU attention needs equal widths. Zero columns do not change the other columns.
         v_BSHV = F.pad(v_BSHV, (0, q_BSHQ.shape[-1] - v_dim))
     out_BHSV = F.scaled_dot_product_attention(
         q_BSHQ.transpose(1, 2), k_BSHQ.transpose(1, 2), v_BSHV.transpose(1, 2), is_causal=True, scale=scale

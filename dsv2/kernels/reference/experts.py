@@ -8,11 +8,11 @@ from dsv2.kernels.reference.rows import gather_rows, map_rows, sum_rows
 
 
 def grouped_swiglu(x_PD: Tensor, counts_E: Tensor, w13_E2FD: Tensor, w2_EDF: Tensor) -> Tensor:
-    """Return W2 (silu(W1 x) * W3 x) with each row's expert, [P, D].
+    """Return W2 (silu(W1 x) * W3 x) with the matrices of each row's expert, [P, D].
 
-    `counts[e]` consecutive rows belong to expert e; all rows after them give zeros. `w13` holds W1 (gate)
-    above W3 (up), so that one product serves both. An expert without rows still takes part in the graph. Its
-    gradient is zero, not missing, and every rank reduces the same tensors.
+    `counts[e]` consecutive rows belong to expert e. The rows after the last expert's give zeros. `w13` holds
+    W1 (gate) above W3 (up), so that one product serves both. An expert without rows still takes part in the
+    graph. Its gradient is zero, not missing, so every rank reduces the same tensors.
     """
     counts = counts_E.tolist()
     rest = len(x_PD) - sum(counts)

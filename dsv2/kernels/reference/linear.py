@@ -1,4 +1,4 @@
-"""Several matrices that multiply the same input."""
+"""Products of several matrices with the same input."""
 
 import torch.nn.functional as F
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""RMSNorm (Zhang & Sennrich, arXiv 1910.07467), alone and in the residual stream, and the stream's sums."""
+"""RMSNorm (Zhang & Sennrich, arXiv 1910.07467), alone and with the residual sum; and plain sums."""
 
 import torch.nn.functional as F
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""Device-limited routing (arXiv 2405.04434, eqs. 21-22 and section 2.2.2), and sums over its outcome."""
+"""Device-limited routing (arXiv 2405.04434, eqs. 21-22 and section 2.2.2), and sums over its result."""
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +8,7 @@ from dsv2.kernels.types import Routing, SequenceSums
 
 
 def _top_indices(scores: Tensor, k: int) -> Tensor:
-    """Indices of the k largest scores of each row; ties go to the lower index, on every device."""
+    """Return the indices of the k largest scores of each row. Ties go to the lower index, on every device."""
     return scores.sort(dim=-1, descending=True, stable=True).indices[..., :k]
 
 
@@ -16,7 +16,7 @@ def route(x_TD: Tensor, centroids_ED: Tensor, top_k: int, n_group: int, topk_gro
     """Select K experts per token within the M = `topk_group` groups of highest affinity.
 
     Affinities are a softmax over ALL routed experts, in fp32 whatever the dtype of x. A group's score is the
-    MAX of its experts' affinities. The experts of group g are the g-th block of E / G consecutive ones.
+    MAX of its experts' affinities. Group g holds the g-th block of E / G consecutive experts.
     Gradients flow through the affinities, not through the selection.
     """
     affinity_TE = F.linear(x_TD.float(), centroids_ED.float()).softmax(dim=-1)
