@@ -1,10 +1,14 @@
-"""Train a DeepSeek-V2-style model: configuration, then build, then the loop.
+"""Train a DeepSeek-V2-style model: read the configuration, build the model, run the loop.
 
     torchrun --standalone --nproc_per_node=2 train.py experiment=quickstart optim.lr=1e-3
 
-Every field of the configuration is explained in dsv2/config/schema.py. Exit codes: 0 finished, or stopped by
-SIGTERM, SIGINT or stop_step after saving; 1 an error; 2 a mistake in the configuration or the data;
-3 the loss is no longer a number; 130 interrupted before training began.
+dsv2/config/schema.py explains every field of the configuration. Exit codes:
+
+    0    finished, or stopped by SIGTERM, SIGINT or stop_step after saving
+    1    an error
+    2    a mistake in the configuration or the data
+    3    the loss is no longer a number
+    130  interrupted before training began
 """
 
 import os
@@ -37,7 +41,7 @@ def train(config: Config) -> None:
     """Build, train and evaluate the model: the whole job of this rank."""
     rank, world_size = launched_ranks()
     validate(config, world_size)
-    # Torch and DeepSpeed take seconds to import: they wait until the configuration makes sense.
+    # Torch and DeepSpeed take seconds to import, so the configuration is validated first.
     with without_warnings_logged():
         from data.streams.sources import build_stream
         from dsv2.checkpoint.state import RunState
@@ -53,9 +57,9 @@ def train(config: Config) -> None:
         from dsv2.training.schedule import plan_steps
         from dsv2.training.signals import StopSignals
 
-    # Mistakes in the files are found before any process group exists.
+    # Mistakes in files are reported before any process group exists.
     device = pick_device(config, local_processes())
-    store, found, weights = find_start(config)
+    store, checkpoint, weights = find_start(config)
     _lock = claim(config.run_dir) if rank == 0 else None
 
     mesh = start_mesh(ParallelPlan.of(config.parallel, world_size), rank, device)
@@ -63,7 +67,7 @@ def train(config: Config) -> None:
     engine = Engine(model, config.optim, config.parallel, config.runtime, mesh)
     stream = build_stream(config.data, config.model.vocab_size, mesh[Dim.dp])
     evaluator = Evaluator(engine, config)
-    loaded = engine.load(store, found) if found else None
+    loaded = engine.load(store, checkpoint) if checkpoint else None
     state = loaded.state if loaded else RunState()
     if state.data is not None:
         stream.load_state_dict(state.data)
@@ -79,15 +83,15 @@ def train(config: Config) -> None:
             result = engine.train_step(batches, plan.lr)
             state = state.after(plan.step + 1, plan.tokens_after)
             monitor.step(plan, result)  # raises Diverged
-            last = state.tokens >= config.optim.total_tokens or stop.requested()
-            if due(config.eval.every, state.step) and not last:
+            is_last = state.tokens >= config.optim.total_tokens or stop.requested()
+            if is_due(config.eval.every, state.step) and not is_last:
                 monitor.evaluation(state.step, evaluator.evaluate())
-                last = stop.requested()
-            last = last or state.step == config.stop_step
-            if due(config.checkpoint.every, state.step) or last:
+                is_last = stop.requested()
+            is_last = is_last or state.step == config.stop_step
+            if is_due(config.checkpoint.every, state.step) or is_last:
                 state = replace(state, data=stream.state_dict())
-                monitor.saved(save(store, engine, state, must_succeed=last))
-            if last:
+                monitor.saved(save(store, engine, state, must_succeed=is_last))
+            if is_last:
                 break
         if state.tokens >= config.optim.total_tokens:
             monitor.final(evaluator.evaluate(), evaluator.sample())
@@ -95,10 +99,10 @@ def train(config: Config) -> None:
 
 
 def save(store: "CheckpointStore", engine: "Engine", state: "RunState", *, must_succeed: bool) -> str | None:
-    """Save a checkpoint and return why it failed, if it did: older checkpoints are untouched.
+    """Save a checkpoint. Return None, or why saving failed; older checkpoints are untouched either way.
 
     Raises:
-        CheckpointError: it failed and `must_succeed`.
+        CheckpointError: saving failed and `must_succeed` is True.
     """
     try:
         engine.save(store, state)
@@ -109,32 +113,32 @@ def save(store: "CheckpointStore", engine: "Engine", state: "RunState", *, must_
     return None
 
 
-def due(every: int, step: int) -> bool:
-    """Return whether a job that runs every so many steps (0: never) runs after this step."""
+def is_due(every: int, step: int) -> bool:
+    """Return whether a job that runs every `every` steps runs after this one; 0 means never."""
     return every > 0 and step % every == 0
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def command_line(composed: DictConfig) -> None:
-    """Hydra's entry: expected errors become one line and an exit code, others keep their traceback."""
+    """Run as Hydra's entry. Print an expected error as one line and exit; let others show their traceback."""
     try:
         config = to_config(composed)
         with memory_explained(config):
             train(config)
     except COMPOSITION_ERRORS as error:
         end(explain(error, sys.argv[1:]), ExitCode.mistake)
-    except KeyboardInterrupt:  # while training it asks for a stop; here training has not begun
+    except KeyboardInterrupt:  # during training, Ctrl-C sets a flag and does not raise
         end(UserError("interrupted before training began; nothing was changed"), ExitCode.interrupted)
     except EXPECTED as error:
-        # All ranks find CheckpointError and Diverged at the same place.
+        # All ranks raise CheckpointError and Diverged at the same point, so they can leave together.
         end(error, exit_code(error), together=isinstance(error, CheckpointError | Diverged))
 
 
 if __name__ == "__main__":
     register_schema()
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises errors of composition instead of printing them
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra raises composition errors instead of printing them
     try:
-        check_command_line(sys.argv[1:], hydras_own=True)
+        check_command_line(sys.argv[1:], read_by_hydra=True)
         check_shown(sys.argv[1:])
         command_line()
     except COMPOSITION_ERRORS as mistake:

@@ -1,4 +1,4 @@
-"""`python -m dsv2 VERB`: the list of verbs. Each is a file of dsv2/cli."""
+"""The entry of `python -m dsv2 VERB`, and the list of verbs. Each verb is a file of dsv2/cli."""
 
 import sys
 

@@ -1,6 +1,6 @@
 """The exceptions that end a run with one message instead of a traceback.
 
-`UserError` comes from `data`, which imports nothing from dsv2. Importing it from here gives the same class.
+`UserError` is defined in `data`, which imports nothing from dsv2. This module exports the same class.
 """
 
 from data.errors import OneRankError, UserError
@@ -9,11 +9,11 @@ __all__ = ["CheckpointError", "Diverged", "OneRankError", "PeerLost", "UserError
 
 
 class Diverged(Exception):
-    """The loss or the gradient is no longer a number; the text names the step. Exit code 3."""
+    """The loss or the gradient is no longer a number; the message names the step. Exit code 3."""
 
 
 class CheckpointError(Exception):
-    """A checkpoint could not be written; earlier ones are untouched. Exit code 1 if it was the last."""
+    """A checkpoint could not be written; earlier ones are untouched. Exit code 1 if it was the last one."""
 
 
 class PeerLost(RuntimeError):

@@ -6,7 +6,7 @@ _SUFFIXES = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K"))
 
 
 def fmt_count(number: float) -> str:
-    """A count or a rate for people: 812, 9.5, 12.3K, 3.2M, 15.7B, 1.5T."""
+    """Return a count or a rate as text: 812, 9.5, 12.3K, 3.2M, 15.7B, 1.5T."""
     if not math.isfinite(number):
         return str(number)
     for size, suffix in _SUFFIXES:
@@ -17,7 +17,7 @@ def fmt_count(number: float) -> str:
 
 
 def fmt_time(seconds: float | None) -> str:
-    """A duration in seconds as h:mm:ss, from a day on as 2d 03:04:05; None or not finite is "?"."""
+    """Return a duration as text: h:mm:ss, 2d 03:04:05 from one day on, "?" for None, NaN or infinity."""
     if seconds is None or not math.isfinite(seconds):
         return "?"
     minutes, second = divmod(round(max(seconds, 0.0)), 60)

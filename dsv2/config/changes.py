@@ -1,4 +1,4 @@
-"""Which options differ between two configurations."""
+"""List the options that differ between two configurations."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from dsv2.config.compose import to_plain
 from dsv2.config.renamed import with_new_names
 from dsv2.config.schema import Config
 
-# These say where a run is and how far it goes this time, not how it trains.
+# Options that say where a run is and how far this call takes it, but not how it trains.
 _OF_THE_CALL = {"name", "runs_dir", "resume", "new_stage", "init_from", "stop_step"}
 
 
@@ -14,14 +14,14 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Return each option whose value has changed, as `optim.lr 0.001 -> 0.0005`, written as in overrides.
 
     Args:
-        before: what `to_plain` made, perhaps in an older version; a field that it lacks had its default.
-        now: what `to_plain` made.
+        before: a result of `to_plain`, perhaps of an older version. A field that it lacks had its default.
+        now: a result of `to_plain`.
     """
     old = _flat(to_plain(Config())) | _flat(with_new_names(before))
     new = _flat(now)
     names = [name for name in dict.fromkeys([*new, *old]) if name not in _OF_THE_CALL]
     values = [(name, old.get(name), new.get(name)) for name in names]
-    unused = {"seed": " (which only the first weights depend on)"}
+    unused = {"seed": " (only the initial weights depend on it)"}
     return [f"{n} {_written(a)} -> {_written(b)}{unused.get(n, '')}" for n, a, b in values if a != b]
 
 

@@ -1,4 +1,4 @@
-"""From conf/ and overrides to `Config`, and from `Config` to plain values and back."""
+"""Compose conf/ and overrides into a `Config`, and convert a `Config` to plain values and back."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from dsv2.config.renamed import with_new_names
 from dsv2.config.schema import Config
 from dsv2.errors import UserError
 
-# What a value that must be given looks like in messages.
+# How messages show the value of a field that must be given.
 _WANTED = {"data.path": "FOLDER with a folder that `python -m data.prepare` wrote"}
 
 
@@ -52,7 +52,7 @@ def to_config(composed: DictConfig) -> Config:
 
 
 def compose_config(overrides: list[str]) -> Config:
-    """Return the configuration that train.py would have with these overrides; for other command lines.
+    """Return the configuration that train.py would have with these overrides; other commands call this.
 
     Raises:
         UserError: an override is wrong.
@@ -89,7 +89,7 @@ def to_plain(config: Config) -> dict[str, Any]:
 
 
 def from_plain(plain: dict[str, Any]) -> Config:
-    """Return what `to_plain` made, typed again; a field that an older version lacked has its default.
+    """Return the typed configuration for a result of `to_plain`; a field that it lacks gets its default.
 
     Raises:
         UserError: a field does not exist, or a value has the wrong type.

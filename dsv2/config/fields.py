@@ -1,6 +1,7 @@
 """List the configuration: every field with its type, default and comment, and the groups of conf/.
 
-The comments are read from the source of the dataclasses, so they are written once. Imports no Hydra.
+The comments are read from the source of the dataclasses, so they are written once. This module imports no
+Hydra.
 """
 
 import ast
@@ -45,13 +46,13 @@ def field_types() -> dict[str, Any]:
 
 
 def _section(hint: Any) -> type | None:
-    """Return the dataclass that a field holds, also if it may be None; None for a single value."""
+    """Return a section's dataclass, even if the section may be null; return None for any other field."""
     parts = [part for part in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(part)]
     return typing.cast(type, parts[0]) if parts else None
 
 
 def field_docs(cls: type = Config, prefix: str = "") -> Iterator[FieldDoc]:
-    """Yield every field below a dataclass that holds a value; a section that may be null counts as one."""
+    """Yield every field of a dataclass and its sections. A section that may be null is itself a field."""
     hints = typing.get_type_hints(cls)
     texts = comments(cls)
     for field in dataclasses.fields(cls):
@@ -64,22 +65,22 @@ def field_docs(cls: type = Config, prefix: str = "") -> Iterator[FieldDoc]:
 
 
 def comments(cls: type) -> dict[str, str]:
-    """Return each field's comment: the lines directly above it, then the one behind it."""
+    """Return each field's comment: the lines directly above it, then the comment after it on its line."""
     source = textwrap.dedent(inspect.getsource(cls))
     by_line: dict[int, str] = {}
-    alone: set[int] = set()
+    comment_lines: set[int] = set()
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
             by_line[token.start[0]] = token.string.lstrip("# ")
             if not token.line[: token.start[1]].strip():
-                alone.add(token.start[0])
+                comment_lines.add(token.start[0])
     texts: dict[str, str] = {}
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.AnnAssign) or not isinstance(node.target, ast.Name):
             continue
         assert node.end_lineno is not None
         first = node.lineno
-        while first - 1 in alone:
+        while first - 1 in comment_lines:
             first -= 1
         lines = [by_line[line] for line in range(first, node.end_lineno + 1) if line in by_line]
         if lines:
@@ -113,13 +114,13 @@ def _default(field: "dataclasses.Field[Any]") -> str:
 
 
 def options_of(group: str) -> list[str]:
-    """Return what `group=` may be, in folders within it too, except the `common.yaml` that options share."""
+    """Return a group's options, also those in subfolders. `common.yaml` is not one: options share it."""
     files = sorted((CONF / group).rglob("*.yaml"))
     return [f.relative_to(CONF / group).with_suffix("").as_posix() for f in files if f.stem != "common"]
 
 
 def option_text(group: str, option: str) -> str:
-    """Return the comment that an option's file begins with; its first sentence."""
+    """Return the first sentence of the comment that an option's file begins with."""
     lines = []
     for line in (CONF / group / f"{option}.yaml").read_text().splitlines():
         if not line.startswith("#"):

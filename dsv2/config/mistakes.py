@@ -1,4 +1,4 @@
-"""From a mistake in the configuration to one line that names the field and suggests what would be right."""
+"""Turn a mistake in the configuration into one line that names the field and suggests what would be right."""
 
 import difflib
 import re
@@ -11,44 +11,44 @@ from dsv2.config.fields import field_types, options_of, type_text
 from dsv2.config.renamed import FIELDS, OPTIONS
 from dsv2.errors import UserError
 
-# What composing and converting a configuration raise for mistakes in it.
+# What Hydra and OmegaConf raise for a mistake in a configuration.
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException)
 
-SHORT = {  # what the planner calls these fields
+SHORT = {  # the planner's short names
     "ep": "parallel.expert_parallel_size",
     "zero": "parallel.zero_stage",
     "micro_batch": "runtime.micro_batch_size",
 }
 
 
-def unknown_key(key: str, given: str | None = None, words: Collection[str] = ()) -> str:
-    """The message for a key that no field has, with the nearest field that exists.
+def unknown_key(key: str, override: str | None = None, words: Collection[str] = ()) -> str:
+    """Return the message for a key that is no field; it suggests the nearest field.
 
     Args:
         key: dotted name.
-        given: the override as it was written, where it is known.
+        override: the override as the user wrote it, if it is known.
         words: further keys that the command line takes.
     """
     if key in FIELDS:
-        return f"{given or key}: this field is now {FIELDS[key]}"
+        return f"{override or key}: this field is now {FIELDS[key]}"
     names = [*words, *field_types()]
     last = key.split(".")[-1]
     near = [SHORT[key]] if key in SHORT else difflib.get_close_matches(key, names, n=1, cutoff=0.7)
     if not near:  # the right name in the wrong section, such as lr for optim.lr
         leaf = difflib.get_close_matches(last, [n.split(".")[-1] for n in names], n=1, cutoff=0.7)
         near = [n for n in names if leaf and n.split(".")[-1] == leaf[0]]
-    hint = f"did you mean {near[0]}?" if near else "see train.py --cfg job for the fields there are"
-    if last in ("steps", "max_steps", "num_steps", "train_steps", "epochs", "max_epochs"):  # as others say
-        hint = "optim.total_tokens is how long, stop_step stops earlier"
-    return f"{given or key}: there is no such field; {hint}"
+    hint = f"did you mean {near[0]}?" if near else "train.py --cfg job lists all fields"
+    if last in ("steps", "max_steps", "num_steps", "train_steps", "epochs", "max_epochs"):
+        hint = "optim.total_tokens sets the length of a run, stop_step stops it earlier"
+    return f"{override or key}: there is no such field; {hint}"
 
 
-def check_command_line(overrides: list[str], hydras_own: bool = False) -> None:
-    """Refuse `model=null`, `+optim=1` and the like, which Hydra answers with a traceback, and sweeps.
+def check_command_line(overrides: list[str], read_by_hydra: bool = False) -> None:
+    """Refuse sweeps, and overrides such as `model=null` or `+optim=1`, which Hydra answers with a traceback.
 
-    Options such as --cfg job, and their words, are let through where the command line is `hydras_own`.
+    On a command line that is `read_by_hydra`, Hydra's options pass, such as --cfg job.
     """
-    asks_hydra = hydras_own and any(override.startswith("-") for override in overrides)
+    asks_hydra = read_by_hydra and any(override.startswith("-") for override in overrides)
     for override in overrides:
         if override in ("-m", "--multirun"):
             raise UserError(f"{override}: {ONE_RUN}")
@@ -61,9 +61,9 @@ def check_command_line(overrides: list[str], hydras_own: bool = False) -> None:
             raise UserError(f"{override}: must be written as name=value, such as experiment=quickstart")
         if override in OPTIONS:
             raise UserError(f"{override}: this option is now {OPTIONS[override]}")
-        found = re.fullmatch(r"[+~]*(model|rope_scaling|data|optim|runtime|logging)=(.*)", override)
-        if found and (override[0] in "+~" or not re.fullmatch(r"(?!null$)[A-Za-z]\w*", found[2])):
-            raise UserError(f"{override}: must name a file of conf/{found[1]}, without .yaml")
+        choice = re.fullmatch(r"[+~]*(model|rope_scaling|data|optim|runtime|logging)=(.*)", override)
+        if choice and (override[0] in "+~" or not re.fullmatch(r"(?!null$)[A-Za-z]\w*", choice[2])):
+            raise UserError(f"{override}: must name a file of conf/{choice[1]}, without .yaml")
         if re.match(r"\+*model\.rope_scaling(\.\w+)?=(?!null$)", override) and not any(
             re.match(r"rope_scaling=(?!none$)|experiment=", other) for other in overrides
         ):
@@ -71,17 +71,17 @@ def check_command_line(overrides: list[str], hydras_own: bool = False) -> None:
 
 
 ONE_RUN = (
-    "a job trains one model; start one for each value, such as: "
+    "a job trains one model; start one job per value, such as: "
     "for lr in 1e-3 2e-3; do launch/local.sh name=lr-$lr optim.lr=$lr; done"
 )
 
 
 def explain(error: Exception, overrides: list[str]) -> UserError:
-    """One message, naming the field, for what Hydra and OmegaConf raise while composing.
+    """Return one message that names the field, for an error that Hydra or OmegaConf raised while composing.
 
     Args:
         error: the exception.
-        overrides: the command line's arguments, to quote the one at fault.
+        overrides: the command line's arguments; the message quotes the wrong one.
     """
     if isinstance(error, MissingConfigException) and error.options is not None:
         group, _, option = (error.missing_cfg_file or "").partition("/")
@@ -92,16 +92,16 @@ def explain(error: Exception, overrides: list[str]) -> UserError:
     text = f"{error}\n{error.__cause__ or ''}"
     if "--multirun" in text:
         return UserError(f"{next((o for o in overrides if ',' in o), 'overrides')}: {ONE_RUN}")
-    found = re.search(r"Could not override '([^'@]+)", text) or re.search(r"full_key: (\S+)", text)
-    if found is None:
+    match = re.search(r"Could not override '([^'@]+)", text) or re.search(r"full_key: (\S+)", text)
+    if match is None:
         return UserError(" ".join(str(error).split("\nSee https")[0].split()))
-    key = re.sub(r"\[\d+\]$", "", found.group(1))  # an item of a list is its field's
-    given = next((o for o in overrides if o.lstrip("+~").startswith(f"{key}=")), None)
+    key = re.sub(r"\[\d+\]$", "", match.group(1))  # for an item of a list, name the list's field
+    override = next((o for o in overrides if o.lstrip("+~").startswith(f"{key}=")), None)
     if key not in field_types():
-        return UserError(unknown_key(key, given))
+        return UserError(unknown_key(key, override))
     reason = str(error.__cause__ or error).splitlines()[0].split("composing config: ")[-1]
     expected = type_text(field_types()[key])
     hint = ""
-    if expected == "int" and given and re.fullmatch(r"[\d.]+e\+?\d+", value := given.split("=", 1)[1]):
+    if expected == "int" and override and re.fullmatch(r"[\d.]+e\+?\d+", value := override.split("=", 1)[1]):
         hint = f"; write it out: {key}={float(value):_.0f}"
-    return UserError(f"{given or key}: {reason} (expected {expected}{hint})")
+    return UserError(f"{override or key}: {reason} (expected {expected}{hint})")

@@ -1,4 +1,4 @@
-"""Fields and options that have moved: their new names, for messages and for configurations saved before."""
+"""The new names of fields and options that have moved, for messages and for configurations saved earlier."""
 
 from copy import deepcopy
 from typing import Any

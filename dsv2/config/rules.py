@@ -1,4 +1,4 @@
-"""Checks of single values: each refuses a value with the name of its field and what would be right."""
+"""Checks of single values. Each refuses a value with the name of its field and what would be right."""
 
 import math
 from typing import NoReturn

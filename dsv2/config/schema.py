@@ -1,6 +1,6 @@
 """Every field of the configuration with its type and default; the only place where defaults are written.
 
-The comment directly above a field and the one behind it are what `python -m dsv2 train --help` prints. Hydra
+`python -m dsv2 train --help` prints the comments directly above a field and after it on its line. Hydra
 composes `conf/` into these dataclasses (dsv2/config/compose.py). Then dsv2/training/validate.py refuses
 impossible combinations. This module imports neither torch nor Hydra.
 """
@@ -39,7 +39,7 @@ class BalanceConfig:
     token_dropping: bool = False  # drop tokens beyond a device's capacity, in training only
     capacity_factor: float = 1.0  # a device's capacity divided by its average load
     exempt_fraction: float = 0.1  # share of sequences whose tokens are never dropped, 0 to 1
-    exempt_seed: int = 0  # seed that chooses these sequences
+    exempt_seed: int = 0  # seed that chooses the exempt sequences
 
 
 @dataclass
@@ -50,7 +50,7 @@ class RopeScalingConfig:
     original_max_position_embeddings: int = 4096  # the context of earlier training, tokens
     # pairs that rotate more often than this over the original context keep their speed
     beta_fast: float = 32.0
-    # pairs that rotate less often are slowed down s times; between the two lies a ramp
+    # pairs that rotate less often than this are slowed down s times; between the two limits lies a ramp
     beta_slow: float = 1.0
     mscale: float = 0.707  # cos and sin are multiplied by m(mscale) / m(mscale_all_dim)
     # the softmax scale is multiplied by m(mscale_all_dim)^2; m(x) = 0.1 x ln s + 1
@@ -96,15 +96,15 @@ class ModelConfig:
 @dataclass
 class OptimConfig:
     name: str = "adamw"  # the optimizer; adamw is the only one so far
-    # precision of the master weights and of Adam's moments; with bf16 the model's weights are the only copy,
-    # and all three are rounded stochastically; bf16 needs ZeRO-1
+    # precision of the master weights and of Adam's moments. bf16 needs ZeRO-1 and has no separate master
+    # weights; weights and moments are then rounded stochastically
     states: Precision = Precision.fp32
     lr: float = 4.2e-4  # peak learning rate
     beta1: float = 0.9  # decay per step of the mean of gradients
     beta2: float = 0.95  # decay per step of the mean of squared gradients
     eps: float = 1e-8  # added to the root of the second moment
     weight_decay: float = 0.1  # decay of matrices per step, times the learning rate; norms are not decayed
-    grad_clip: float = 1.0  # larger gradient norms, over all parameters, are scaled down to this
+    grad_clip: float = 1.0  # limit of the gradient's global norm; a larger gradient is scaled down to it
     total_tokens: int = 1_000_000  # tokens of the whole run
     warmup_steps: int = 20  # linear warm-up, optimizer steps
     decay_factor: float = 0.316  # the learning rate is multiplied by this at each share in decay_at
@@ -128,7 +128,7 @@ class RuntimeConfig:
     """How one rank computes its part."""
 
     device: Device = Device.auto  # auto: GPUs if there are any, else the CPU
-    precision: Precision = Precision.fp32  # of parameters and activations; bf16 accumulates gradients in fp32
+    precision: Precision = Precision.fp32  # parameters and activations; bf16 accumulates gradients in fp32
     kernels: str = "reference"  # how the costly operations are computed; dsv2/kernels/specs.py lists the sets
     recompute: bool = False  # recompute each layer's activations in the backward pass
     micro_batch_size: int = 4  # sequences per forward pass of a rank
@@ -172,10 +172,10 @@ class Config:
     seed: int = 0  # seed of the initial weights
     # a Hugging Face folder with the first weights; a checkpoint of the run takes precedence
     init_from: str | None = None
-    # auto: this run's newest whole checkpoint; never; or the path of a checkpoint or run
+    # auto: this run's newest whole checkpoint; never: none; or the path of a checkpoint or run
     resume: str = "auto"
     # with resume=PATH of another run: take only its weights and Adam's moments; steps, tokens, schedule and
-    # data start anew and may differ, as may model.rope_scaling
+    # data start from the beginning; they and model.rope_scaling may differ
     new_stage: bool = False
     # save and stop after this optimizer step; the schedule stays that of the whole run
     stop_step: int | None = None
@@ -190,5 +190,5 @@ class Config:
 
     @property
     def run_dir(self) -> Path:
-        """Where the run's files go."""
+        """Return the folder of the run's files."""
         return Path(self.runs_dir) / self.name

@@ -20,7 +20,7 @@ def build_model(
     mesh: Mesh,
     weights: HFWeights | None = None,
 ) -> DeepseekV2:
-    """Return this rank's share of the model in its precision: fresh, or filled with `weights`."""
+    """Return this rank's share of the model, in the run's precision, with fresh weights or with `weights`."""
     execution = Execution(
         ep=mesh[Dim.ep],
         recompute=runtime.recompute,

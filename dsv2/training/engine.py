@@ -1,6 +1,6 @@
-"""A model and its optimizer behind a few verbs: train a step, evaluate a batch, save and load.
+"""A model and its optimizer as one object: it trains a step, evaluates a batch, saves and loads.
 
-The loss is a mean over the micro-batch's tokens and sequences, all micro-batches are of one size, and
+The loss is a mean over the micro-batch's tokens and sequences. All micro-batches have the same size, and
 DeepSpeed averages gradients over ranks. Dividing by the number of micro-batches therefore gives the
 gradient of the mean over the global batch, whatever the layout.
 """
@@ -47,7 +47,7 @@ class Engine:
             mesh=mesh,
             kernels=model.execution.kernels,
         )
-        # Routers that change after each step, one per MoE layer; without buffers there is nothing to change.
+        # Routers that change after each step, one per MoE layer. Without buffers, a router cannot change.
         self._routers: list[Any] = [
             m for m in model.modules() if hasattr(m, "after_step") and list(m.buffers())
         ]
@@ -91,7 +91,7 @@ class Engine:
         assert stats is not None
         grad_norm = self.sharded.step(lr)
         self._after_step(stats)
-        # In fp64, so that equal losses stay equal. A stage has zeros for what other stages compute.
+        # In fp64, so that equal losses stay equal. A pipeline stage has zeros for what other stages compute.
         total = self.mesh[Dim.world].sum((sums / count).double())
         means = (total / self.mesh[Dim.dp].size).tolist()
         layers = len(means[2:]) // 3
@@ -107,7 +107,7 @@ class Engine:
 
     @torch.no_grad()
     def _after_step(self, stats: RoutingStats) -> None:
-        """Give every router that asks for it its layer's load of this step, summed over all ranks."""
+        """Give each router with an `after_step` its layer's load of this step, summed over all ranks."""
         if not self._routers:
             return
         load_LE = self.mesh[Dim.dp].sum(stats.load_E)
@@ -125,7 +125,7 @@ class Engine:
 
     @torch.no_grad()
     def logits(self, input_ids_BS: Tensor) -> Tensor:
-        """Return fp32 [B, S, vocab]; every rank must call it, with inputs of one shape."""
+        """Return the logits, fp32 [B, S, vocab]. Collective: inputs have the same shape on every rank."""
         self.deepspeed.eval()
         ids = input_ids_BS.to(self.mesh.device)
         return self.sharded.forward(ids, None, torch.zeros(len(ids), dtype=torch.long, device=ids.device))

@@ -32,8 +32,8 @@ class Evaluator:
     def evaluate(self) -> Evaluation:
         """Return the mean cross-entropy over the validation set's labels; nothing is dropped. Collective.
 
-        Ranks take turns. A rank without a sequence left runs one that does not count, because every rank
-        must take part in the experts' exchange.
+        The ranks share the sequences. A rank that has none left runs one that does not count, because every
+        rank must take part in the experts' exchange.
         """
         mesh = self.engine.mesh
         ranks = mesh[Dim.dp]
@@ -54,10 +54,10 @@ class Evaluator:
         return Evaluation(nats / n_labels, bits_per_byte(nats, int(n_bytes)))
 
     def sample(self, temperature: float = 0.8) -> str | None:
-        """Return `eval.sample_tokens` tokens that continue `eval.sample_prompt`; None for 0. Collective.
+        """Return text that continues `eval.sample_prompt`; None if `eval.sample_tokens` is 0. Collective.
 
-        Every rank runs the forward pass, because the experts are spread over the ranks. Rank 0 draws, with
-        a fixed seed.
+        Every rank runs the forward pass, because the experts are spread over the ranks. Rank 0 draws the
+        tokens, with a fixed seed.
         """
         if not self.config.eval.sample_tokens:
             return None
@@ -75,5 +75,5 @@ class Evaluator:
 
 
 def bits_per_byte(nats: float, n_bytes: int) -> float:
-    """Return a text's summed cross-entropy in bits for each of its UTF-8 bytes."""
+    """Return bits per UTF-8 byte of a text; `nats` is its summed cross-entropy."""
     return nats / math.log(2) / n_bytes

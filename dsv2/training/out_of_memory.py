@@ -1,4 +1,4 @@
-"""Explain when memory runs out: one message instead of torch's traceback."""
+"""Explain that memory has run out, with one message instead of torch's traceback."""
 
 import re
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from dsv2.parallel.environment import launched_ranks
 
 @contextmanager
 def memory_explained(config: Config) -> Iterator[None]:
-    """If memory runs out, say what needs less of it.
+    """If memory runs out, say which settings need less memory.
 
     Raises:
         UserError: instead of torch's error, on a GPU or the CPU.
@@ -19,11 +19,11 @@ def memory_explained(config: Config) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if (wanted := _memory_wanted(error)) is None:
+        if (shortage := _shortage(error)) is None:
             raise
         parallel = config.parallel
         raise UserError(
-            f"out of memory on rank {launched_ranks()[0]}{wanted}, with runtime.micro_batch_size="
+            f"out of memory on rank {launched_ranks()[0]}{shortage}, with runtime.micro_batch_size="
             f"{config.runtime.micro_batch_size} of data.sequence_length={config.data.sequence_length}, "
             f"expert_parallel_size={parallel.expert_parallel_size}, zero_stage={parallel.zero_stage}; take a "
             "smaller micro-batch, runtime.recompute=true, more ranks to share experts and "
@@ -32,13 +32,13 @@ def memory_explained(config: Config) -> Iterator[None]:
         ) from error
 
 
-def _memory_wanted(error: Exception) -> str | None:
-    """Return how much could not be allocated, as words to append; None for any other error."""
+def _shortage(error: Exception) -> str | None:
+    """Return how much memory could not be allocated, as text to append; None for any other error."""
     text = str(error)
     if type(error).__name__ == "OutOfMemoryError":  # torch's, for GPUs
-        found = re.search(r"allocate ([\d.]+ \w+).*capacity of ([\d.]+ \w+)", text, re.DOTALL)
-        return f", which wanted {found[1]} more on a GPU of {found[2]}" if found else " (GPU)"
+        sizes = re.search(r"allocate ([\d.]+ \w+).*capacity of ([\d.]+ \w+)", text, re.DOTALL)
+        return f", which needed {sizes[1]} more on a GPU of {sizes[2]}" if sizes else " (GPU)"
     if re.search(r"not enough memory|can't allocate memory", text):
         size = re.search(r"allocate (\d+) bytes", text)
-        return f", which wanted {int(size[1]) / 2**30:.2f} GiB more on the CPU" if size else " (CPU)"
+        return f", which needed {int(size[1]) / 2**30:.2f} GiB more on the CPU" if size else " (CPU)"
     return " (CPU)" if isinstance(error, MemoryError) else None

@@ -13,7 +13,7 @@ OWNER = ".lock-owner"
 
 
 def claim(run_dir: Path) -> FileLock:
-    """Hold the folder for as long as the returned lock and this process live. For rank 0, before it starts.
+    """Hold the folder while the returned lock and this process live. Rank 0 calls this before training.
 
     Two jobs in one folder would overwrite each other's checkpoints and metrics.
 
@@ -26,8 +26,8 @@ def claim(run_dir: Path) -> FileLock:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         lock.acquire()
-        # In its own file, because taking a lock empties the lock's. This write also shows whether the disk
-        # has room.
+        # In a separate file, because taking the lock empties the lock file. This write also shows whether the
+        # disk has room.
         (run_dir / OWNER).write_text(f"process {os.getpid()} of {socket.gethostname()}\n")
     except Timeout:
         raise UserError(
@@ -59,7 +59,7 @@ def _owner(run_dir: Path) -> str:
 
 
 def save_config(run_dir: Path, yaml: str, *, resumed: bool) -> None:
-    """Write the resolved configuration to the folder; a resumed run keeps its earlier, different ones."""
+    """Write the resolved configuration to the folder. A resumed run keeps an earlier, different file."""
     run_dir.mkdir(parents=True, exist_ok=True)
     target = run_dir / "config.yaml"
     if resumed and target.exists() and target.read_text() != yaml:

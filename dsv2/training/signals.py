@@ -8,7 +8,7 @@ from dsv2.parallel.plan import Dim
 
 
 class StopSignals:
-    """While entered, both signals only set a flag on which all ranks agree."""
+    """A context in which both signals only set a flag. All ranks agree on the flag."""
 
     def __init__(self, mesh: Mesh):
         self._everyone = mesh[Dim.world]

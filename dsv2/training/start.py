@@ -17,7 +17,7 @@ class Start(NamedTuple):
 
     store: "CheckpointStore"  # the run's own checkpoints
     found: "Found | None"  # the checkpoint to begin at
-    weights: "HFWeights | None"  # init_from's, if there is no checkpoint
+    weights: "HFWeights | None"  # of init_from, if there is no checkpoint
 
 
 def find_start(config: Config) -> Start:

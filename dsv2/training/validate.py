@@ -1,4 +1,4 @@
-"""What is refused before anything starts: values and combinations that cannot run."""
+"""Refuse values and combinations that cannot run, before anything starts."""
 
 import math
 
@@ -19,7 +19,7 @@ from dsv2.parallel.zero.stages import find_stage
 
 
 def validate(config: Config, world_size: int) -> None:
-    """Refuse what cannot run, before any process group or model is made.
+    """Refuse a configuration that cannot run, before any process group or model exists.
 
     Args:
         config: the whole configuration.
@@ -60,7 +60,7 @@ def _validate_logging(logging: LoggingConfig) -> None:
     for name in ("alert_max_vio", "alert_dead", "alert_spike"):
         value = getattr(logging, name)
         if value is not None and not 0 <= value < math.inf:
-            refuse(f"logging.{name}", value, "must be at least 0 and finite; 0 or null: no such alert")
+            refuse(f"logging.{name}", value, "must be at least 0 and finite; 0 or null turns the alert off")
     if logging.alert_dead is not None and logging.alert_dead > 1:
         refuse("logging.alert_dead", logging.alert_dead, "must be a share of the experts, at most 1")
 
@@ -90,7 +90,8 @@ def _validate_model(model: ModelConfig) -> None:
 
 
 def _validate_rope_scaling(model: ModelConfig, scaling: RopeScalingConfig) -> None:
-    section, original = "model.rope_scaling", scaling.original_max_position_embeddings
+    section = "model.rope_scaling"
+    original = scaling.original_max_position_embeddings
     require_positive(section, scaling, ["factor"])
     require_above_0(section, scaling, ["beta_slow", "mscale", "mscale_all_dim"])
     if not scaling.beta_slow < scaling.beta_fast < math.inf:
@@ -99,7 +100,7 @@ def _validate_rope_scaling(model: ModelConfig, scaling: RopeScalingConfig) -> No
         refuse(
             f"{section}.original_max_position_embeddings",
             original,
-            f"must be at least {least}, where the fastest pair turns beta_slow={scaling.beta_slow} times",
+            f"must be at least {least}: the fastest pair must rotate beta_slow={scaling.beta_slow} times",
         )
     if model.rope_theta <= 1:
         refuse("model.rope_theta", model.rope_theta, "must be above 1 with model.rope_scaling")
@@ -133,7 +134,7 @@ def _validate_optim(optim: OptimConfig) -> None:
     if start is not None and not 1 <= start <= optim.batch_size:
         refuse("optim.batch_size_start", start, f"must be from 1 to optim.batch_size={optim.batch_size}")
     if start is None and optim.batch_ramp_tokens > 0:
-        refuse("optim.batch_size_start", None, "must be given when optim.batch_ramp_tokens is")
+        refuse("optim.batch_size_start", None, "must be given when optim.batch_ramp_tokens is above 0")
     if start is not None and optim.batch_ramp_tokens == 0:
         refuse("optim.batch_ramp_tokens", 0, "must be above 0 when optim.batch_size_start is given")
 
@@ -146,7 +147,9 @@ def _validate_kernels(model: ModelConfig, runtime: RuntimeConfig) -> None:
 
 
 def _validate_parallel(config: Config, world_size: int) -> None:
-    parallel, model, optim = config.parallel, config.model, config.optim
+    parallel = config.parallel
+    model = config.model
+    optim = config.optim
     ep = parallel.expert_parallel_size
     require_positive("parallel", parallel, ["expert_parallel_size"])
     require_positive("runtime", config.runtime, ["micro_batch_size"])
@@ -155,7 +158,7 @@ def _validate_parallel(config: Config, world_size: int) -> None:
             "parallel.expert_parallel_size",
             ep,
             f"must divide the number of processes, {world_size}: one of {divisors(world_size)}; "
-            "or start others (NPROC=N launch/local.sh, torchrun --nproc_per_node=N; a plan: gpus=N)",
+            "or start another number (NPROC=N launch/local.sh, torchrun --nproc_per_node=N; a plan: gpus=N)",
         )
     if model.n_routed_experts % ep:
         refuse(
@@ -168,8 +171,8 @@ def _validate_parallel(config: Config, world_size: int) -> None:
         refuse(
             "parallel.expert_parallel_size",
             ep,
-            f"must divide model.n_group={model.n_group} or be a multiple of it, so that a group lives on "
-            "whole ranks",
+            f"must divide model.n_group={model.n_group} or be a multiple of it, so that no rank holds "
+            "parts of two groups",
         )
     find_stage(parallel.zero_stage, config.runtime.precision).check(optim, config.runtime)
     _validate_kernels(config.model, config.runtime)

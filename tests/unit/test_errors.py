@@ -17,7 +17,7 @@ def test_the_cpus_own_error(monkeypatch):
     monkeypatch.setenv("RANK", "1")
     with (
         pytest.raises(
-            UserError, match=r"on rank 1, which wanted \d+\.00 GiB more on the CPU, with runtime"
+            UserError, match=r"on rank 1, which needed \d+\.00 GiB more on the CPU, with runtime"
         ) as e,
         memory_explained(CONFIG),
     ):
@@ -33,7 +33,7 @@ def test_the_cpus_own_error(monkeypatch):
                 "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.11 GiB of "
                 "which 1.20 GiB is free. Including non-PyTorch memory, this process has 77.90 GiB in use."
             ),
-            "which wanted 2.50 GiB more on a GPU of 79.11 GiB, with",
+            "which needed 2.50 GiB more on a GPU of 79.11 GiB, with",
         ),
         (torch.OutOfMemoryError("other words"), r"on rank 0 \(GPU\), with"),
         (MemoryError(), r"on rank 0 \(CPU\), with"),
@@ -53,5 +53,5 @@ def test_other_errors_stay_as_they_are():
 def test_a_changed_seed_is_said_to_do_nothing():
     before = to_plain(Config())
     assert differences(before, {**before, "seed": 7}) == [
-        "seed 0 -> 7 (which only the first weights depend on)"
+        "seed 0 -> 7 (only the initial weights depend on it)"
     ]

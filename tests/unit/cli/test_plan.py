@@ -38,7 +38,7 @@ def refusal(*words: str) -> str:
         (
             ["experiment=lite", "gpus=8", "ep=3"],
             "parallel.expert_parallel_size=3: must divide the number of processes, 8: one of 1, 2, 4, 8; "
-            "or start others (NPROC=N launch/local.sh, torchrun --nproc_per_node=N; a plan: gpus=N)",
+            "or start another number (NPROC=N launch/local.sh, torchrun --nproc_per_node=N; a plan: gpus=N)",
         ),
         (["gpus=8", "gpux=h100"], "gpux=h100: there is no such field; did you mean gpu?"),
         (["gpus=8", "x"], "x: must be written as NAME=VALUE"),

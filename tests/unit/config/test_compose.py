@@ -37,7 +37,10 @@ MISTAKES = {
     # an unknown field, with and without `+`, in the wrong section, and nothing like any field
     "optim.lrr=1": ["optim.lrr=1: there is no such field; did you mean optim.lr?"],
     "+optim.lrr=1": ["optim.lrr=1: there is no such field; did you mean optim.lr?"],
-    "steps=8": ["steps=8: there is no such field; optim.total_tokens is how long, stop_step stops earlier"],
+    "steps=8": [
+        "steps=8: there is no such field; optim.total_tokens sets the length of a run, stop_step stops it "
+        "earlier"
+    ],
     "ep=2": ["ep=2: there is no such field; did you mean parallel.expert_parallel_size?"],
     "batch_size=8": ["batch_size=8: there is no such field; did you mean optim.batch_size?"],
     "model.balance.alpha_exprt=0": ["alpha_exprt=0: there is no such field", "model.balance.alpha_expert?"],
@@ -59,7 +62,7 @@ MISTAKES = {
     ],
     "model=small,lite": ["model=small,lite: must name a file of conf/model, without .yaml"],
     "+model=small": ["+model=small: must name a file of conf/model, without .yaml"],
-    "optim.lr=1e-3,2e-3": ["optim.lr=1e-3,2e-3: a job trains one model; start one for each value"],
+    "optim.lr=1e-3,2e-3": ["optim.lr=1e-3,2e-3: a job trains one model; start one job per value"],
     "experiment": ["experiment: must be written as name=value, such as experiment=quickstart"],
     "--experiment=quickstart": ["must be written without dashes, such as experiment=quickstart"],
     "--optim.lr": ["--optim.lr: must be written without dashes, such as optim.lr=VALUE"],

@@ -142,7 +142,7 @@ def test_a_moment_that_never_moves(name):
         ([("model.qk_rope_head_dim", 15)], "model.qk_rope_head_dim=15: must be even: RoPE rotates pairs"),
         (
             [("model.q_lora_rank", 0)],
-            "model.q_lora_rank=0: must be at least 1, or null for none",
+            "model.q_lora_rank=0: must be at least 1, or null for no compression",
         ),
         (
             [("model.first_k_dense_replace", 4)],
@@ -239,7 +239,7 @@ def test_a_moment_that_never_moves(name):
         ),
         (
             [("optim.batch_ramp_tokens", 9)],
-            "optim.batch_size_start=None: must be given when optim.batch_ramp_tokens is",
+            "optim.batch_size_start=None: must be given when optim.batch_ramp_tokens is above 0",
         ),
         ([("parallel.zero_stage", 4)], "parallel.zero_stage=4: must be 0, 1, 2 or 3"),
         (
@@ -258,11 +258,11 @@ def test_a_moment_that_never_moves(name):
         ),
         (
             [("logging.alert_max_vio", -1.0)],
-            "logging.alert_max_vio=-1.0: must be at least 0 and finite; 0 or null: no such alert",
+            "logging.alert_max_vio=-1.0: must be at least 0 and finite; 0 or null turns the alert off",
         ),
         (
             [("logging.alert_spike", float("nan"))],
-            "logging.alert_spike=nan: must be at least 0 and finite; 0 or null: no such alert",
+            "logging.alert_spike=nan: must be at least 0 and finite; 0 or null turns the alert off",
         ),
         (
             [("logging.alert_dead", 1.5)],
@@ -285,7 +285,7 @@ def test_impossible_combinations(changes, message):
             6,
             [("parallel.expert_parallel_size", 4)],
             "parallel.expert_parallel_size=4: must divide the number of processes, 6: one of 1, 2, 3, 6; "
-            "or start others (NPROC=N launch/local.sh, torchrun --nproc_per_node=N; a plan: gpus=N)",
+            "or start another number (NPROC=N launch/local.sh, torchrun --nproc_per_node=N; a plan: gpus=N)",
         ),
         (
             3,
@@ -295,8 +295,8 @@ def test_impossible_combinations(changes, message):
         (
             4,
             [("parallel.expert_parallel_size", 4), ("model.n_routed_experts", 24), ("model.n_group", 6)],
-            "parallel.expert_parallel_size=4: must divide model.n_group=6 or be a multiple of it, so that a "
-            "group lives on whole ranks",
+            "parallel.expert_parallel_size=4: must divide model.n_group=6 or be a multiple of it, so that "
+            "no rank holds parts of two groups",
         ),
         (
             3,
