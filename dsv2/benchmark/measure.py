@@ -1,4 +1,4 @@
-"""Measure optimizer steps: through the engine that trains, or of another framework on the same work."""
+"""Measure optimizer steps: those of the engine that trains, or another framework's on the same work."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from dsv2.training.validate import validate
 def check_options(options: Namespace) -> None:
     """Refuse options that contradict each other or are out of range."""
     if options.balanced and options.against:
-        raise UserError("--balanced: peers route as their routers choose; leave it out with --against")
+        raise UserError("--balanced: must be left out with --against; peers route as their routers choose")
     for name, least in (("steps", 1), ("warmup", 0), ("rounds", 1)):
         if (value := getattr(options, name)) < least:
             raise UserError(f"--{name} {value}: must be at least {least}")
@@ -32,18 +32,18 @@ def check_options(options: Namespace) -> None:
 
 
 def configuration(overrides: list[str], world_size: int) -> Config:
-    """The overrides' configuration for random data: one micro-batch a rank and step unless given."""
-    given = {item.split("=", 1)[0].lstrip("+") for item in overrides}
+    """Return the configuration; unless overridden, data are random and a step is one micro-batch per rank."""
+    overridden = {item.split("=", 1)[0].lstrip("+") for item in overrides}
     defaults = {"data": "local", "data.path": NO_DATA, "data.sequence_length": "4096"}
-    config = compose_config([f"{k}={v}" for k, v in defaults.items() if k not in given] + overrides)
-    if "optim.batch_size" not in given:
+    config = compose_config([f"{k}={v}" for k, v in defaults.items() if k not in overridden] + overrides)
+    if "optim.batch_size" not in overridden:
         config.optim.batch_size = config.runtime.micro_batch_size * world_size
     validate(config, world_size)
     return config
 
 
 def measure(config: Config, device: Any, arguments: Namespace) -> dict[str, Any]:
-    """Train and return what a step took, on this rank."""
+    """Train, and return this rank's row of figures."""
     from torch import Tensor, arange, tensor
 
     with without_warnings_logged():
@@ -82,14 +82,14 @@ def measure(config: Config, device: Any, arguments: Namespace) -> dict[str, Any]
     }
     if arguments.contender is None:
         keep = Path(arguments.profile) if arguments.profile and mesh.is_main else None
-        batch = next(tokens)  # before: the parts are the model's
+        batch = next(tokens)  # fetched outside the profiled step, whose parts are the model's
         figures |= _parts(engine, lambda: step(batch), keep)
     end_process_group()
     return figures
 
 
 def _parts(engine: Any, step: Any, keep: Path | None) -> dict[str, Any]:
-    """The share of each part, and it as text; the trace goes to `keep`."""
+    """Profile one step; return the share of each part, also as text. The trace goes to `keep`."""
     from dsv2.benchmark.ranges import Ranges, methods_of_modules, parts_of_modules, record
     from dsv2.benchmark.trace import read
 
@@ -102,16 +102,16 @@ def _parts(engine: Any, step: Any, keep: Path | None) -> dict[str, Any]:
         file = keep or Path(folder) / "trace.json"
         with Ranges(parts_of_modules(engine.model), methods):
             record(step, file, engine.mesh.device.type == "cuda")
-        found = read(file)
+        breakdown = read(file)
     return {
-        "profiled_step_ms": found.step_ms,
-        "parts": found.as_json(),
-        "text": found.table() + (f"\n\n{found.top_kernels()}" if keep else ""),
+        "profiled_step_ms": breakdown.step_ms,
+        "parts": breakdown.as_json(),
+        "text": breakdown.table() + (f"\n\n{breakdown.top_kernels()}" if keep else ""),
     }
 
 
 def measure_peer(config: Config, device: Any, arguments: Namespace) -> dict[str, Any]:
-    """The same of a peer, in this process."""
+    """Train a peer in this process, and return its row of figures."""
     import torch
 
     from dsv2.benchmark.timing import random_tokens, row, time_steps
@@ -121,20 +121,29 @@ def measure_peer(config: Config, device: Any, arguments: Namespace) -> dict[str,
         torch.cuda.set_device(device)
     dtype = torch.bfloat16 if runtime.precision is Precision.bf16 else torch.float32
     length = config.data.sequence_length
-    work = Work(config.model, config.optim, runtime.micro_batch_size, length, config.seed, device, dtype)
-    peer, name = adapter(arguments.contender), runtime.precision.value
+    work = Work(
+        model=config.model,
+        optim=config.optim,
+        micro_batch=runtime.micro_batch_size,
+        length=length,
+        seed=config.seed,
+        device=device,
+        dtype=dtype,
+    )
+    peer = adapter(arguments.contender)
     timing = time_steps(
         peer.build(work), random_tokens(config, 0, 1), device, arguments.steps, arguments.warmup
     )
-    return row(config, device, timing, 1, f"{name}/{peer.STATES or name}")
+    precision = runtime.precision.value
+    return row(config, device, timing, 1, f"{precision}/{peer.STATES or precision}")
 
 
 def compare(sizes: dict[str, int | None], arguments: Namespace) -> tuple[dict[str, Any], str]:
-    """Contenders in turn: (JSON, text to print)."""
+    """Let the contenders take turns; return the result for JSON and the text to print."""
 
     def turn(name: str, number: int) -> dict[str, Any]:
         options = ["--steps", str(arguments.steps), "--warmup", str(arguments.warmup)]
-        if name != OURS or number:  # our first turn has the parts too
+        if name != OURS or number:  # our first turn also measures the parts
             options += ["--contender", name]
         elif arguments.profile:
             options += ["--profile", arguments.profile]
@@ -145,25 +154,28 @@ def compare(sizes: dict[str, int | None], arguments: Namespace) -> tuple[dict[st
 
     rows = alternate([OURS, *sizes], arguments.rounds, turn)
     first = rows[OURS][0].get("printed", "")
-    for row in (row for of in rows.values() for row in of):
+    for row in (row for rows_of_name in rows.values() for row in rows_of_name):
         row.pop("printed", None)
-    found = [summary(name, of) for name, of in rows.items()]
-    return {"rounds": arguments.rounds, "contenders": found}, f"\n{first}\n{table(found)}"
+    summaries = [summary(name, rows_of_name) for name, rows_of_name in rows.items()]
+    return {"rounds": arguments.rounds, "contenders": summaries}, f"\n{first}\n{table(summaries)}"
 
 
 def announcement(config: Config, device: Any, sizes: dict[str, int | None], arguments: Namespace) -> str:
-    """What is about to be timed."""
+    """Return a line on what is about to be timed."""
     steps = f"{arguments.warmup} + {arguments.steps} steps on {device.type}"
     length = config.data.sequence_length
     if not sizes:
         return f"{steps}, {config.optim.batch_size} x {length} tokens each"
-    own = config.runtime.micro_batch_size
-    contenders = ", ".join(f"{name} {size or own} x {length}" for name, size in {OURS: own, **sizes}.items())
+    default = config.runtime.micro_batch_size
+    all_sizes = {OURS: default, **sizes}
+    contenders = ", ".join(f"{name} {size or default} x {length}" for name, size in all_sizes.items())
     rounds = "1 round" if arguments.rounds == 1 else f"{arguments.rounds} rounds"
     return f"{rounds} of {steps}: {contenders} tokens each"
 
 
 def one_line(row: dict[str, Any]) -> str:
+    """Return the row's single values as text."""
+
     def word(value: Any) -> str:
         if value is None:
             return "-"
@@ -175,12 +187,12 @@ def one_line(row: dict[str, Any]) -> str:
 
 
 def benchmark(options: Namespace) -> int:
-    """Time what the options of `python -m dsv2 benchmark` ask for and print it; return 1 if a peer failed.
+    """Run `python -m dsv2 benchmark` with these options and print the figures; return 1 if a peer failed.
 
     Raises:
         UserError: an option, the configuration or a peer is refused.
     """
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else torch's profiler announces its start and end
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or torch's profiler announces its start and end
 
     from dsv2.parallel.device import pick_device
 

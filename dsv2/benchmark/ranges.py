@@ -1,6 +1,6 @@
-"""Put the names of a model's parts around its modules and methods, and record a trace of one step.
+"""Mark a model's modules and methods with named ranges, and record a trace of one step.
 
-Ranges are hooks (`Ranges`), so the model knows nothing of them. dsv2/benchmark/trace.py reads the trace.
+The ranges are hooks (`Ranges`), so the model does not know them. dsv2/benchmark/trace.py reads the trace.
 """
 
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from typing import Any
 PARTS: tuple[str, ...] = (
     "embedding",
     "attention",  # the kernel, RoPE, and joining the parts of queries and keys
-    "attention projections",  # and the norms between them
+    "attention projections",  # with the norms between them
     "routing",  # all of an MoE layer except its experts: router, losses, statistics, plan, exchange
     "routed experts",
     "shared experts",
@@ -27,7 +27,7 @@ STEP = PREFIX + "step"
 
 
 def parts_of_modules(model: Any) -> dict[Any, str]:
-    """Return the modules that a part begins with, by their class and position."""
+    """Return the modules at which a new part begins, each with its part."""
     from torch import nn
 
     from dsv2.model.block import DecoderLayer
@@ -54,32 +54,32 @@ def parts_of_modules(model: Any) -> dict[Any, str]:
                 return name
         return "norms, residuals" if isinstance(module, nn.RMSNorm) and around == "other" else around
 
-    found: dict[Any, str] = {}
+    parts: dict[Any, str] = {}
 
     def walk(module: nn.Module, around: str) -> None:
-        own = part(module, around)
-        if own != around:
-            found[module] = own
+        part_of_module = part(module, around)
+        if part_of_module != around:
+            parts[module] = part_of_module
         for child in module.children():
-            walk(child, own)
+            walk(child, part_of_module)
 
     walk(model, "other")
-    return found
+    return parts
 
 
 def methods_of_modules(model: Any) -> list[tuple[Any, str, str]]:
-    """Return the methods that a part begins with if no module is called there: (module, name, part)."""
+    """Return the methods at which a part begins without a call of a module: (module, name, part)."""
     from dsv2.model.block import DecoderLayer
 
-    attention = [layer.self_attn for layer in model.modules() if isinstance(layer, DecoderLayer)]
-    return [(module, name, "attention projections") for module in attention for name in module.projections]
+    attentions = [layer.self_attn for layer in model.modules() if isinstance(layer, DecoderLayer)]
+    return [(module, name, "attention projections") for module in attentions for name in module.projections]
 
 
 class Ranges:
-    """Named ranges around modules' forward and around methods, while the context lasts."""
+    """A context that puts named ranges around the forward of modules and around methods."""
 
     def __init__(self, modules: dict[Any, str], methods: list[tuple[Any, str, str]]):
-        """`methods`: (object, its method's name, part)."""
+        """Take modules with their parts, and methods as (object, name of its method, part)."""
         self._modules = modules
         self._methods = methods
         self._undo: list[Callable[[], Any]] = []
@@ -90,11 +90,11 @@ class Ranges:
         for module, part in self._modules.items():
             entered: list[Any] = []
 
-            def enter(module: Any, given: Any, part: str = part, entered: list[Any] = entered) -> None:
+            def enter(module: Any, inputs: Any, part: str = part, entered: list[Any] = entered) -> None:
                 entered.append(record_function(PREFIX + part))
                 entered[-1].__enter__()
 
-            def leave(module: Any, given: Any, out: Any, entered: list[Any] = entered) -> None:
+            def leave(module: Any, inputs: Any, out: Any, entered: list[Any] = entered) -> None:
                 entered.pop().__exit__(None, None, None)
 
             self._undo += [
@@ -122,12 +122,12 @@ def _in_range(function: Callable[..., Any], part: str) -> Callable[..., Any]:
 
 
 def record(step: Callable[[], Any], file: Path, on_gpu: bool) -> None:
-    """Write the trace of one step, after another that only warms up the profiler."""
+    """Write the trace of one step to `file`. A step before it only warms up the profiler."""
     import torch
     from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
-    # Shapes bring the operands' types, which tell work on indices from work on activations.
+    # With shapes the trace also has the operands' types, which tell work on indices from work on activations.
     with profile(
         activities=activities, record_shapes=True, schedule=schedule(wait=0, warmup=1, active=1)
     ) as recorded:

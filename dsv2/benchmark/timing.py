@@ -1,4 +1,4 @@
-"""What every contender of a benchmark shares: its tokens, the clock, and the row of figures."""
+"""What all contenders of a benchmark share: the tokens, the clock, and the row of figures."""
 
 import statistics
 import time
@@ -23,13 +23,13 @@ Step = Callable[[list[Tensor]], float]  # trains on a step's micro-batches and r
 
 
 class Timing(NamedTuple):
-    seconds: list[float]  # of each step that counts
-    loss: float  # of the last one
+    seconds: list[float]  # of each timed step
+    loss: float  # of the last step
     peak_gib: float | None  # None on a CPU
 
 
 def random_tokens(config: Config, rank: int, world_size: int) -> Iterator[list[Tensor]]:
-    """This rank's micro-batches of one step after another, [sequences, length + 1] each."""
+    """Yield this rank's micro-batches of each step, [sequences, length + 1] each, with random tokens."""
     generator = torch.Generator().manual_seed(rank)
     micro = config.runtime.micro_batch_size
     while True:
@@ -42,8 +42,8 @@ def random_tokens(config: Config, rank: int, world_size: int) -> Iterator[list[T
 
 
 def stream_tokens(config: Config, mesh: Mesh) -> Iterator[list[Tensor]]:
-    """The same through the stream that training reads."""
-    from dsv2.training.batches import share_of_step  # not above: peers have no use for DeepSpeed
+    """Yield this rank's micro-batches of each step, as training reads them from the configured data."""
+    from dsv2.training.batches import share_of_step  # not at the top: peers do not need DeepSpeed
 
     stream = build_stream(config.data, config.model.vocab_size, mesh[Dim.dp])
     while True:
@@ -52,7 +52,7 @@ def stream_tokens(config: Config, mesh: Mesh) -> Iterator[list[Tensor]]:
 
 
 def torch_step(model: nn.Module, work: Work, loss_of: Callable[[Tensor, Tensor], Tensor]) -> Step:
-    """A peer's step by hand: the loss of ids and labels, clipping, torch's AdamW on the weights."""
+    """Return a step for a peer that brings only a model: loss, clipping, torch's AdamW on the weights."""
     optim = work.optim
     optimizer = torch.optim.AdamW(
         model.parameters(),
@@ -77,7 +77,7 @@ def torch_step(model: nn.Module, work: Work, loss_of: Callable[[Tensor, Tensor],
 
 
 def balance_routing(model: nn.Module) -> None:
-    """Experts take turns, whatever the router would choose; the weights stay its own."""
+    """Let experts take turns, whatever the router chooses; the gate weights are still the router's."""
     for layer in model.modules():
         if isinstance(layer, MoELayer):
             kernels = replace(layer.execution.kernels, route=_in_turns(layer.execution.kernels.route))
@@ -97,7 +97,7 @@ def _in_turns(route: Callable[..., Routing]) -> Callable[..., Routing]:
 def time_steps(
     step: Step, tokens: Iterator[list[Tensor]], device: torch.device, steps: int, warmup: int
 ) -> Timing:
-    """Seconds of `steps` steps after `warmup` others, from taking the tokens on, as in training."""
+    """Time `steps` steps after `warmup` steps. A step starts when its tokens are fetched, as in training."""
     on_gpu = device.type == "cuda"
 
     def once() -> tuple[float, float]:
@@ -119,9 +119,10 @@ def time_steps(
 def row(
     config: Config, device: torch.device, timing: Timing, world_size: int, precision: str
 ) -> dict[str, Any]:
-    """The figures, with one accounting of FLOPs for all; `precision` is that of weights/optimizer states."""
+    """Return the row of figures; all contenders' FLOPs are counted alike. `precision` is "weights/states"."""
     on_gpu = device.type == "cuda"
-    seconds, length = statistics.median(timing.seconds), config.data.sequence_length
+    seconds = statistics.median(timing.seconds)
+    length = config.data.sequence_length
     tokens = config.optim.batch_size * length / world_size
     flops = tokens * flops_per_token(config.model, length) / seconds
     peak = peak_flops(torch.cuda.get_device_name()) if on_gpu else None

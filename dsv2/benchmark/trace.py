@@ -28,7 +28,7 @@ class _Event:
     """An operation, range or launch on a host thread."""
 
     name: str
-    start: float  # microseconds, as all times of a trace
+    start: float  # microseconds, like all times in a trace
     end: float
     thread: tuple[Any, Any]
     raw: dict[str, Any]
@@ -42,14 +42,14 @@ class _Event:
 
     @property
     def sequence(self) -> int:
-        """Of the node that this operation makes, or in backward of the one that is run; -1: none."""
+        """Return the number of the autograd node that this makes, or runs in backward; -1: none."""
         return self.raw.get("args", {}).get("Sequence number", -1)
 
     @property
     def plans(self) -> bool:
-        """Return whether it works on indices: an operation on integers, or a kernel outside any operation.
+        """Return whether this works on indices: an operation on integers, or a kernel outside any operation.
 
-        The latter cannot have a gradient, so it is not part of the experts.
+        A kernel outside any operation cannot have a gradient, so it is not part of the experts.
         """
         types = [t for t in self.raw.get("args", {}).get("Input type", []) if t and not t[0].isupper()]
         integers = bool(types) and all(t.split()[-1] in _INTEGERS for t in types)
@@ -113,9 +113,9 @@ def breakdown(trace: list[dict[str, Any]]) -> Breakdown:
     kernels = []
     for event in host:
         if event.thread == step.thread and step.start <= event.start < step.end:
-            own = (event.end - event.start - event.children) / 1e3
-            parts[event.part or "other"] += own
-            kernels.append(Kernel(event.name, event.part or "other", own))
+            milliseconds = (event.end - event.start - event.children) / 1e3
+            parts[event.part or "other"] += milliseconds
+            kernels.append(Kernel(event.name, event.part or "other", milliseconds))
     return Breakdown((step.end - step.start) / 1e3, parts, kernels)
 
 
@@ -134,14 +134,14 @@ def _host_events(timed: list[dict[str, Any]]) -> list[_Event]:
             stack.pop()
         if stack:
             event.parent = stack[-1]
-            event.end = min(event.end, event.parent.end)  # they are rounded apart
+            event.end = min(event.end, event.parent.end)  # rounding may put it after the parent's end
             event.parent.children += event.end - event.start
         stack.append(event)
     return events
 
 
 def _attribute(host: list[_Event], step: _Event) -> None:
-    """Set every event's part, where it has one."""
+    """Set the part of every event that has one."""
     nodes: dict[int, str | None] = {}  # of autograd, by sequence number
     in_backward: set[int] = set()
     for event in host:
@@ -152,25 +152,28 @@ def _attribute(host: list[_Event], step: _Event) -> None:
         if event.annotated:
             event.part = event.name.removeprefix(PREFIX)
         elif event.part == "routed experts" and parent is not None and parent.annotated and event.plans:
-            event.part = "routing"  # wherever it is done
+            event.part = "routing"  # even if the experts' module does this work
         elif event.name.startswith(_BACKWARD + "torch::autograd::AccumulateGrad"):
             event.part = "gradients"
         elif event.name.startswith(_BACKWARD) and event.sequence in nodes:
             event.part = nodes[event.sequence]
         if event.thread == step.thread and event.sequence >= 0 and id(event) not in in_backward:
-            # Operations that make no node carry the next one's number: the last one made it.
+            # An operation without a node carries the next node's number. So the last operation with a number
+            # is the one that made the node.
             nodes[event.sequence] = event.part
 
 
 def _of_device(device: list[dict[str, Any]], host: list[_Event], step: _Event) -> Breakdown:
-    launches, operations = {}, {}
+    launches = {}
+    operations = {}
     for event in host:
         arguments = event.raw.get("args", {})
         if event.raw["cat"] in _LAUNCH:
             launches[arguments.get("correlation")] = event.part
         elif "External id" in arguments:
             operations[arguments["External id"]] = event.part
-    parts, kernels = dict.fromkeys(PARTS, 0.0), []
+    parts = dict.fromkeys(PARTS, 0.0)
+    kernels = []
     for raw, milliseconds in _exclusive(device, step):
         arguments = raw.get("args", {})
         part = launches.get(arguments.get("correlation")) or operations.get(arguments.get("External id"))
@@ -182,7 +185,7 @@ def _of_device(device: list[dict[str, Any]], host: list[_Event], step: _Event) -
 
 
 def _exclusive(device: list[dict[str, Any]], step: _Event) -> Iterator[tuple[dict[str, Any], float]]:
-    """Kernels with their milliseconds; time of several at once counts for the one that began first."""
+    """Yield kernels with their milliseconds. Time that several share counts for the one that began first."""
     reached = step.start
     for raw in sorted(device, key=lambda raw: raw["ts"]):
         end = min(raw["ts"] + raw["dur"], step.end)

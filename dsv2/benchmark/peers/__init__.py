@@ -1,4 +1,4 @@
-"""Other frameworks on the same work, one a file, for `python -m dsv2 benchmark --against`.
+"""Other frameworks that do the same work, one per file, for `python -m dsv2 benchmark --against`.
 
 Each module here is a `Peer`. It imports its framework only in `build`.
 """
@@ -18,7 +18,7 @@ PEERS = ("transformers", "deepspeed_autoep", "torchtitan")
 
 
 class Work(NamedTuple):
-    """What a peer is to train, on one device."""
+    """What a peer trains, on one device."""
 
     model: ModelConfig
     optim: OptimConfig
@@ -33,12 +33,15 @@ class Peer(Protocol):
     """What a module of this folder offers."""
 
     REQUIRES: dict[str, str]  # the packages it needs, with the versions it is written for
-    ALONE: tuple[str, ...]  # those of them to install without their dependencies
-    STATES: str | None  # precision of the optimizer's states; None: that of the weights
-    ABOUT: str  # one line on how it is set up
+    ALONE: tuple[str, ...]  # the packages of REQUIRES to install without their dependencies
+    STATES: str | None  # precision of the optimizer's states; None: the same as the weights'
+    ABOUT: str  # one line on how the peer is set up
 
     def build(self, work: Work) -> Callable[[list[Any]], float]:
-        """Return a step: forward, loss, backward, clipping and AdamW on a micro-batch of tokens; its loss."""
+        """Return a function that trains one step on a micro-batch of tokens and returns the loss.
+
+        The step is forward, loss, backward, clipping and AdamW.
+        """
         ...
 
 
@@ -52,28 +55,30 @@ def version(name: str) -> str | None:
     return installed(next(iter(adapter(name).REQUIRES)))
 
 
-def parse(given: str) -> dict[str, int | None]:
-    """Read `transformers,deepspeed_autoep:6`: each peer with its micro-batch, None for the configuration's.
+def parse(text: str) -> dict[str, int | None]:
+    """Return each peer of `transformers,deepspeed_autoep:6` with its micro-batch size.
+
+    A size of None stands for the configuration's micro-batch size.
 
     Raises:
-        UserError: a name that no adapter has, one given twice, or a micro-batch that is no positive number.
+        UserError: a peer does not exist or is given twice, or a micro-batch size is no positive number.
     """
-    found: dict[str, int | None] = {}
-    for item in given.split(","):
+    sizes: dict[str, int | None] = {}
+    for item in text.split(","):
         name, colon, size = item.strip().partition(":")
         if name not in PEERS:
-            raise UserError(f"--against {given}: there is no peer {name!r}; one of {', '.join(PEERS)}")
-        if name in found:
-            raise UserError(f"--against {given}: {name} is given twice")
+            raise UserError(f"--against {text}: there is no peer {name!r}; one of {', '.join(PEERS)}")
+        if name in sizes:
+            raise UserError(f"--against {text}: {name} is given twice")
         if colon and not re.fullmatch(r"[1-9]\d*", size):
-            raise UserError(f"--against {given}: {item} must be a peer and its micro-batch, as {name}:6")
-        found[name] = int(size) if colon else None
-    return found
+            raise UserError(f"--against {text}: {item} must be a peer and its micro-batch, as {name}:6")
+        sizes[name] = int(size) if colon else None
+    return sizes
 
 
-def check_peers(given: str, config: Config, world_size: int) -> dict[str, int | None]:
-    """`parse`, and every peer checked."""
-    sizes = parse(given)
+def check_peers(text: str, config: Config, world_size: int) -> dict[str, int | None]:
+    """Check every peer of `text`; return what `parse` returns."""
+    sizes = parse(text)
     for name in sizes:
         check(name, config, world_size)
     return sizes
@@ -83,10 +88,10 @@ def check(name: str, config: Config, world_size: int) -> None:
     """Refuse a peer that is not installed, or work that it cannot do.
 
     Raises:
-        UserError: says what to install, or which field stands in the way.
+        UserError: says what to install, or which field must change.
     """
-    found = adapter(name)
-    if wrong := misfit(found.REQUIRES, found.ALONE):
+    peer = adapter(name)
+    if wrong := misfit(peer.REQUIRES, peer.ALONE):
         raise UserError(f"--against {name}: {wrong}")
     check_exportable(config.model)
     for fits, field, value, reason in (
@@ -101,13 +106,13 @@ def check(name: str, config: Config, world_size: int) -> None:
             config.data.path == NO_DATA,
             "data.path",
             config.data.path,
-            "peers have random tokens; leave it out",
+            "peers train on random tokens; leave it out",
         ),
         (
             not config.runtime.recompute,
             "runtime.recompute",
             "true",
-            "peers run without; leave it out",
+            "peers do not recompute; leave it out",
         ),
     ):
         if not fits:

@@ -1,4 +1,4 @@
-"""DeepSpeed's AutoEP over transformers' model: its layer for every mixture of experts, its ZeRO-1."""
+"""DeepSpeed's AutoEP over transformers' model: it replaces every mixture of experts, and adds ZeRO-1."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""torchtitan's DeepSeek model as a library on one GPU: its modules, overrides and compilation, no trainer."""
+"""torchtitan's DeepSeek model on one GPU, as a library: modules, overrides and compilation, no trainer."""
 
 import importlib
 from collections.abc import Callable
@@ -14,7 +14,7 @@ REQUIRES = {
     "tyro": ">=1.0",
     "triton": ">=3.0",
 }
-ALONE = ("torchtitan",)  # what else it asks for is for its trainer, and older than requirements.txt has
+ALONE = ("torchtitan",)  # only its trainer needs its other dependencies, older than requirements.txt's
 STATES = None
 ABOUT = (
     "on a GPU fused MLA, SwiGLU and experts, each block and the loss compiled, SDPA through cuDNN; "
@@ -28,10 +28,11 @@ OVERRIDES = [
 
 
 def fill_in_torch() -> None:
-    """Before torch 2.13: the names from there that its modules are made with, so that they can be imported.
+    """Define two names of torch 2.13 in older versions, so that torchtitan's modules can be imported.
 
-    One is an annotation in code for many processes. The other marks an operator that returns the argument
-    it writes to, which older versions refuse; what it returns is never used, so it returns nothing.
+    `DataParallelMeshDims` is only an annotation in code for many processes. `Tag.inplace` marks an operator
+    that returns the argument it writes to, which older versions refuse. Nobody uses that result, so here the
+    operator returns nothing.
     """
     import torch
 
@@ -40,15 +41,16 @@ def fill_in_torch() -> None:
         fsdp.DataParallelMeshDims = object
     if hasattr(torch.Tag, "inplace"):
         return
-    given, inplace = torch.library.custom_op, object()
+    torch_custom_op = torch.library.custom_op
+    inplace = object()
 
     def custom_op(name: str, *args: Any, **options: Any) -> Any:
         if options.get("tags") is not inplace:
-            return given(name, *args, **options)
+            return torch_custom_op(name, *args, **options)
         assert name == "torchtitan::fused_mla_q_rope_", name
         del options["tags"]
         schema = "(Tensor(a!) q, Tensor cache, Tensor positions, SymInt nope, bool inverse) -> ()"
-        return lambda function: given(name, schema=schema, **options)(_without_result(function))
+        return lambda function: torch_custom_op(name, schema=schema, **options)(_without_result(function))
 
     for owner, name, value in ((torch.Tag, "inplace", inplace), (torch.library, "custom_op", custom_op)):
         setattr(owner, name, value)
@@ -62,12 +64,13 @@ def _without_result(function: Callable[..., Any]) -> Callable[..., None]:
 
 
 def model_config(work: Work) -> Any:
-    """Its configuration with our sizes."""
+    """Return torchtitan's configuration with our sizes."""
     fill_in_torch()
     titan: Any = importlib.import_module("torchtitan.models.deepseek_v3")
     common: Any = importlib.import_module("torchtitan.models.common")
     attention: Any = importlib.import_module("torchtitan.models.common.attention")
-    model, width = work.model, work.model.hidden_size
+    model = work.model
+    width = model.hidden_size
     rope = common.ComplexRoPE.Config(
         dim=model.qk_rope_head_dim, max_seq_len=work.length, theta=model.rope_theta, scaling="none"
     )
@@ -118,12 +121,12 @@ def model_config(work: Work) -> Any:
 
 
 def build_model(work: Work) -> Any:
-    """The model with fresh weights, on the device; on a GPU with the overrides and compiled."""
+    """Return the model with fresh weights on the device; on a GPU, compiled and with the overrides."""
     import torch
 
     config = model_config(work)
     distributed: Any = importlib.import_module("torchtitan.distributed.utils")
-    distributed.set_spmd_backend("partial_dtensor")  # the one that asks for no mesh when there is none
+    distributed.set_spmd_backend("partial_dtensor")  # the only backend that works without a mesh
     fused = work.device.type == "cuda"
     if fused:
         override: Any = importlib.import_module("torchtitan.config.override")
@@ -134,7 +137,7 @@ def build_model(work: Work) -> Any:
     model.to(work.dtype).to_empty(device=work.device)
     with torch.no_grad():
         model.init_states(buffer_device=work.device)
-    if fused:  # as torchtitan.distributed.compile.apply_compile, which wants a mesh
+    if fused:  # like torchtitan.distributed.compile.apply_compile, which needs a mesh
         torch._dynamo.config.capture_scalar_outputs = True
         for block in model.layers.values():
             block.compile(fullgraph=True)

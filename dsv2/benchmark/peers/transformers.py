@@ -1,4 +1,4 @@
-"""transformers' DeepseekV2ForCausalLM, as its documentation would have it trained on one GPU."""
+"""transformers' DeepseekV2ForCausalLM, set up as its documentation recommends for one GPU."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ ABOUT = "grouped_mm experts, SDPA attention, fp32 logits; torch's AdamW on the w
 
 
 def build_model(work: Work) -> Any:
-    """The model with fresh weights, on the device."""
+    """Return the model with fresh weights on the device."""
     import torch
     from transformers import AutoModelForCausalLM, DeepseekV2Config
 
@@ -28,7 +28,7 @@ def build_model(work: Work) -> Any:
 
 
 def settings(model: ModelConfig) -> dict[str, Any]:
-    """`published_config` without the fields of other versions and of generation."""
+    """Return `published_config` without the fields of other versions and of generation."""
     dropped = ("architectures", "model_type", "torch_dtype", "bos_token_id", "eos_token_id", "use_cache")
     fields = published_config(model, 0, 0, "bfloat16")
     return {name: value for name, value in fields.items() if name not in dropped} | {"use_cache": False}

@@ -26,7 +26,7 @@ class MultiHeadLatent(AttentionKind):
             "model", model, ["kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"]
         )
         if model.q_lora_rank is not None and model.q_lora_rank < 1:
-            refuse("model.q_lora_rank", model.q_lora_rank, "must be at least 1, or null for none")
+            refuse("model.q_lora_rank", model.q_lora_rank, "must be at least 1, or null for no compression")
         if model.qk_rope_head_dim % 2:
             refuse("model.qk_rope_head_dim", model.qk_rope_head_dim, "must be even: RoPE rotates pairs")
         self.require_no_key_value_heads(model)

@@ -44,9 +44,12 @@ def configuration(*overrides: str) -> Config:
         (["--against", "transformers:0"], "transformers:0 must be a peer and its micro-batch"),
         (["--against", "transformers:x"], "as transformers:6"),
         (["--against", "transformers", "optim.batch_size=8"], "optim.batch_size=8: a peer's step is one"),
-        (["--against", "transformers", "runtime.recompute=true"], "peers run without"),
+        (["--against", "transformers", "runtime.recompute=true"], "peers do not recompute"),
         (["--against", "transformers", "model.attention=mha"], "attention=mha"),
-        (["--against", "transformers", "--balanced"], "--balanced: peers route as their routers choose"),
+        (
+            ["--against", "transformers", "--balanced"],
+            "--balanced: must be left out with --against; peers route as",
+        ),
         (
             ["--against", "transformers", "data.path=prepared/mine"],
             "data.path=prepared/mine: peers have random",
@@ -100,7 +103,7 @@ def test_an_adapter_says_what_it_needs_and_does(name):
 
 
 def turns(ours: list[float], theirs: list[Any]) -> dict[str, list[dict[str, Any]]]:
-    """Rows of ours and of transformers, from their ms a step."""
+    """Rows of ours and of transformers, from their ms per step."""
     rows = iter([value for pair in zip(ours, theirs, strict=True) for value in pair])
     called = []
 
@@ -126,7 +129,7 @@ def turns(ours: list[float], theirs: list[Any]) -> dict[str, list[dict[str, Any]
 
 def test_turns_alternate_and_medians_are_over_rounds(capsys):
     rows = turns([100, 104, 90], [200, 210, 190])
-    assert "round 3 of 3: transformers: 190.0 ms a step, 5263 tokens/s" in capsys.readouterr().out
+    assert "round 3 of 3: transformers: 190.0 ms per step, 5263 tokens/s" in capsys.readouterr().out
     ours, theirs = (compare.summary(name, of) for name, of in rows.items())
     assert (ours["step_ms"], ours["spread"], ours["mem_gib"]) == (100, pytest.approx(0.14), 3.0)
     assert ours["version"] is None
@@ -140,7 +143,7 @@ def test_turns_alternate_and_medians_are_over_rounds(capsys):
 def test_a_distance_within_the_spread_is_named(theirs, sure):
     rows = turns([100, 106, 98], theirs)
     text = compare.table([compare.summary(name, of) for name, of in rows.items()])
-    assert ("note: transformers's distance is within the rounds' spread, 8.0%" in text) is not sure
+    assert ("note: transformers differs from dsv2 by less than the rounds' spread, 8.0%" in text) is not sure
     assert text.count("note:") == (0 if sure else 1)
 
 
