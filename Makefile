@@ -1,6 +1,6 @@
 # make train    the quickstart, from a clean clone to a trained model (overrides: ARGS="optim.lr=1e-3")
-# make test     format, lint, and every test but the long grid
-# make test-all the long grid too
+# make test     format, lint, and every test except the long grid
+# make test-all the same with the long grid
 # make lint     format, lint and types
 # make clean    remove what make made; runs/ and prepared/ stay
 
@@ -36,7 +36,7 @@ format: $(STAMP)
 	$(BIN)/ruff format --check .
 
 # The stamp is removed first and made last, so an interrupted installation starts again.
-# pip names each package of 10 MB and more as it downloads it; its errors are always shown.
+# The output shows each package of 10 MB or more while pip downloads it; pip's errors are always shown.
 $(STAMP): requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 	  echo "Python 3.11 or newer is needed, but '$(PYTHON)' is $$($(PYTHON) -V 2>/dev/null || echo missing);" \

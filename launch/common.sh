@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# What launch/multinode.sh needs; sourced, never run. Sets ROOT and TORCHRUN and changes to ROOT.
-# `python -m dsv2 train` does the same for one machine (dsv2/cli/train.py); keep the two alike.
+# Functions for launch/multinode.sh; sourced, never run. Sets ROOT and TORCHRUN and changes to ROOT.
+# `python -m dsv2 train` does the same for one machine (dsv2/cli/train.py); keep both alike.
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$ROOT" || exit
@@ -64,8 +64,8 @@ run_torchrun() {
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
     # torchrun's own default, 30 s, is too short to save a large model after a signal.
     export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120}
-    # By default glibc returns a tensor's memory when it is freed, and the kernel clears it page by page for the
-    # next tensor: a tenth of a small model's time on the CPU. These values keep blocks up to 32 MiB.
+    # By default glibc gives a freed tensor's memory back, and the kernel clears it page by page for the next
+    # tensor. That takes a tenth of a small model's time on the CPU. These values keep blocks of up to 32 MiB.
     export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-33554432}
     export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-268435456}
     local name

@@ -6,8 +6,8 @@
 #
 # HEAD is one of the machines and a free port on it. Each machine finds out by its name whether it is HEAD. If
 # names do not resolve to the machine itself (containers, NAT), give NODE_RANK=0 on HEAD and 1, 2, ... elsewhere.
-# NPROC is the number of processes on this machine (default: one per GPU, or two without GPUs). RDZV_ID tells
-# apart jobs that share a HEAD. runs_dir must be on a file system that all machines share.
+# NPROC is the number of processes on this machine (default: one per GPU, or two without GPUs). Jobs that share a
+# HEAD need different values of RDZV_ID. runs_dir must be on a file system that all machines share.
 
 set -euo pipefail
 # shellcheck source=launch/common.sh

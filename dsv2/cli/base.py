@@ -1,7 +1,7 @@
 """What every verb of `python -m dsv2` shares: its interface, the error line and the exit codes.
 
 A verb is a file of this folder and one line in dsv2/__main__.py. It parses its words, calls one function and
-returns. That function, and what it imports, is imported when the verb runs, so that `--help` answers at once.
+returns. That function and its modules are imported only when the verb runs, so that `--help` answers at once.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def exit_code(error: BaseException) -> ExitCode:
 
 
 def print_error(error: object) -> None:
-    """Print an error as every verb does."""
+    """Print an error in the form that all verbs share."""
     print(f"error: {error}", file=sys.stderr, flush=True)
 
 
@@ -58,7 +58,7 @@ class Verb(ABC):
     name: str
     help: str  # one line, for the list of verbs
     text: str | None  # what `--help` says before the options: the module's docstring
-    interrupted = "interrupted"  # what Ctrl-C prints after `error: `
+    interrupted = "interrupted"  # what is printed after `error: ` on Ctrl-C
 
     @abstractmethod
     def arguments(self, parser: argparse.ArgumentParser) -> None:
@@ -105,7 +105,7 @@ def find(name: str, verbs: Sequence[Verb]) -> Verb:
     """Return the verb of that name.
 
     Raises:
-        UserError: there is none; the message suggests the nearest.
+        UserError: no verb has this name; the message suggests the nearest name.
     """
     names = [verb.name for verb in verbs]
     if name in names:

@@ -5,7 +5,7 @@
     python -m dsv2 benchmark --against transformers,deepspeed_autoep:6 model=lite_slice runtime=gpu
 
 Tokens are random unless data.path=FOLDER names a prepared folder. data.sequence_length is 4096 unless given.
-It prints a row of figures and, for one further step, the share of each part of the model.
+The command prints a row of figures and, for one further step, the share of each part of the model.
 
 With --against, other frameworks do the same work. They and this project take turns, each turn in its own
 process. NAME:6 gives a peer its own micro-batch size. dsv2/benchmark/peers says how each one is set up.
@@ -26,12 +26,12 @@ class Benchmark(Verb):
         overrides = "Overrides of the configuration, as train takes them."
         add("overrides", nargs="*", metavar="NAME=VALUE", help=overrides)
         add("--steps", type=int, default=10, metavar="N", help="Number of timed steps (default 10).")
-        add("--warmup", type=int, default=4, metavar="N", help="Number of steps before them (default 4).")
+        add("--warmup", type=int, default=4, metavar="N", help="Number of untimed steps first (default 4).")
         balanced = "Give every expert the same number of tokens, instead of what the router chooses."
         add("--balanced", action="store_true", help=balanced)
         add("--out", metavar="FILE", help="Also write the figures to this file, as JSON.")
         profile = (
-            "Write a trace of one step to this file, for chrome://tracing, and print its longest kernels."
+            "Write a trace of one step to this file, for chrome://tracing, and print the longest kernels."
         )
         add("--profile", metavar="FILE", help=profile)
         against = "Peers to compare with, such as transformers,torchtitan:4."

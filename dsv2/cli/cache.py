@@ -1,6 +1,8 @@
 """Print the size of the KV cache per token for each kind of attention, as in the paper's tables 1 and 9.
 
-python -m dsv2 cache model=lite [model.FIELD=VALUE ...]
+    python -m dsv2 cache model=lite [model.FIELD=VALUE ...]
+
+The sizes come from the configuration; no checkpoint is read.
 """
 
 from argparse import ArgumentParser, Namespace

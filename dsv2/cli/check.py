@@ -2,8 +2,8 @@
 
     python -m dsv2 check PROCESSES [overrides...]
 
-The command refuses, with one line, whatever train.py would refuse on a machine with that many processes.
-`python -m dsv2 train` checks the same before it starts processes.
+If train.py would refuse to start that many processes on this machine, the command prints one line and exits
+with code 2. `python -m dsv2 train` makes the same checks before it starts processes.
 """
 
 from argparse import ArgumentParser, Namespace
@@ -16,7 +16,7 @@ def check(processes: int, overrides: list[str]) -> None:
     """Check everything that can be checked before processes start.
 
     Raises:
-        UserError: what train.py would refuse with that many processes on this machine.
+        UserError: train.py would refuse to start that many processes on this machine.
     """
     from dsv2.config.compose import compose_config
     from dsv2.training.validate import validate

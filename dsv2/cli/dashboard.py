@@ -3,7 +3,7 @@
     python -m dsv2 dashboard --project dsv2
     python -m dsv2 dashboard --spec dashboard.json
 
-Each call makes a new view.
+Each call creates a new view.
 """
 
 from argparse import ArgumentParser, Namespace

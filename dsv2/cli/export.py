@@ -1,7 +1,9 @@
 """Write a checkpoint as a Hugging Face folder: for `transformers`, vLLM, or `init_from` of another run.
 
-python -m dsv2 export runs/quickstart exported/quickstart
-python -m dsv2 export runs/lite/checkpoints/step-00120000 exported/lite --dtype fp32 --shard-gb 10
+    python -m dsv2 export runs/quickstart exported/quickstart
+    python -m dsv2 export runs/lite/checkpoints/step-00120000 exported/lite --dtype fp32 --shard-gb 10
+
+docs/hugging_face.md explains what the folder holds.
 """
 
 from argparse import ArgumentParser, Namespace

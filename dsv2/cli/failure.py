@@ -36,7 +36,7 @@ def tell(error: Exception) -> None:
 
 def _write_error_file(file: Path, error: Exception) -> None:
     # torchrun names the earliest failure as the cause and compares whole seconds. One second less makes this
-    # one the earliest, even if others fail within the same second.
+    # failure the earliest, even if other processes fail within the same second.
     content = {"message": str(error), "timestamp": int(time.time()) - 1}
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(content))
@@ -45,8 +45,8 @@ def _write_error_file(file: Path, error: Exception) -> None:
 def end(error: Exception, code: int, together: bool = False) -> NoReturn:
     """Tell the error and exit with `code`.
 
-    If all processes fail `together`, they leave together: a process that exits while another still talks to
-    it makes that one abort.
+    If all processes fail `together`, they leave together. If one exits while another still communicates with
+    it, the other one aborts.
     """
     tell(error)
     if together:

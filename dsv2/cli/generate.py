@@ -2,8 +2,8 @@
 
     python -m dsv2 generate runs/quickstart --prompt "def main(" [--prompt ...] [--temperature 0.8]
 
-A single prompt's answer is printed as its tokens come. Several prompts are decoded together and printed at
-the end. The answer to a prompt does not depend on the other prompts.
+With one prompt, each token of the answer is printed at once. Several prompts are decoded together, and the
+answers are printed at the end. The answer to a prompt does not depend on the other prompts.
 """
 
 from argparse import ArgumentParser, Namespace

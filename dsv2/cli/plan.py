@@ -1,9 +1,9 @@
-"""Print whether a run fits into memory and how long it takes, from sizes alone; no GPU is needed.
+"""Print whether a run fits into memory and how long it takes. The plan needs no GPU and no data.
 
     python -m dsv2 plan experiment=v2 gpus=128 gpu=h100 ep=8 zero=1
     python -m dsv2 plan experiment=lite gpus=8 gpu=h100 --search
 
-docs/planning.md says what is counted, what is assumed, and how to check it against a run.
+docs/planning.md says what is counted, what is assumed, and how to check a plan against a run.
 """
 
 from argparse import ArgumentParser, Namespace
@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # these import Hydra
     from dsv2.config.schema import Config
     from dsv2.planner.search import Machines
 
-OWN = ("gpus", "gpu", "gpus_per_node", "mfu")
+WORDS = ("gpus", "gpu", "gpus_per_node", "mfu")  # of the planner; all others belong to the configuration
 
 
 def _number(word: str, text: str, kind: type[int] | type[float]) -> int | float:
@@ -32,7 +32,7 @@ def _number(word: str, text: str, kind: type[int] | type[float]) -> int | float:
 
 
 def read(arguments: list[str]) -> tuple["Machines", list[str]]:
-    """Return the machines, and the overrides of the configuration.
+    """Return the machines and the overrides of the configuration.
 
     Raises:
         UserError: a word or field does not exist, or a value is impossible.
@@ -42,29 +42,29 @@ def read(arguments: list[str]) -> tuple["Machines", list[str]]:
     from dsv2.parallel.gpus import find_gpu
     from dsv2.planner.search import Machines
 
-    own: dict[str, str] = {}
+    words: dict[str, str] = {}
     overrides = []
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if not equals:
             raise UserError(f"{argument}: must be written as NAME=VALUE")
         name = key.lstrip("+~")
-        if key in OWN:
-            own[key] = value
+        if key in WORDS:
+            words[key] = value
         elif key in SHORT:
             overrides.append(f"{SHORT[key]}={value}")
         elif name in field_types() or name == "experiment":
             overrides.append(argument)
         else:
-            raise UserError(unknown_key(name, argument, (*OWN, *SHORT)))
-    if "gpus" not in own:
+            raise UserError(unknown_key(name, argument, (*WORDS, *SHORT)))
+    if "gpus" not in words:
         raise UserError("gpus: must be given, as gpus=NUMBER of all GPUs")
-    gpus = int(_number("gpus", own["gpus"], int))
-    per_node = int(_number("gpus_per_node", own.get("gpus_per_node", "8"), int))
+    gpus = int(_number("gpus", words["gpus"], int))
+    per_node = int(_number("gpus_per_node", words.get("gpus_per_node", "8"), int))
     if gpus > per_node and gpus % per_node:
-        raise UserError(f"gpus={gpus}: must be a multiple of gpus_per_node={per_node}, or at most that")
-    mfu = float(_number("mfu", own["mfu"], float)) if "mfu" in own else None
-    return Machines(gpus, find_gpu(own.get("gpu", "h100")), per_node, mfu), overrides
+        raise UserError(f"gpus={gpus}: must be at most gpus_per_node={per_node}, or a multiple of it")
+    mfu = float(_number("mfu", words["mfu"], float)) if "mfu" in words else None
+    return Machines(gpus, find_gpu(words.get("gpu", "h100")), per_node, mfu), overrides
 
 
 def load(overrides: list[str], machines: "Machines", any_layout: bool = False) -> "Config":
@@ -100,14 +100,16 @@ class Plan(Verb):
         from dsv2.config.mistakes import SHORT
         from dsv2.parallel.gpus import GPUS
 
-        parser.add_argument("words", nargs="*", metavar="NAME=VALUE", help="The words below.")
-        search = "List the layouts that fit, the fastest first."
+        parser.add_argument(
+            "words", nargs="*", metavar="NAME=VALUE", help="Words of the planner and overrides, see below."
+        )
+        search = "List the layouts that fit, fastest first."
         parser.add_argument("--search", action="store_true", help=search)
         parser.epilog = f"""words of the planner:
   gpus=N             Number of all GPUs of the job; must be given.
   gpu=NAME           Kind of GPU: {", ".join(GPUS)} (default h100).
   gpus_per_node=N    Number of GPUs per machine (default 8).
-  mfu=SHARE          Utilisation of the whole step, if it is known (default: estimated).
+  mfu=SHARE          Model FLOPs utilisation of the whole step, if known (default: estimated).
   ep, zero, micro_batch   Short for {", ".join(SHORT.values())}.
 All other words are overrides of the configuration, as train takes them."""
 

@@ -1,7 +1,9 @@
 """Turn text into a prepared folder that train reads; the same as `python -m data.prepare`.
 
-python -m dsv2 prepare stdlib
-python -m dsv2 prepare files corpus/ notes.txt --out prepared/corpus --vocab-size 8192
+    python -m dsv2 prepare stdlib
+    python -m dsv2 prepare files corpus/ notes.txt --out prepared/corpus --vocab-size 8192
+
+Every source has its own options: see `python -m dsv2 prepare SOURCE --help`.
 """
 
 from argparse import ArgumentParser, Namespace

@@ -35,8 +35,8 @@ QUICKSTART_BATCH = 8  # sequences
 WITHOUT_GPU = 2  # processes
 # torchrun's own default, 30 s, is too short to save a large model after a signal.
 SHUTDOWN_TIMEOUT = 120
-# By default glibc returns a tensor's memory when it is freed, and the kernel clears it page by page for the
-# next tensor: a tenth of a small model's time on the CPU. These values keep blocks up to 32 MiB.
+# By default glibc gives a freed tensor's memory back, and the kernel clears it page by page for the next
+# tensor. That takes a tenth of a small model's time on the CPU. These values keep blocks of up to 32 MiB.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(256 << 20)}
 
 
@@ -44,7 +44,7 @@ class Launch(NamedTuple):
     """How the job is started on this machine."""
 
     processes: int
-    overrides: list[str]  # the user's, then those that were appended
+    overrides: list[str]  # the user's overrides, then the appended ones
     notes: list[str]  # a line for each choice that the user might not expect
 
 
@@ -71,10 +71,10 @@ def plan_launch(overrides: list[str], environment: Mapping[str, str]) -> Launch:
     notes: list[str] = []
     appended: list[str] = []
     quickstart = QUICKSTART in overrides
-    if given := environment.get("NPROC"):
-        if not re.fullmatch(r"[1-9][0-9]*", given):
-            raise UserError(f"NPROC={given}: must be a whole number, at least 1")
-        processes = int(given)
+    if text := environment.get("NPROC"):
+        if not re.fullmatch(r"[1-9][0-9]*", text):
+            raise UserError(f"NPROC={text}: must be a whole number, at least 1")
+        processes = int(text)
     else:
         gpus = count_gpus(overrides, environment) or WITHOUT_GPU
         processes = max(n for n in (1, 2, 4, QUICKSTART_BATCH) if n <= gpus) if quickstart else gpus
@@ -99,16 +99,16 @@ def settings(processes: int, environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def torchrun() -> str:
-    """Return the path of torchrun: the one beside this Python, else the one on PATH.
+    """Return the path of torchrun: beside this Python, else on PATH.
 
     Raises:
-        UserError: there is none.
+        UserError: torchrun is in neither place.
     """
     beside = Path(sys.executable).with_name("torchrun")
     if beside.exists():
         return os.path.relpath(beside) if beside.is_relative_to(Path.cwd()) else str(beside)
-    if found := shutil.which("torchrun"):
-        return found
+    if on_path := shutil.which("torchrun"):
+        return on_path
     raise UserError(
         f"torchrun: not found beside {sys.executable}; run `make train`, or activate an environment"
     )

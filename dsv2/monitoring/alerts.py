@@ -1,4 +1,4 @@
-"""When somebody should look at a run: a metric stays above the threshold that its declaration names.
+"""Alerts that ask somebody to look at a run: a metric has stayed above the threshold that it declares.
 
 The thresholds are fields of the configuration's section `logging`. Each alert is raised once per episode,
 which lasts as long as the value stays above the threshold. A session starts without memory of earlier ones.
@@ -49,7 +49,7 @@ class Alerts:
 
         Args:
             step: counted from 1.
-            metrics: this step's values; window metrics are there only at the end of a window.
+            metrics: this step's values; window metrics are present only at the end of a window.
         """
         notices = [watch.check(step, metrics[watch.name]) for watch in self._watches if watch.name in metrics]
         return [notice for notice in notices if notice is not None]

@@ -66,12 +66,16 @@ def start_lines(
     """Return the lines that describe the run before it starts.
 
     Args:
-        name: the run's. parameters: of the whole model. active_parameters: the parameters that one token
-        uses. total_steps: of the whole run. total_tokens: of the whole run. layout: the ranks and how they
-        split the work, such as "2 x cpu, expert parallel 2, ZeRO-1, fp32". run_dir: the run's folder.
-        resumed_step: the checkpoint's step, None for a fresh start. begun_from: the checkpoint of another
-        run, or the Hugging Face folder, whose weights this run starts from. dashboard:
-        `Tracker.dashboard_hint`.
+        name: of the run.
+        parameters: of the whole model.
+        active_parameters: the parameters that one token uses.
+        total_steps: of the whole run.
+        total_tokens: of the whole run.
+        layout: how the ranks split the work, such as "2 x cpu, expert parallel 2, ZeRO-1, fp32".
+        run_dir: the run's folder.
+        resumed_step: the checkpoint's step, None for a fresh start.
+        begun_from: another run's checkpoint or a Hugging Face folder, if the run starts from its weights.
+        dashboard: see `Tracker.dashboard_hint`.
     """
     resumed = "" if resumed_step is None else f", resumed after step {resumed_step}"
     if begun_from is not None:
@@ -109,7 +113,7 @@ def end_lines(
 def schedule_notes(
     optim: OptimConfig, *, step: int, tokens: int, total_steps: int, sequence_length: int
 ) -> list[str]:
-    """Return what may surprise about the schedule of a session that begins at this step and token."""
+    """Return notes on what may surprise in the schedule of a session that begins at this step and token."""
     notes = []
     if optim.warmup_steps > total_steps:
         notes.append(

@@ -158,7 +158,7 @@ class Monitor:
         return values
 
     def evaluation(self, step: int, evaluation: Evaluation) -> None:
-        """Report an evaluation; its time is not the next step's."""
+        """Report an evaluation. Its time does not count for the next step."""
         self.tracker.log(self._values(When.evaluation, evaluation), step=step)
         self._print(
             console.eval_line(
@@ -171,7 +171,7 @@ class Monitor:
         self._last_mark = time.perf_counter()
 
     def saved(self, problem: str | None = None) -> None:
-        """Report a checkpoint that was saved, or why it could not be; its time is not the next step's."""
+        """Report a saved checkpoint, or why saving failed. Its time does not count for the next step."""
         if problem is None:
             self._write_status("running")
         else:
@@ -179,7 +179,7 @@ class Monitor:
         self._last_mark = time.perf_counter()
 
     def final(self, evaluation: Evaluation, sample: str | None) -> None:
-        """Report the last evaluation, beside a model that knows only token frequencies, and a sample."""
+        """Report the last evaluation, the loss that token frequencies alone would give, and a sample."""
         self.evaluation(self._total_steps, evaluation)
         if (unigram := source_of(self.config.data).unigram_nats(self.config.data)) is not None:
             self._print(

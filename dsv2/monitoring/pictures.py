@@ -13,12 +13,11 @@ def heat_map(values: np.ndarray) -> np.ndarray:
     """Return a picture, uint8 [height, width, 3].
 
     Args:
-        values: [rows, columns], drawn as cells from blue (0) over white (1, the balanced load) to red (3
-        and more),
-            NaN black; or a finished picture, uint8 [height, width, 3], which is returned unchanged.
+        values: [rows, columns], drawn as cells: 0 is blue, 1 (the balanced load) white, 3 and more red, NaN
+            black. A finished picture, uint8 [height, width, 3], is returned unchanged.
 
     Raises:
-        ValueError: another shape or type.
+        ValueError: the array has another shape or type.
     """
     if values.ndim == 3 and values.shape[2] == 3 and values.dtype == np.uint8:
         return values

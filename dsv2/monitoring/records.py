@@ -105,7 +105,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 def _drop_torn_line(path: Path) -> None:
-    """Cut the half line that a killed process may have left, so that the next line starts on its own."""
+    """Cut the half line that a killed process may have left, so that the next record gets its own line."""
     if path.is_file():
         content = path.read_bytes()
         os.truncate(path, content.rfind(b"\n") + 1)

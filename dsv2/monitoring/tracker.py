@@ -1,4 +1,4 @@
-"""Metrics of a run: W&B for people, `RUN_DIR/metrics.jsonl` for programs and for the day W&B fails.
+"""Metrics of a run: W&B for people, `RUN_DIR/metrics.jsonl` for programs and in case W&B fails.
 
 Every scalar goes to both. metrics.jsonl has one JSON object per line, `{"step": 12, "train/loss": 4.1}`.
 Each line is written at once, because W&B loses up to 32 KiB of records when a process is killed. W&B gets
@@ -74,7 +74,7 @@ class Tracker:
             self._run.log(scalars, images, step)
 
     def alert(self, title: str, text: str) -> None:
-        """Have W&B notify the run's owner (by e-mail or Slack, as they set it up)."""
+        """Have W&B notify the run's owner, by e-mail or Slack as the owner has set it up."""
         if self._run is not None:
             self._run.alert(title, text)
 
@@ -90,7 +90,7 @@ class Tracker:
 
     @property
     def dashboard_hint(self) -> str:
-        """How to see the run: its URL online, else commands for a terminal dashboard and for an upload."""
+        """Return how to see the run: its URL online, else commands for a terminal dashboard and an upload."""
         if self._run is not None and self._run.url is not None:
             return self._run.url
         folder = self._run_dir / "wandb"
@@ -109,7 +109,7 @@ def open_tracker(config: Config, *, wandb_id: str | None, is_main: bool) -> Trac
     """Start recording a session of a run.
 
     Args:
-        config: the run's; metrics.jsonl in its folder is appended to, W&B's files go to `wandb` beside it.
+        config: of the run. metrics.jsonl in its folder is appended to; W&B's files go to `wandb` beside it.
         wandb_id: the id of the run that is resumed, None for a new run.
         is_main: True on rank 0; on other ranks the tracker does nothing.
     """

@@ -1,7 +1,7 @@
 """A run in W&B. W&B must never stop, delay or garble training.
 
-It never prompts. Where it cannot log in it goes offline, with one line. If it fails during a run, one line
-says so and metrics.jsonl continues alone.
+W&B never prompts. If it cannot log in, it goes offline and one line says so. If it fails during a run, one
+line says so and metrics are written to metrics.jsonl only.
 
 A resumed run keeps its W&B id and logs `step=` itself. Online, W&B then drops the steps that it already
 has. Offline, each session has its own folder `RUN_DIR/wandb/offline-run-TIME-ID`: `wandb leet
@@ -51,7 +51,7 @@ class WandbRun:
             _stop_wandb_process()
 
     def _try(self, action: Callable[["Run"], object]) -> None:
-        """Do it, or give W&B up for this session: training continues whatever goes wrong there."""
+        """Do `action`. If it fails, do without W&B for this session: training must continue."""
         if self._run is None:
             return
         try:
@@ -93,7 +93,7 @@ def start_wandb(config: Config, wandb_id: str) -> WandbRun | None:
     if logging.wandb is WandbMode.auto:
         why_offline = "not logged in"
         try:
-            wandb.setup(settings=_settings())  # before the login, or that prints
+            wandb.setup(settings=_settings())  # before the login, which would print
             if wandb.login(prompt=False, verify=True):  # an unreachable server raises within about 10 s
                 return start("online")
         except Exception as error:
@@ -117,7 +117,7 @@ def offline_hint(folder: Path) -> str:
 
 
 def wandb_command() -> str:
-    """Return W&B's command as the user can type it: this environment's own may not be on their PATH."""
+    """Return W&B's command as the user can type it: this environment's may not be on the user's PATH."""
     beside = Path(sys.executable).with_name("wandb")
     if not beside.is_file():
         return "wandb"

@@ -1,4 +1,4 @@
-"""The runs of a study: their configurations, and how one is started."""
+"""The runs of a study: their configurations, and how a run is started."""
 
 import json
 import os
@@ -60,21 +60,21 @@ def is_finished(job: Job) -> bool:
     """Return whether the run already exists and is finished.
 
     Raises:
-        UserError: it was made with another configuration; its folder does not matter.
+        UserError: the run has another configuration. A different `runs_dir` does not count.
     """
     if read_status(job.run_dir).get("state") != "finished":
         return False
-    made_with = OmegaConf.to_container(OmegaConf.load(job.run_dir / "config.yaml"))
-    if {**made_with, "runs_dir": job.config.runs_dir} != to_plain(job.config):  # type: ignore[dict-item]
+    saved = OmegaConf.to_container(OmegaConf.load(job.run_dir / "config.yaml"))
+    if {**saved, "runs_dir": job.config.runs_dir} != to_plain(job.config):  # type: ignore[dict-item]
         raise UserError(
             f"{job.run_dir}: finished with another configuration than this command's; choose another --out, "
-            "or remove it"
+            "or remove that folder"
         )
     return True
 
 
 def run(job: Job, gpu: str | None) -> int:
-    """Train it on that GPU, None for the CPU; return the exit code. The output goes to RUN_DIR.log."""
+    """Train the run on that GPU, or on the CPU for None; return the exit code. Output goes to RUN_DIR.log."""
     environment = os.environ if gpu is None else {**os.environ, "CUDA_VISIBLE_DEVICES": gpu}
     with job.run_dir.with_name(f"{job.run_dir.name}.log").open("w") as log:
         command = [sys.executable, str(ROOT / "train.py"), *job.overrides]

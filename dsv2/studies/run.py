@@ -1,4 +1,4 @@
-"""Run what is missing of a study, several runs at a time, and write its tables."""
+"""Train the missing runs of a study, several at a time, and write the study's tables."""
 
 import itertools
 import json
@@ -14,11 +14,11 @@ from dsv2.studies.table import figures, markdown, summary
 
 
 def run_study(study: str, *, seeds: int, at_once: int, out: Path, overrides: list[str]) -> int:
-    """Run what is missing and write the tables to `out`; return the exit code, 1 if a run failed."""
+    """Train the missing runs and write the tables to `out`; return the exit code, 1 if a run failed."""
     planned = jobs.plan(study, seeds, out, overrides)
     finished = [job for job in planned if jobs.is_finished(job)]
     for job in finished:
-        print(f"{job.config.name}: finished before", flush=True)
+        print(f"{job.config.name}: already finished", flush=True)
     missing = [job for job in planned if job not in finished]
     if missing and (code := jobs.refused(missing[0])):
         return code
@@ -63,6 +63,6 @@ def _run_all(missing: list[Job], at_once: int, finished_before: int) -> list[str
 
 
 def _timed_run(job: Job, gpu: str | None) -> tuple[int, float]:
-    """Return the exit code and the seconds it took."""
+    """Train the run; return its exit code and its seconds."""
     start = time.monotonic()
     return jobs.run(job, gpu), time.monotonic() - start

@@ -37,8 +37,8 @@ COLUMNS = (
 def figures(run_dir: Path) -> dict[str, float]:
     """Return a run's figures by metric.
 
-    Evaluation is at the end. The speed is the median step's. Routing is averaged over the last fifth of the
-    windows.
+    Validation figures are those at the end. The speed is the median step's. Routing figures are means over
+    the last fifth of the windows.
     """
     from dsv2.monitoring.records import read_metrics
 
@@ -93,7 +93,7 @@ def summary(study: str, jobs: list[Job], overrides: list[str], at_once: int) -> 
 
 
 def spread(values: list[float]) -> dict[str, Any]:
-    """Return the mean, and the sample standard deviation of two values or more."""
+    """Return the values, their mean and, for two values or more, their sample standard deviation."""
     std = statistics.stdev(values) if len(values) > 1 else None
     return {"mean": statistics.fmean(values), "std": std, "values": values}
 
@@ -108,7 +108,7 @@ def commit() -> str:
 
 
 def hardware(config: Config) -> str:
-    """Return what the runs were computed on."""
+    """Return the name of the hardware that computed the runs."""
     import torch
 
     if config.runtime.device is not Device.cpu and torch.cuda.is_available():
@@ -117,7 +117,7 @@ def hardware(config: Config) -> str:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """Return the table, and what a reader needs to understand and repeat it."""
+    """Return the table, with what a reader needs to understand and repeat it."""
     caches = result["study"] == "attention"
     titles = ["arm", "parameters", "active", *(["cached elements per token"] if caches else [])]
     titles += [column.title for column in COLUMNS]
@@ -156,5 +156,5 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def with_spread(mean: float, std: float | None, digits: int) -> str:
-    """Return "mean ± std", or the mean alone."""
+    """Return "mean ± std", or only the mean if there is no std."""
     return f"{mean:.{digits}f}" if std is None else f"{mean:.{digits}f} ± {std:.{digits}f}"

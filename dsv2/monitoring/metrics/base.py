@@ -83,7 +83,7 @@ class Window(NamedTuple):
     plan: "StepPlan"  # of the last step
     result: "StepResult"  # of the last step
     seconds: float  # of the last step
-    data_seconds: float  # of them, waiting for data
+    data_seconds: float  # of these seconds, waiting for data
     stats: "RoutingStats"  # this rank's sums over the window's steps
     wait_ms: float  # this rank's waiting for the experts' exchange, over the window's steps
 

@@ -38,7 +38,7 @@ class Exchange(Producer[Window]):
         Metric(
             name="comm/a2a_ms",
             unit="ms per step",
-            meaning="a rank's waiting for the experts' exchange, mean over ranks",
+            meaning="time that a rank waits for the experts' exchange, mean over ranks",
             panel=Panel(Section.balance, "Waiting for the exchange", group=GROUP),
         ),
     )

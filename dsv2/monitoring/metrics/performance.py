@@ -33,7 +33,7 @@ class Performance(Producer[Window]):
             panel=Panel(Section.performance, "Share of the GPU's peak"),
         ),
         Metric(name="perf/step_s", unit="seconds", meaning="a whole step", panel=TIME),
-        Metric(name="perf/data_s", unit="seconds", meaning="of it, waiting for data", panel=TIME),
+        Metric(name="perf/data_s", unit="seconds", meaning="waiting for data, per step", panel=TIME),
         Metric(
             name="perf/mem_gib",
             unit="GiB, rank 0",

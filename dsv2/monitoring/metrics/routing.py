@@ -37,7 +37,7 @@ class Routing(Producer[Window]):
         Metric(
             name="moe/max_vio_max",
             unit=VIOLATION_UNIT,
-            meaning="the same of the worst layer",
+            meaning="the same for the worst layer",
             panel=VIOLATION,
             alert=Alert(
                 title="routing collapse",
@@ -49,7 +49,7 @@ class Routing(Producer[Window]):
         Metric(
             name="vio/L*",
             unit=VIOLATION_UNIT,
-            meaning="the same of one layer",
+            meaning="the same for one layer",
             panel=Panel(Section.balance, "Max violation by layer", group="Expert"),
         ),
         Metric(

@@ -28,7 +28,7 @@ EXPERT_LOAD = "map/expert_load"  # the map that is also shown over time
 
 
 def number(value: float | None) -> str:
-    """Return a table's text of a value: 0.0123, 4.235, 12.3K."""
+    """Return a value as text for a table: 0.0123, 4.235, 12.3K."""
     if value is None:
         return "not a number"
     if value != 0 and abs(value) < 1e-3:
@@ -37,7 +37,7 @@ def number(value: float | None) -> str:
 
 
 def tiles(run: Run) -> str:
-    """Return the tiles with the run's main figures."""
+    """Return the HTML tiles with the run's main figures."""
     return "".join(
         f'<div class="tile"><b>{number(value)}</b><span>{label}</span></div>'
         for label, value in figures(run).items()
@@ -143,7 +143,7 @@ def configuration(run: Run) -> str:
 
 
 def build_page(run: Run) -> str:
-    """Return the page's whole text."""
+    """Return the whole page."""
     counts = count_parameters(run.config.model)
     step = int(run.rows[-1]["step"])
     name = html.escape(run.config.name)

@@ -40,9 +40,9 @@ const layerName = (index) => "L" + String(index).padStart(2, "0");
 function ticks(low, high, count) {
   const rough = (high - low) / count, power = 10 ** Math.floor(Math.log10(rough));
   const step = [1, 2, 5, 10].find((factor) => factor * power >= rough * 0.999) * power;
-  const found = [];
-  for (let i = Math.ceil(low / step - 1e-9); i * step <= high + step * 1e-9; i++) found.push(i * step);
-  return found;
+  const values = [];
+  for (let i = Math.ceil(low / step - 1e-9); i * step <= high + step * 1e-9; i++) values.push(i * step);
+  return values;
 }
 
 function showTip(event, title, lines) {
@@ -60,13 +60,13 @@ function showTip(event, title, lines) {
   tip.style.top = `${Math.min(event.clientY + 12, window.innerHeight - box.height - 6)}px`;
 }
 
-// Every chart over steps shows the step that the mouse is at.
+// Mark the step under the mouse in every chart over steps.
 function markAll(step) {
   for (const chart of charts) chart.mark(step);
   if (step === null) tip.hidden = true;
 }
 
-// An SVG with the axis of steps, the same for every chart; x(step) is a place on it.
+// An SVG with the axis of steps, the same for every chart; x(step) is a step's horizontal position.
 function stepAxis(box, height) {
   const [first, last] = data.steps;
   const width = Math.max(box.clientWidth, 200), right = width - RIGHT, bottom = height - BOTTOM;
@@ -85,8 +85,8 @@ function stepAxis(box, height) {
     if (shown) for (const end of ["x1", "x2"]) cursor.setAttribute(end, x(step));
   };
   const stepAt = (event) => {
-    const place = event.clientX - root.getBoundingClientRect().left;
-    return first + Math.min(Math.max((place - LEFT) / (right - LEFT), 0), 1) * span;
+    const position = event.clientX - root.getBoundingClientRect().left;
+    return first + Math.min(Math.max((position - LEFT) / (right - LEFT), 0), 1) * span;
   };
   root.addEventListener("mouseleave", () => markAll(null));
   return { root, x, mark, stepAt, right, bottom };
@@ -128,7 +128,7 @@ function bounds(lines) {
     for (const value of values)
       if (value !== null) { low = Math.min(low, value); high = Math.max(high, value); }
   if (low === Infinity) return [0, 1];
-  if (low >= 0 && low < high * 0.35) low = 0; // near enough to show the true zero
+  if (low >= 0 && low < high * 0.35) low = 0; // close to zero, so the axis starts there
   const margin = (high - low || Math.abs(high) || 1) * 0.06;
   return [low === 0 ? 0 : low - margin, high + margin];
 }
@@ -199,7 +199,7 @@ function scale(legend, colour, most, low, high) {
   legend.append(element("span", {}, low, bar, high));
 }
 
-// A picture of rows of values; edges are the columns' borders in pixels.
+// The URL of a picture of rows of values; edges are the columns' borders in pixels.
 function picture(rows, edges, colour) {
   const canvas = element("canvas", { width: Math.max(Math.round(edges[edges.length - 1]), 1), height: rows.length });
   const pen = canvas.getContext("2d");
@@ -217,7 +217,7 @@ function rowLabels(root, labels, rowHeight) {
     x: LEFT - 7, y: TOP + (index + 0.5) * rowHeight + 4, "text-anchor": "end" }, label));
 }
 
-// Rows over steps: rows() are [row][column], a column for each of `steps`.
+// A chart of rows over steps: rows() returns [row][column], with one column per step in `steps`.
 function strip(box, labels, steps, rows, colour, describe) {
   const chart = { mark() {}, draw() {
     box.replaceChildren();
@@ -233,8 +233,8 @@ function strip(box, labels, steps, rows, colour, describe) {
     frame.root.addEventListener("mousemove", (event) => {
       const after = steps.findIndex((step) => step >= frame.stepAt(event));
       const column = after < 0 ? steps.length - 1 : after;
-      const place = (event.clientY - frame.root.getBoundingClientRect().top - TOP) / rowHeight;
-      const row = Math.min(Math.max(Math.floor(place), 0), labels.length - 1);
+      const position = (event.clientY - frame.root.getBoundingClientRect().top - TOP) / rowHeight;
+      const row = Math.min(Math.max(Math.floor(position), 0), labels.length - 1);
       markAll(steps[column]);
       showTip(event, `step ${steps[column]}`, [[null, describe(labels[row], values[row][column])]]);
     });

@@ -1,6 +1,6 @@
-"""What the report's page shows of a run, read from the run's files alone.
+"""What the report's page shows of a run. Everything is read from the run's files.
 
-A run under way can be read like a finished one. page.py turns the result into HTML.
+A run that is still training can be read like a finished one. page.py turns the result into HTML.
 """
 
 import math
@@ -40,7 +40,7 @@ class Run(NamedTuple):
 
     @property
     def names(self) -> list[str]:
-        """Every metric that the run has, in the order of their first appearance."""
+        """Return every metric of the run, in the order of first appearance."""
         return [name for name in dict.fromkeys(name for row in self.rows for name in row) if name != "step"]
 
     def curve(self, name: str) -> Curve:
@@ -70,11 +70,11 @@ def read_run(folder: Path) -> Run:
     """Read a run's folder.
 
     Raises:
-        UserError: the folder is no run's, the run has not finished a step, or a file is broken.
+        UserError: the folder is no run's, the run has no finished step, or a file is broken.
     """
     rows = read_metrics(folder)
     if not rows:
-        raise UserError(f"{folder / METRICS_FILE}: the file is empty; the run has not finished a step")
+        raise UserError(f"{folder / METRICS_FILE}: the file is empty; the run has no finished step yet")
     newest = folder / "config.yaml"
     if not newest.is_file():
         raise UserError(f"{newest}: no such file; is {folder} the directory of a run?")
@@ -84,7 +84,7 @@ def read_run(folder: Path) -> Run:
     return Run(
         folder=folder,
         rows=rows,
-        # A killed run may have left a map of a step that it did not finish again.
+        # A killed session may have left maps of steps that the run did not reach again.
         maps=[row for row in read_maps(folder) if row["step"] <= rows[-1]["step"]],
         status=read_status(folder),
         config=from_plain(plain),  # type: ignore[arg-type]

@@ -74,7 +74,7 @@ def refusal(*words: str) -> str:
         (["gpus=-8"], "gpus=-8: must be a number of at least 1"),
         (["gpus=eight"], "gpus=eight: must be a number of at least 1"),
         (["gpus=8", "gpus_per_node=0"], "gpus_per_node=0: must be a number of at least 1"),
-        (["gpus=12"], "gpus=12: must be a multiple of gpus_per_node=8, or at most that"),
+        (["gpus=12"], "gpus=12: must be at most gpus_per_node=8, or a multiple of it"),
         (["gpus=8", "mfu=25"], "mfu=25: must be a share of the peak, such as 0.3"),
         (["gpus=8", "mfu=nan"], "mfu=nan: must be a share of the peak, such as 0.3"),
         (["gpus=8", "mfu=0"], "mfu=0: must be a share of the peak, such as 0.3"),

@@ -211,7 +211,7 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys, run_dir):
     assert message(tmp_path) == f"error: {tmp_path}/metrics.jsonl: no such file; {where}\n"
     (tmp_path / "metrics.jsonl").write_text("")
     assert message(tmp_path) == (
-        f"error: {tmp_path}/metrics.jsonl: the file is empty; the run has not finished a step\n"
+        f"error: {tmp_path}/metrics.jsonl: the file is empty; the run has no finished step yet\n"
     )
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "train/loss": 1.0}\n')
     assert message(tmp_path) == f"error: {tmp_path}/config.yaml: no such file; {where}\n"

@@ -273,7 +273,7 @@ def test_a_small_study_from_training_to_table(tmp_path, monkeypatch, capsys):
     assert sorted(path.name for path in out.iterdir() if path.is_dir()) == ["gqa-s0", "mla-s0"]
     capsys.readouterr()
     assert run_verb("study", *arguments) == 0  # again: nothing is trained
-    assert capsys.readouterr().out.count("finished before") == 2
+    assert capsys.readouterr().out.count("already finished") == 2
 
 
 def test_as_a_command():
