@@ -205,8 +205,8 @@ def test_a_moment_that_never_moves(name):
         ),
         (
             [("model.rope_scaling.original_max_position_embeddings", 6)],
-            "model.rope_scaling.original_max_position_embeddings=6: must be at least 7, where the fastest "
-            "pair turns beta_slow=1.0 times",
+            "model.rope_scaling.original_max_position_embeddings=6: must be at least 7: the fastest pair "
+            "must rotate beta_slow=1.0 times",
         ),
         (
             [("model.rope_scaling.factor", 2.0), ("model.max_position_embeddings", 8193)],
