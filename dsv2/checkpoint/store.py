@@ -43,6 +43,8 @@ from dsv2.optimizers.base import Shard
 from dsv2.parallel.mesh import Mesh
 from dsv2.parallel.plan import Dim
 
+FULL = 1 << 20  # bytes: a file system with less free space than this counts as full
+
 
 class CheckpointStore:
     """A run's checkpoints.
@@ -104,9 +106,12 @@ class CheckpointStore:
             checksums = {k: v for part in everyone.objects(written) for k, v in part.items()}
             _on_main(complete, mesh)
         except CheckpointError as error:
+            # torch's writer of zip files does not say why a write came up short.
+            is_full = any(everyone.objects(_is_disk_full(self.folder)))
+            reason = f"the disk is full ({error})" if is_full else error
             if mesh.is_main:
                 shutil.rmtree(partial, ignore_errors=True)
-            raise CheckpointError(f"checkpoint {target} could not be written: {error}") from None
+            raise CheckpointError(f"checkpoint {target} could not be written: {reason}") from None
         if mesh.is_main:
             older = [path for path in complete_checkpoints(self.folder) if path != target]
             for path in older[self.keep - 1 :]:
@@ -288,9 +293,14 @@ def _root_cause(error: CheckpointException) -> str:
 
 
 def _in_words(error: BaseException) -> str:
-    text = (str(error) or type(error).__name__).splitlines()[0]
-    # torch's writer of zip files names this file of its source when a write was incomplete.
-    return f"the disk is probably full ({text})" if "inline_container" in text else text
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def _is_disk_full(folder: Path) -> bool:
+    try:
+        return shutil.disk_usage(folder).free < FULL
+    except OSError:  # the folder could not be made
+        return False
 
 
 def _write_state(partial: Path, content: dict[str, Any], checksums: dict[str, int]) -> None:

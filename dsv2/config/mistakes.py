@@ -4,10 +4,17 @@ import difflib
 import re
 from collections.abc import Collection
 
-from hydra.errors import HydraException, MissingConfigException
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, OverrideType
+from hydra.errors import (
+    ConfigCompositionException,
+    HydraException,
+    MissingConfigException,
+    OverrideParseException,
+)
 from omegaconf.errors import OmegaConfBaseException
 
-from dsv2.config.fields import field_types, options_of, type_text
+from dsv2.config.fields import GROUPS, field_types, options_of, type_text
 from dsv2.config.renamed import FIELDS, OPTIONS
 from dsv2.errors import UserError
 
@@ -46,28 +53,57 @@ def unknown_key(key: str, override: str | None = None, words: Collection[str] = 
 def check_command_line(overrides: list[str], read_by_hydra: bool = False) -> None:
     """Refuse sweeps, and overrides such as `model=null` or `+optim=1`, which Hydra answers with a traceback.
 
-    On a command line that is `read_by_hydra`, Hydra's options pass, such as --cfg job.
+    Options such as --cfg job, and their words, are let through where the command line is `read_by_hydra`.
+
+    Raises:
+        UserError: names the override and what would be right.
     """
     asks_hydra = read_by_hydra and any(override.startswith("-") for override in overrides)
     for override in overrides:
-        if override in ("-m", "--multirun"):
-            raise UserError(f"{override}: {ONE_RUN}")
-        name = override.removeprefix("--").split("=")[0]
-        if override.startswith("--") and (name == "experiment" or name in field_types()):
-            right = f"{name}={override.partition('=')[2] or 'VALUE'}"
-            raise UserError(f"{override}: must be written without dashes, such as {right}")
-        as_option = override.startswith("-") or ("=" not in override and not override.startswith("~"))
-        if as_option and not asks_hydra:
-            raise UserError(f"{override}: must be written as name=value, such as experiment=quickstart")
-        if override in OPTIONS:
-            raise UserError(f"{override}: this option is now {OPTIONS[override]}")
-        choice = re.fullmatch(r"[+~]*(model|rope_scaling|data|optim|runtime|logging)=(.*)", override)
-        if choice and (override[0] in "+~" or not re.fullmatch(r"(?!null$)[A-Za-z]\w*", choice[2])):
-            raise UserError(f"{override}: must name a file of conf/{choice[1]}, without .yaml")
-        if re.match(r"\+*model\.rope_scaling(\.\w+)?=(?!null$)", override) and not any(
-            re.match(r"rope_scaling=(?!none$)|experiment=", other) for other in overrides
-        ):
-            raise UserError(f"{override}: plain RoPE has no such field; choose rope_scaling=yarn too")
+        _check_form(override, asks_hydra)
+    parsed = [_parsed(o) for o in overrides if not (asks_hydra and (o.startswith("-") or "=" not in o))]
+    keeps_rope_plain = not any(
+        o.key_or_group == "experiment" or (o.key_or_group == "rope_scaling" and o.value() != "none")
+        for o in parsed
+    )
+    for override in parsed:
+        key = override.key_or_group
+        value = override.value()
+        is_choice = override.type is OverrideType.CHANGE and isinstance(value, str) and value.isidentifier()
+        if key in GROUPS and key != "experiment" and not is_choice:
+            raise UserError(f"{override.input_line}: must name a file of conf/{key}, without .yaml")
+        if override.is_sweep_override():
+            raise UserError(f"{override.input_line}: {ONE_RUN}")
+        is_in_scaling = f"{key}.".startswith("model.rope_scaling.")
+        if is_in_scaling and value is not None and not override.is_delete() and keeps_rope_plain:
+            raise UserError(
+                f"{override.input_line}: plain RoPE has no such field; choose rope_scaling=yarn too"
+            )
+
+
+def _check_form(override: str, asks_hydra: bool) -> None:
+    """Refuse options that do not exist and words without `=`."""
+    if override in ("-m", "--multirun"):
+        raise UserError(f"{override}: {ONE_RUN}")
+    name = override.removeprefix("--").split("=")[0]
+    if override.startswith("--") and (name == "experiment" or name in field_types()):
+        right = f"{name}={override.partition('=')[2] or 'VALUE'}"
+        raise UserError(f"{override}: must be written without dashes, such as {right}")
+    as_option = override.startswith("-") or ("=" not in override and not override.startswith("~"))
+    if as_option and not asks_hydra:
+        raise UserError(f"{override}: must be written as name=value, such as experiment=quickstart")
+    if override in OPTIONS:
+        raise UserError(f"{override}: this option is now {OPTIONS[override]}")
+
+
+def _parsed(override: str) -> Override:
+    try:
+        return OverridesParser.create().parse_overrides([override])[0]
+    except OverrideParseException as error:
+        raise UserError(
+            f"{override}: cannot be read as name=value; close each bracket and quote, and quote special "
+            "characters, such as 'name=\"a b, c\"'"
+        ) from error
 
 
 ONE_RUN = (
@@ -80,7 +116,7 @@ def explain(error: Exception, overrides: list[str]) -> UserError:
     """Return one message that names the field, for an error that Hydra or OmegaConf raised while composing.
 
     Args:
-        error: the exception.
+        error: the exception; `check_command_line` has accepted the overrides.
         overrides: the command line's arguments; the message quotes the wrong one.
     """
     if isinstance(error, MissingConfigException) and error.options is not None:
@@ -89,19 +125,21 @@ def explain(error: Exception, overrides: list[str]) -> UserError:
         near = difflib.get_close_matches(option, options, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
         return UserError(f"{group}={option}: there is no such option; {hint}one of {', '.join(options)}")
-    text = f"{error}\n{error.__cause__ or ''}"
-    if "--multirun" in text:
-        return UserError(f"{next((o for o in overrides if ',' in o), 'overrides')}: {ONE_RUN}")
-    match = re.search(r"Could not override '([^'@]+)", text) or re.search(r"full_key: (\S+)", text)
-    if match is None:
-        return UserError(" ".join(str(error).split("\nSee https")[0].split()))
-    key = re.sub(r"\[\d+\]$", "", match.group(1))  # for an item of a list, name the list's field
-    override = next((o for o in overrides if o.lstrip("+~").startswith(f"{key}=")), None)
+    reason = error.__cause__ if isinstance(error, ConfigCompositionException) else error
+    if not isinstance(reason, OmegaConfBaseException) or not reason.full_key:
+        return UserError(" ".join(str(error).split()))
+    key = str(reason.full_key).partition("[")[0]  # an item of a list is its field's
+    override = next((o for o in overrides if _names(o, key)), None)
     if key not in field_types():
         return UserError(unknown_key(key, override))
-    reason = str(error.__cause__ or error).splitlines()[0].split("composing config: ")[-1]
     expected = type_text(field_types()[key])
     hint = ""
     if expected == "int" and override and re.fullmatch(r"[\d.]+e\+?\d+", value := override.split("=", 1)[1]):
         hint = f"; write it out: {key}={float(value):_.0f}"
-    return UserError(f"{override or key}: {reason} (expected {expected}{hint})")
+    return UserError(f"{override or key}: {str(reason).splitlines()[0]} (expected {expected}{hint})")
+
+
+def _names(override: str, key: str) -> bool:
+    """Return whether an override sets or deletes this key, or something in it."""
+    name = override.lstrip("+~").partition("=")[0]
+    return name == key or name.startswith(f"{key}.")

@@ -1,6 +1,5 @@
 """Explain that memory has run out, with one message instead of torch's traceback."""
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -14,7 +13,8 @@ def memory_explained(config: Config) -> Iterator[None]:
     """If memory runs out, say which settings need less memory.
 
     Raises:
-        UserError: instead of torch's error, on a GPU or the CPU.
+        UserError: instead of torch.OutOfMemoryError (a GPU) and MemoryError (Python and NumPy). A failed
+            allocation of torch on the CPU is a plain RuntimeError. It names the size and passes through.
     """
     try:
         yield
@@ -33,12 +33,12 @@ def memory_explained(config: Config) -> Iterator[None]:
 
 
 def _shortage(error: Exception) -> str | None:
-    """Return how much memory could not be allocated, as text to append; None for any other error."""
-    text = str(error)
-    if type(error).__name__ == "OutOfMemoryError":  # torch's, for GPUs
-        sizes = re.search(r"allocate ([\d.]+ \w+).*capacity of ([\d.]+ \w+)", text, re.DOTALL)
-        return f", which needed {sizes[1]} more on a GPU of {sizes[2]}" if sizes else " (GPU)"
-    if re.search(r"not enough memory|can't allocate memory", text):
-        size = re.search(r"allocate (\d+) bytes", text)
-        return f", which needed {int(size[1]) / 2**30:.2f} GiB more on the CPU" if size else " (CPU)"
-    return " (CPU)" if isinstance(error, MemoryError) else None
+    """Return what ran out, as words to append; None for any other error."""
+    if isinstance(error, MemoryError):
+        return " (CPU)"
+    import torch  # not above: `--help` does not need it, and whoever raised the error has imported it
+
+    if isinstance(error, torch.OutOfMemoryError):
+        # The first sentences say what was asked for and how much the GPU has; the rest is advice.
+        return f" (GPU: {'. '.join(str(error).split('. ')[:3]).rstrip('.')})"
+    return None

@@ -119,3 +119,97 @@ def test_no_import_is_tried(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Try):
             assert not any(isinstance(child, ast.Import | ast.ImportFrom) for child in node.body)
+
+
+TEXT_TESTS = {"startswith", "endswith", "removeprefix", "removesuffix", "find", "index", "count"}
+
+
+def texts_of_errors(scope: ast.AST, error: str) -> set[str]:
+    """Return the names that an expression with the error's text is assigned to."""
+    names: set[str] = set()
+    for node in ast.walk(scope):
+        if isinstance(node, ast.Assign | ast.NamedExpr) and node.value is not None:
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            if speaks_of(node.value, error, names):
+                names |= {target.id for target in targets if isinstance(target, ast.Name)}
+    return names
+
+
+def speaks_of(node: ast.AST, error: str, texts: set[str]) -> bool:
+    """Whether an expression holds the text of this error, or one of the `texts` made of it."""
+    for part in ast.walk(node):
+        if isinstance(part, ast.Call) and ast.unparse(part.func) in ("str", "repr"):
+            if error in [ast.unparse(arg) for arg in part.args]:
+                return True
+        elif isinstance(part, ast.FormattedValue):
+            if ast.unparse(part.value) == error:
+                return True
+        elif isinstance(part, ast.Name) and part.id in texts:
+            return True
+    return False
+
+
+def decisions_by_text(tree: ast.AST) -> list[str]:
+    """Return the expressions that look for something in the text of an exception.
+
+    Exceptions are the names that `except` binds and the parameters whose annotation says Error or Exception.
+    """
+    scopes: list[tuple[ast.AST, str]] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ExceptHandler) and node.name:
+            scopes.append((node, node.name))
+        elif isinstance(node, ast.FunctionDef):
+            for argument in node.args.args:
+                kind = ast.unparse(argument.annotation) if argument.annotation else ""
+                if "Error" in kind or "Exception" in kind:
+                    scopes.append((node, argument.arg))
+    decisions = []
+    for scope, error in scopes:
+        names = texts_of_errors(scope, error)
+        for node in ast.walk(scope):
+            looked_at: list[ast.AST] = []
+            if isinstance(node, ast.Compare) and any(isinstance(op, ast.In | ast.NotIn) for op in node.ops):
+                looked_at = list(node.comparators)
+            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                if ast.unparse(node.func.value) == "re":
+                    looked_at = list(node.args)
+                elif node.func.attr in TEXT_TESTS:
+                    looked_at = [node.func.value]
+            if any(speaks_of(part, error, names) for part in looked_at):
+                decisions.append(ast.unparse(node))
+    return decisions
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=relative)
+def test_nothing_is_decided_by_the_text_of_an_error(path):
+    assert decisions_by_text(ast.parse(path.read_text())) == []
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "return 'full' in str(error)",
+        "return re.search('full', f'{error}')",
+        "text = str(error).lower(); return 'full' not in text",
+        "return str(error).removeprefix('disk ')",
+        "text = str(error); first = text[:5]; return first.startswith('disk')",
+    ],
+)
+def test_a_decision_by_text_is_noticed(body):
+    for code in (f"def f():\n try: g()\n except OSError as error: {body}", f"def f(error: OSError): {body}"):
+        assert len(decisions_by_text(ast.parse(code))) == 1
+    assert decisions_by_text(ast.parse("def f(error: OSError): return str(error).splitlines()[0]")) == []
+
+
+WAITS: set[str] = set()  # files that may sleep; a line here says why
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=relative)
+def test_no_patched_path_no_changed_class_no_sleep(path):
+    """`time.sleep` waits for something that could be waited for itself, such as a process or a lock."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Attribute):
+            assert ast.unparse(node) != "sys.path", f"line {node.lineno}"
+            assert not (node.attr == "__class__" and isinstance(node.ctx, ast.Store)), f"line {node.lineno}"
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("time.sleep", "sleep"):
+            assert relative(path) in WAITS, f"line {node.lineno}"
