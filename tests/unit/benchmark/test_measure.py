@@ -52,7 +52,7 @@ def configuration(*overrides: str) -> Config:
         ),
         (
             ["--against", "transformers", "data.path=prepared/mine"],
-            "data.path=prepared/mine: peers have random",
+            "data.path=prepared/mine: peers train on random",
         ),
         (["runtime=gpu"], "there is no GPU on this machine"),
     ],
