@@ -1,4 +1,4 @@
-"""The section `data` of the configuration: which text, in which order."""
+"""The section `data` of the configuration: which text to train on, and in which order."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ class DataConfig:
     sequence_length: int = 256  # tokens per sequence
     seed: int = 0  # seed of the order of training sequences
     path: str = "???"  # stdlib and local only: the prepared folder; for stdlib it is made on first use
-    vocab_size: int = 4096  # stdlib only: pieces of the tokenizer that is trained on it
+    vocab_size: int = 4096  # stdlib only: pieces of the tokenizer that is trained on the text
     dataset: str | None = None  # hf_stream only: name on the hub, or a builder such as json with data_files
     subset: str | None = None  # hf_stream only: the dataset's configuration, such as en
     data_files: list[str] | None = None  # hf_stream only: files or globs for a builder

@@ -1,4 +1,4 @@
-"""The error for a mistake of the user's: in a text, a folder, an option or the configuration."""
+"""The error for a user's mistake: in a text, a folder, an option or the configuration."""
 
 
 class UserError(ValueError):
@@ -8,7 +8,7 @@ class UserError(ValueError):
     once, from rank 0, without a traceback, and exit with code 2.
     """
 
-    of_one_rank = False  # True if only the rank that raises it knows of it; then that rank prints it
+    of_one_rank = False  # whether only the rank that raises the error knows of it, and must print it
 
 
 class OneRankError(UserError):

@@ -1,4 +1,4 @@
-"""Hugging Face datasets opened as streams: quietly, and with errors in one line that say what to change."""
+"""Open Hugging Face datasets as streams, quietly. Errors are one line that says what to change."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -12,9 +12,13 @@ FILE_READERS = ("arrow", "csv", "json", "parquet", "text")  # the library's own 
 def open_stream(
     dataset: str, subset: str | None, data_files: list[str] | None, split: str, section: str = ""
 ) -> Any:
-    """Return the `datasets.IterableDataset` of one split; a UserError says why it cannot be opened.
+    """Return the `datasets.IterableDataset` of one split.
 
-    `section` stands before the field names in errors: "data." if they come from the configuration.
+    Args:
+        section: precedes the field names in errors: "data." if the fields come from the configuration.
+
+    Raises:
+        UserError: the dataset cannot be opened; the message says why.
     """
     import datasets
     from datasets.exceptions import DatasetNotFoundError
@@ -33,9 +37,12 @@ def open_stream(
 
 
 def rows_of(dataset: Any, name: str) -> Iterator[dict[str, Any]]:
-    """Yield a dataset's rows; a UserError, which begins with `name`, says where one cannot be read.
+    """Yield a dataset's rows.
 
-    The library reads rows in blocks, so a broken row may stop the rows shortly before it as well.
+    The library reads rows in blocks, so the rows just before a broken row may be lost too.
+
+    Raises:
+        UserError: a row cannot be read; the message begins with `name` and says after which row.
     """
     import pyarrow as pa
     from datasets.exceptions import DatasetsError
@@ -53,7 +60,11 @@ def rows_of(dataset: Any, name: str) -> Iterator[dict[str, Any]]:
 
 
 def text_of(row: Mapping[str, Any], column: str, field: str, where: str | Path) -> str:
-    """Return the text of a row, "" for a null; a UserError names `field` if the column holds no text."""
+    """Return the text of a row, "" for a null.
+
+    Raises:
+        UserError: the column is missing or holds no text; the message names `field`.
+    """
     setting = f"{field} {column}" if field.startswith("--") else f"{field}={column}"
     if column not in row:
         raise UserError(f"{setting}: no such column in {where}; it has {_listed(row)}")

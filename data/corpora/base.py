@@ -1,8 +1,8 @@
-"""What a corpus to prepare is: documents in an order that never changes; and reading text files for one.
+"""The interface of a corpus to prepare, which yields documents in a fixed order; and helpers to read files.
 
 A corpus is a frozen dataclass. Its fields are its arguments on the command line of `python -m data.prepare`,
-each with its `help`. `request()` tells one prepared folder from another.
-A document that cannot be read stops the run, unless the user chose `--on-bad-file skip`.
+each with its `help`. `request()` tells one prepared folder from another. A document that cannot be read stops
+the run, unless the user chose `--on-bad-file skip`.
 """
 
 import dataclasses
@@ -22,31 +22,31 @@ OnBadFile = Literal["stop", "skip"]
 
 @dataclass(frozen=True)
 class Corpus(ABC):
-    """Text to prepare. A subclass is one kind, listed in kinds.py."""
+    """Text to prepare. Each subclass is one kind of corpus; kinds.py lists them."""
 
     kind: ClassVar[str]  # its name on the command line
     summary: ClassVar[str]  # what it reads, for --help
     out: ClassVar[str | None] = None  # the default of --out
     vocab_size: ClassVar[int | None] = None  # the default of --vocab-size
-    costly: ClassVar[bool] = False  # too slow to be read once more for an error message
-    if_too_few: ClassVar[str] = ""  # how the same text gives more documents
+    costly: ClassVar[bool] = False  # too slow to be read again for an error message
+    if_too_few: ClassVar[str] = ""  # advice: how to get more documents from the same text
 
     @abstractmethod
     def documents(self, skipped: list[str]) -> Iterator[Document]:
         """Yield every document that has text; append the ids of unreadable ones to `skipped`."""
 
     def request(self) -> dict[str, Any]:
-        """Return the arguments, JSON-able: two equal requests read the same corpus."""
+        """Return the arguments as JSON-able values. Two equal requests read the same corpus."""
         arguments = json.loads(json.dumps(dataclasses.asdict(self)))
         arguments.pop("on_bad_file", None)  # a run that stopped at a bad file may continue with "skip"
         return {"kind": self.kind, **arguments}
 
     def total_bytes(self) -> int | None:
-        """Return roughly how many bytes there are to read, for the progress bar; None if unknown."""
+        """Return the approximate number of bytes to read, for the progress bar; None if unknown."""
         return None
 
     def description(self) -> str:
-        """Return a line about the corpus for people."""
+        """Return one line that describes the corpus to people."""
         arguments = [f"{key}={value}" for key, value in self.request().items() if value is not None]
         return " ".join([self.kind, *arguments[1:]])  # the first is the kind
 
@@ -83,10 +83,13 @@ class FileCorpus(Corpus):
 
 
 def matches(patterns: tuple[str, ...], inside: str) -> list[tuple[Path | None, list[Path]]]:
-    """Return, for every path, folder or glob, the folder that names are relative to and its files, sorted.
+    """Return the sorted files of every path, folder or glob, each list with its folder (None if no folder).
 
-    A folder's files are those that match `inside`, at any depth, except hidden ones. A file that two
-    patterns match is read once. A UserError names a pattern that matches no file.
+    Document names are relative to the folder. A folder's files are those that match `inside`, at any depth,
+    except hidden ones. A file that two patterns match is read once.
+
+    Raises:
+        UserError: a pattern matches no file.
     """
     seen: set[Path] = set()
     result = []
@@ -114,12 +117,12 @@ def _hidden(path: Path, folder: Path) -> bool:
 
 
 def document_name(path: Path, folder: Path | None) -> str:
-    """Return a document's id, which is the same wherever the corpus folder lies."""
+    """Return a document's id, which does not depend on where the corpus folder is."""
     return (path.relative_to(folder) if folder else path).as_posix()
 
 
 def text_or_reason(path: Path) -> tuple[str, str | None]:
-    """Return a file's text, and why it is not text if it is not."""
+    """Return a file's text and None, or the reason why the file is not text."""
     raw = path.read_bytes()
     try:
         text = raw.decode("utf-8")

@@ -1,4 +1,4 @@
-"""Text files: each is one document, or one per `document_lines` lines."""
+"""Text files: each file is one document, or several of `document_lines` lines."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""The kinds of corpora that can be prepared; the one place that lists them."""
+"""The registry of the kinds of corpora that can be prepared."""
 
 from data.corpora.base import Corpus
 from data.corpora.files import FilesCorpus

@@ -1,4 +1,4 @@
-"""Parquet files with the text in one column; nulls are left out."""
+"""Parquet files with the text in one column. Nulls are skipped."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field

@@ -1,6 +1,6 @@
-"""A corpus to a prepared folder: tokenizer, Arrow shards, token_bytes.npy and, last of all, manifest.json.
+"""Turn a corpus into a prepared folder: tokenizer, Arrow shards, token_bytes.npy and, last, manifest.json.
 
-An interrupted run continues after its last finished part, and ends with the same bytes as one that was not.
+An interrupted run continues after its last finished part. It writes the same bytes as an uninterrupted run.
 """
 
 import hashlib
@@ -79,13 +79,15 @@ def _finished(out: Path, request: dict[str, Any]) -> Manifest | None:
 
 
 def _make_tokenizer(run: Preparation) -> Tokenizer:
-    """Return the folder's tokenizer: of an earlier run, copied, or newly trained."""
+    """Return the folder's tokenizer: an earlier run's, a copy of the user's, or a newly trained one."""
     settings = run.settings
     path = run.out / f"tokenizer{Path(settings.tokenizer).suffix if settings.tokenizer else '.model'}"
     if run.progress.tokenizer_sha256 is not None:
         tokenizer = load_tokenizer(path)
         if tokenizer.sha256 != run.progress.tokenizer_sha256:
-            raise UserError(f"--out {run.out}: {path.name} has changed since this was begun; remove it")
+            raise UserError(
+                f"--out {run.out}: {path.name} has changed since the preparation began; remove the folder"
+            )
         return tokenizer
     if settings.tokenizer:
         config = Path(settings.tokenizer).with_name("tokenizer_config.json")  # names bos and eos
@@ -106,7 +108,7 @@ def _make_tokenizer(run: Preparation) -> Tokenizer:
 
 
 def _sample(corpus: Corpus, val_fraction: float) -> Iterator[str]:
-    """Yield the first training documents, for the tokenizer; it never sees validation text."""
+    """Yield the first training documents. The tokenizer is trained on them, never on validation text."""
     size = 0
     for _, text in corpus.documents([]):
         if not in_validation(text, val_fraction):
@@ -121,7 +123,7 @@ def _finish(run: Preparation, tokenizer: Tokenizer) -> Manifest:
     train = tuple(part.train for part in run.progress.parts if part.train)
     validation = tuple(part.validation for part in run.progress.parts if part.validation)
     if not train or (run.settings.val_fraction > 0 and not validation):
-        discard(run.out, run.progress)  # else it would be in the way of better arguments
+        discard(run.out, run.progress)  # so that other arguments can be tried in the same folder
         raise UserError(_empty_split(run, "validation" if train else "train"))
     train_counts = count_tokens((run.out / shard.file for shard in train), tokenizer.vocab_size)
     validation_counts = count_tokens((run.out / shard.file for shard in validation), tokenizer.vocab_size)

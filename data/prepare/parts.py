@@ -27,7 +27,7 @@ MOST_THREADS = 16
 
 @dataclass
 class Preparation:
-    """One run of `prepare`: what it was asked for, and what has been read so far."""
+    """One run of `prepare`: its arguments, its progress, and the state of the documents read so far."""
 
     corpus: Corpus
     out: Path
@@ -39,7 +39,7 @@ class Preparation:
 
 
 def in_validation(text: str, fraction: float) -> bool:
-    """Return whether a document is held out. Its text alone decides, so copies are on the same side."""
+    """Return whether a document is held out. Only its text decides, so copies are in the same split."""
     return position_in_split(text) < fraction
 
 
@@ -63,7 +63,9 @@ def write_parts(run: Preparation, tokenizer: Tokenizer) -> None:
         for part in run.progress.parts:
             count = sum(1 for _ in islice(documents, part.documents))
             if count != part.documents or run.digest.hexdigest() != part.digest:
-                raise UserError(f"--out {run.out}: the text has changed since this was begun; remove it")
+                raise UserError(
+                    f"--out {run.out}: the text has changed since the preparation began; remove the folder"
+                )
         while part := _write_part(run, documents, tokenizer):
             part.digest = run.digest.hexdigest()
             run.progress.parts.append(part)
@@ -79,7 +81,7 @@ def _read(run: Preparation, bar: Any) -> Iterator[str]:
 
 
 def _write_part(run: Preparation, documents: Iterator[str], tokenizer: Tokenizer) -> Part | None:
-    """Write the next part's shards; None if no documents are left. The caller fills in the digest."""
+    """Write the next part's shards. Return None if no documents are left. The caller fills in the digest."""
     writers: dict[str, ShardWriter] = {}
     number = len(run.progress.parts)
     threads = min(os.cpu_count() or 1, MOST_THREADS)

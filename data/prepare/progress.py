@@ -16,7 +16,7 @@ LOCK = ".lock"
 
 @dataclass
 class Part:
-    """A finished run of consecutive documents."""
+    """A finished part of the preparation: consecutive documents."""
 
     documents: int  # of both splits
     digest: str  # over all documents from the first one to the last of this part
@@ -44,7 +44,7 @@ class Progress:
 
 
 def open_progress(out: Path, request: dict[str, Any]) -> Progress:
-    """Return what an interrupted run left, or a fresh start.
+    """Return the progress of an interrupted run, or that of a fresh start.
 
     Raises:
         UserError: the progress file cannot be read, or belongs to another request.
@@ -67,10 +67,8 @@ def refuse_foreign(out: Path) -> None:
     """Raise a UserError if the folder holds files that a preparation did not write."""
     if not out.is_dir() or (out / PROGRESS).is_file():
         return
-    ours = (
-        LOCK,
-        PROGRESS + ".part",
-    )  # left by a run that ended while writing its first progress
+    # A run that ended while it wrote its first progress leaves these two files.
+    ours = (LOCK, PROGRESS + ".part")
     if foreign := sorted(path.name for path in out.iterdir() if path.name not in ours):
         raise UserError(f"--out {out}: is not empty ({foreign[0]}) and not prepared; choose another folder")
 
@@ -88,7 +86,7 @@ def close_progress(out: Path) -> None:
 
 
 def refuse_other(out: Path, previous: dict[str, Any], request: dict[str, Any]) -> None:
-    """Raise a UserError that lists the differences if `out` was begun for another request."""
+    """Raise a UserError that lists the differences if `out` belongs to another request."""
     keys = sorted(key for key in previous.keys() | request.keys() if previous.get(key) != request.get(key))
     if "kind" in keys:
         keys = ["kind"]  # another kind has other options as well
@@ -113,7 +111,7 @@ def _words(value: Any) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a whole file or nothing."""
+    """Write a file completely or not at all."""
     aside = path.with_name(path.name + ".part")
     aside.write_text(text, encoding="utf-8")
     os.replace(aside, path)

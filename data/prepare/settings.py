@@ -1,4 +1,4 @@
-"""How a corpus is prepared, whatever kind it is; the fields are options on the command line."""
+"""How to prepare a corpus of any kind. The fields are options on the command line."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -26,7 +26,7 @@ class Settings:
     shard_mb: float = field(default=32, metadata={"help": "MiB of text per shard."})
 
     def check(self) -> None:
-        """Raise a UserError for settings that cannot be met."""
+        """Raise a UserError for settings out of range, or that contradict each other."""
         if (self.vocab_size is None) == (self.tokenizer is None):
             raise UserError("give either --vocab-size (train a tokenizer) or --tokenizer (use that one)")
         if self.vocab_size is not None and self.vocab_size < 260:  # 256 bytes, unk, bos, eos, newline
@@ -37,7 +37,7 @@ class Settings:
             raise UserError(f"--shard-mb {self.shard_mb}: must be above 0")
 
     def request(self) -> dict[str, Any]:
-        """Return the settings, JSON-able; a tokenizer file counts by its content, not by its path."""
+        """Return the settings as JSON-able values. A hash of the tokenizer file stands for its path."""
         request = dataclasses.asdict(self)
         tokenizer = request.pop("tokenizer")
         return {**request, "tokenizer_sha256": tokenizer and load_tokenizer(tokenizer).sha256}

@@ -44,15 +44,15 @@ class Split:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A finished folder.
+    """The content of a finished folder.
 
     `train.unigram_nats` is the entropy of the training tokens' distribution. `validation.unigram_nats` is
-    the mean nats per token of predicting the validation tokens by that distribution (each count plus one).
-    A model that knows only frequencies reaches it, so it is the baseline to beat.
+    the mean loss, in nats per token, of predicting the validation tokens by that distribution (each count
+    plus one). A model that knows only frequencies reaches this loss, so it is the baseline to beat.
     """
 
     request: dict[str, Any]  # the arguments of the preparation; the same request is not prepared again
-    source: str  # a line for people
+    source: str  # one line that describes the corpus to people
     tokenizer_file: str
     tokenizer_sha256: str
     vocab_size: int
@@ -70,11 +70,11 @@ class Manifest:
 
 
 def load_manifest(folder: str | Path) -> Manifest:
-    """Read the manifest of a prepared folder, and check that all files exist with the sizes they had.
+    """Read the manifest of a prepared folder, and check that its files exist and its shards have the right sizes.
 
     Raises:
-        UserError: the folder is missing, unfinished, of another format or damaged; it names the command
-            that makes one.
+        UserError: the folder is missing, unfinished, of another format or damaged; the message says how to
+            prepare one.
     """
     folder = Path(folder)
     path = folder / MANIFEST

@@ -1,4 +1,4 @@
-"""Token arrays as training sequences, cut out of the documents laid end to end."""
+"""Cut token arrays into training sequences. The documents are concatenated first."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,15 +13,15 @@ from data.prepared.shards import read_tokens
 class PackedTokens:
     """Sequences of S + 1 tokens, cut from arrays of token ids that count as one long array.
 
-    Sequence i begins at token i * S: it holds S inputs, and the labels are one token further. Neighbours
-    share one token, so every token except the first is a label once.
+    Sequence i begins at token i * S. It holds S inputs and S labels, which are one token further on.
+    Neighbours share one token, so every token except the first is a label once.
 
     Args:
-        pieces: (file, its ids) in order; a memory-mapped array stays on disk. Errors name the file.
-        what: names the whole in errors, such as "the train split of FOLDER".
+        pieces: (file, ids of that file) in order; a memory-mapped array stays on disk. Errors name the file.
+        what: names all pieces together in errors, such as "the train split of FOLDER".
 
     Raises:
-        UserError: there is less than one sequence.
+        UserError: there are too few tokens for one sequence.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class PackedTokens:
         """Return int64 [n, S + 1]: the sequences at `indices` [n], each in [0, len(self)).
 
         Raises:
-            UserError: a sequence holds an id that the model has no embedding for.
+            UserError: a sequence holds an id for which the model has no embedding.
         """
         sequences = np.empty((len(indices), self.sequence_length + 1), np.int64)
         for row, index in zip(sequences, indices.tolist(), strict=True):
@@ -61,7 +61,7 @@ class PackedTokens:
         return sequences
 
     def _copy(self, start: int, row: np.ndarray) -> None:
-        """Fill `row` with the tokens from `start` on, from as many arrays as that takes."""
+        """Fill `row` with the tokens from `start` on, from one array or several."""
         piece = int(np.searchsorted(self._starts, start, side="right")) - 1
         filled = 0
         while filled < len(row):

@@ -17,7 +17,7 @@ COLUMN = "input_ids"
 
 
 class ShardWriter:
-    """Write one shard under a temporary name; `finish` gives it its own, so only whole shards have theirs."""
+    """Write one shard under a temporary name. `finish` renames it, so only whole shards have final names."""
 
     def __init__(self, folder: Path, file: str, dtype: np.dtype) -> None:
         import pyarrow as pa
@@ -58,7 +58,7 @@ class ShardWriter:
         )
 
     def close(self) -> None:
-        """Close the file; without `finish` it keeps its temporary name, and the next run writes it again."""
+        """Close the file. Without `finish` its name stays temporary, and the next run writes it again."""
         if not self._sink.closed:
             self._stream.close()
             self._sink.close()
@@ -88,7 +88,7 @@ def count_tokens(paths: Iterable[Path], vocab_size: int) -> np.ndarray:
 def unigram_nats(counts: np.ndarray, model_counts: np.ndarray) -> float | None:
     """Return the mean nats per token of coding `counts` [V] by the frequencies of `model_counts` [V].
 
-    With `counts` itself as the model that is its entropy. None if there is nothing to code.
+    With `counts` as the model too, this is the entropy of `counts`. None if there is nothing to code.
     """
     total = counts.sum()
     if total == 0:

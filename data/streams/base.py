@@ -1,8 +1,8 @@
-"""What a data source offers, and what it needs of the ranks that share its training stream.
+"""The interfaces of data sources and streams, and of the ranks that share a training stream.
 
-A stream is one global order of sequences 0, 1, 2, ..., of which every rank takes its share. The data
-configuration alone fixes this order: neither the number of ranks nor stops and resumes change it.
-Importing this file does not import torch, so that a mistake in the configuration is answered at once.
+A stream is one global order of sequences 0, 1, 2, ..., of which every rank takes its share. Only the data
+configuration determines this order: neither the number of ranks nor stops and resumes change it. Importing
+this file does not import torch, so that a mistake in the configuration is reported at once.
 """
 
 from abc import ABC, abstractmethod
@@ -30,7 +30,7 @@ class Transfer(Protocol):
 
 
 class Ranks(Protocol):
-    """The processes that share a stream, and what a stream asks of them. Every method is collective."""
+    """The processes that share a stream, with the collectives that it needs. Every method is collective."""
 
     rank: int  # this process
     size: int
@@ -40,7 +40,7 @@ class Ranks(Protocol):
         ...
 
     def exchange(self, x: "Tensor", send: list[int], receive: list[int]) -> Transfer:
-        """Start sending x's rows, in order, `send[w]` of them to rank w; `receive[w]` come from rank w."""
+        """Start to send the next `send[w]` rows of x to each rank w. Rank w sends `receive[w]` rows here."""
         ...
 
     def objects(self, value: T) -> list[T]:
@@ -56,7 +56,7 @@ class Batch:
 
 
 def batch_of(sequences: np.ndarray, positions: np.ndarray) -> Batch:
-    """Split int64 [B, S + 1] into inputs and labels; `positions` [B] of the global order name them."""
+    """Split int64 [B, S + 1] into inputs and labels. Their ids are `positions` [B] in the global order."""
     import torch
 
     tokens = torch.from_numpy(sequences)
@@ -80,25 +80,29 @@ class Stream(Protocol):
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state` was taken; a UserError lists the differences if it is of another order."""
+        """Continue where `state` was taken.
+
+        Raises:
+            UserError: `state` belongs to another order; the message lists the differences.
+        """
         ...
 
 
 class DataSource(ABC):
-    """A kind of data, listed in sources.py. It has no state: every method is given the configuration.
+    """One kind of data; sources.py lists all. It has no state: every method gets the configuration.
 
-    Methods raise UserError for mistakes of the user's; it names the field, its value and what would be right.
+    Methods raise a UserError for a user's mistake. It names the field, its value and what would be right.
     """
 
     name: ClassVar[str]  # the value of data.source
 
     def check_config(self, config: DataConfig) -> None:
-        """Refuse values of the section `data` that cannot be right; reads no file."""
+        """Refuse values of the section `data` that cannot be right, without reading a file."""
         return
 
     @abstractmethod
     def check(self, config: DataConfig, vocab_size: int, validation: int) -> None:
-        """Find mistakes in the data before any process group is made, and prepare it if that is needed.
+        """Find mistakes in the data before any process group exists, and prepare the data if necessary.
 
         Args:
             vocab_size: the model's.
@@ -111,7 +115,7 @@ class DataSource(ABC):
 
     @abstractmethod
     def training(self, config: DataConfig, vocab_size: int, ranks: Ranks) -> Stream:
-        """Return this rank's end of the training stream; call `check` first."""
+        """Return the training stream for this rank; call `check` first."""
 
     @abstractmethod
     def validation(self, config: DataConfig, vocab_size: int, count: int) -> np.ndarray:
@@ -119,7 +123,7 @@ class DataSource(ABC):
 
     @abstractmethod
     def fingerprint(self, config: DataConfig) -> dict[str, Any]:
-        """Return what the global order depends on, JSON-able, under the names of the configuration."""
+        """Return everything that determines the global order, as JSON-able values by field name."""
 
     def token_bytes(self, config: DataConfig) -> np.ndarray:
         """Return int32 [vocabulary]: the UTF-8 bytes that each id stands for, 0 for special tokens."""
@@ -143,11 +147,11 @@ def require_vocabulary(size: int, vocab_size: int, what: str) -> None:
 
 
 def require_count(count: int, available: int, config: DataConfig) -> None:
-    """Refuse more validation sequences than there are."""
+    """Refuse more validation sequences than exist."""
     if count > available:
         raise UserError(
             f"eval.sequences={count}: must be at most {available}, the validation sequences of "
-            f"data.sequence_length={config.sequence_length}; lower either"
+            f"data.sequence_length={config.sequence_length}; lower one of them"
         )
 
 

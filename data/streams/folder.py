@@ -75,17 +75,17 @@ class StdlibSource(LocalSource):
 
 
 def _refuse_other_content(config: DataConfig) -> None:
-    """Refuse a folder prepared otherwise, in the configuration's words instead of the command line's."""
+    """Refuse a folder prepared with other settings; name the configuration's fields, not options."""
     request = load_manifest(config.path).request
     kind = request.get("kind")
     pieces = request.get("vocab_size")
     if kind != "stdlib":
         raise UserError(
-            f"data.path={config.path}: holds {kind} of your own, but data=stdlib, the default, needs the "
-            "standard library; add data=local to train on what the folder holds"
+            f"data.path={config.path}: holds {kind} data, but data=stdlib, the default, needs the standard "
+            "library; add data=local to train on this folder"
         )
     if pieces != config.vocab_size:
         raise UserError(
             f"data.vocab_size={config.vocab_size}: {config.path} was prepared with {pieces}; "
-            "take that, or another folder as data.path"
+            "use that value, or another folder as data.path"
         )

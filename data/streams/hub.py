@@ -1,7 +1,7 @@
 """The data source `hf_stream`: a Hugging Face dataset, streamed and tokenised while training.
 
-Without a split of its own for validation (`val_split` equal to `split`), one document in HELD_OUT, chosen
-by a hash of its text, is kept out of training and validates.
+Without a separate split for validation (`val_split` equal to `split`), one document in HELD_OUT is held out
+of training for validation. A hash of its text chooses it.
 """
 
 import zlib
@@ -30,7 +30,7 @@ class HubSource(DataSource):
                 raise UserError(f"data.{field}={getattr(config, field)}: must be given for data=hf_stream")
 
     def check(self, config: DataConfig, vocab_size: int, validation: int) -> None:
-        """See DataSource. No more than the first row is read, so validation sequences are not counted."""
+        """See DataSource. This reads at most the first row, and does not count validation sequences."""
         require_vocabulary(self.tokenizer(config).vocab_size, vocab_size, "data.tokenizer")
         first = next(_rows(config, _open_training(config)), None)
         if first is not None:

@@ -1,10 +1,9 @@
-"""A dataset that can only be read forwards, in lanes: each an endless, exactly resumable row of sequences.
+"""Read a dataset without random access in lanes: endless, exactly resumable series of sequences.
 
-A lane reads its share of the files in order, lays the documents' tokens end to end and cuts them into
-sequences. It shuffles every window of `shuffle_window` sequences by a generator seeded with (seed, lane,
-window number). Its state is what it needs to read the current window again: the dataset's state at the
-window's start, and the tokens left over from the window before. (The library's own `.shuffle(buffer)`
-loses its buffer on resume.)
+A lane reads its share of the files in order, concatenates the documents' tokens and cuts them into sequences.
+It shuffles every window of `shuffle_window` sequences with a generator seeded with (seed, lane, window
+number). Its state lets it read the current window again: the dataset's state at the window's start, and the
+tokens left over from the previous window. (The library's own `.shuffle(buffer)` loses its buffer on resume.)
 """
 
 import dataclasses
@@ -22,7 +21,7 @@ from data.streams.base import Batch, Ranks, batch_of, require_same, require_shar
 
 @dataclass(frozen=True)
 class LaneState:
-    """Where a lane stands. All fields except `position` describe the start of its current window."""
+    """The position of a lane. All fields except `position` describe the start of its current window."""
 
     dataset: dict[str, Any] | None = None  # the dataset's own state; None: before the epoch's first document
     epoch: int = 0
@@ -43,7 +42,7 @@ class Lane:
 
     Args:
         open_dataset: returns this lane's `datasets.IterableDataset`, at its first document.
-        tokens_of: returns the ids of one row, bos and eos included; [] for a row to leave out.
+        tokens_of: returns the ids of one row, bos and eos included; [] for a row to skip.
         lane: the lane's number.
         config: gives `sequence_length` (tokens), `shuffle_window` (sequences) and `seed`.
     """
@@ -65,7 +64,7 @@ class Lane:
         """Continue after `state`."""
         self.state = state
         self._sequences: np.ndarray | None = None  # [shuffle_window, S + 1], shuffled; None: not read yet
-        self._after: LaneState | None = None  # the state after them
+        self._after: LaneState | None = None  # the state after these sequences
         self._open(state.dataset)
 
     def __iter__(self) -> "Lane":
@@ -95,9 +94,9 @@ class Lane:
             self._dataset.load_state_dict(dataset_state)
             where += " from its saved position"
         self._rows = rows_of(self._dataset, where)
-        # The dataset forgets a loaded state until its first row: until then its state_dict() is all zero.
+        # Until its first row, a dataset does not report a loaded state: its state_dict() is all zero.
         self._opened_at = dataset_state
-        self._has_read = False  # a row since it was opened
+        self._has_read = False  # whether a row was read since the dataset was opened
         self._tokens_since = 0
 
     def _read_window(self) -> tuple[np.ndarray, LaneState]:
@@ -117,8 +116,8 @@ class Lane:
                 continue
             if self._opened_at is None and self._tokens_since == 0:
                 raise UserError(
-                    f"data.dataset={self._config.dataset}: lane {self._lane} holds no text; give its files "
-                    "some, or lower data.lanes"
+                    f"data.dataset={self._config.dataset}: lane {self._lane} holds no text; add text to its "
+                    "files, or lower data.lanes"
                 )
             epoch += 1
             self._open(None)
@@ -134,15 +133,15 @@ class Lane:
 
 
 class LaneStream:
-    """The stream over L lanes: sequence g of the global order is the (g // L)-th of lane g % L.
+    """The stream over n lanes: sequence g of the global order is number g // n of lane g % n.
 
-    Rank (g % L) % W of the W ranks reads it. Each `take` exchanges the sequences it covers, so every rank
-    gets any share it asks for.
+    Rank (g % n) % W of the W ranks reads sequence g. Each `take` exchanges the sequences it covers, so a rank
+    can get any share.
 
     Args:
         lanes: this rank's lanes, by number.
-        n_lanes: L.
-        fingerprint: what the order depends on, JSON-able.
+        n_lanes: n.
+        fingerprint: everything that determines the order, as JSON-able values.
         ranks: the processes that share the stream.
     """
 
@@ -164,7 +163,7 @@ class LaneStream:
             read = [next(self._lanes[lane]) for lane in lanes[mine].tolist()]
         except UserError as error:
             raise OneRankError(str(error)) from error
-        # A rank that reads none still takes part, with an empty array of the right width.
+        # A rank that reads no sequence still takes part, with an empty array of the right width.
         width = self._fingerprint["sequence_length"] + 1
         sequences = np.stack(read) if read else np.empty((0, width), np.int32)
         share = self._exchange(sequences, mine, owners, slice(start, start + count))

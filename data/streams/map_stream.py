@@ -1,4 +1,4 @@
-"""The stream over sequences that can be looked up by number: epoch after epoch, each in another order."""
+"""The stream over sequences with random access: epoch after epoch, each in another order."""
 
 from typing import Any, Protocol
 
@@ -18,7 +18,7 @@ class Sequences(Protocol):
 
 
 class MapStream:
-    """A stream whose state is one number, as each order is computed from the seed and the epoch."""
+    """A stream whose state is one number, because the seed and the epoch determine each order."""
 
     def __init__(self, sequences: Sequences, seed: int, fingerprint: dict[str, Any]) -> None:
         self.consumed = 0

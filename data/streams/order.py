@@ -1,8 +1,8 @@
 """The order of training sequences as a pure function, so that it needs no state.
 
-A Feistel network permutes the smallest [0, 4^h) that covers [0, n). Following a cycle until it comes back
-below n makes that a bijection of [0, n) itself (format-preserving encryption by cycle walking). Every
-position is computed on its own, so no permutation is ever stored.
+A Feistel network permutes the smallest [0, 4^h) that covers [0, n). Each cycle is followed until a value is
+below n. This gives a bijection of [0, n) itself (format-preserving encryption by cycle walking). Every
+position is computed separately, so no permutation is ever stored.
 """
 
 import numpy as np
@@ -11,7 +11,7 @@ ROUNDS = 6  # Feistel rounds; four already mix well, two more cost little
 
 
 def permuted_index(positions: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
-    """Return int64 [...]: where each of `positions` (in [0, n)) lands in the permutation (seed, epoch)."""
+    """Return int64 [...]: the image of each of `positions` (in [0, n)) in permutation (seed, epoch)."""
     if n < 1:
         raise ValueError(f"n must be at least 1, not {n}")
     values = np.asarray(positions, np.int64)

@@ -1,4 +1,4 @@
-"""The data sources: the one place that lists them, and the entry for whoever trains on one."""
+"""The registry of the data sources, and the functions that training calls."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ def source_of(config: DataConfig) -> DataSource:
 
 
 def check_config(config: DataConfig) -> None:
-    """Refuse values of the section `data` that cannot be right; reads no file and imports no torch."""
+    """Refuse values of the section `data` that cannot be right. Reads no file and imports no torch."""
     for name, least in LEAST.items():
         if getattr(config, name) < least:
             raise UserError(f"data.{name}={getattr(config, name)}: must be at least {least}")
@@ -31,10 +31,10 @@ def check_config(config: DataConfig) -> None:
 
 
 def build_stream(config: DataConfig, vocab_size: int, ranks: Ranks) -> Stream:
-    """Return this rank's end of the training stream, which `ranks` share; call the source's `check` first."""
+    """Return the training stream for this rank, which `ranks` share; call the source's `check` first."""
     return source_of(config).training(config, vocab_size, ranks)
 
 
 def check_resumed(config: DataConfig, state: dict[str, Any]) -> None:
-    """Refuse a stream's saved `state` of other data; call the source's `check` first."""
+    """Refuse a stream's saved `state` if it belongs to other data; call the source's `check` first."""
     require_same(state["fingerprint"], source_of(config).fingerprint(config))

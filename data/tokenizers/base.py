@@ -1,7 +1,7 @@
-"""The `Tokenizer` that everything else sees, whatever file it was loaded from (load.py).
+"""The `Tokenizer` class, the same for every kind of tokenizer file (load.py).
 
-A tokenizer is a function from text to ids, and one table: the UTF-8 bytes that each id stands for.
-Decoding joins those bytes and bits per byte counts them, so both are exact by construction.
+A tokenizer is a function from text to ids, and one table: the UTF-8 bytes that each id stands for. Decoding
+joins these bytes, and bits per byte counts them, so both are exact by construction.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ class Tokenizer:
     """Text to ids and back. Text never becomes a special token, and special tokens decode to nothing.
 
     Attributes:
-        path: the file it was loaded from.
+        path: the tokenizer's file.
         sha256: of that file's bytes.
         vocab_size: every id is below it.
         bos_id, eos_id: put before and after every document; equal if the tokenizer has only one.

@@ -1,4 +1,4 @@
-"""Loading a tokenizer file; its suffix says of which kind it is."""
+"""Load a tokenizer file of the kind that its suffix says."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ LOADERS = {".model": sentencepiece_model.load, ".json": tokenizer_json.load}
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Load a sentencepiece `.model` or a `tokenizer.json`; a UserError says why that fails."""
+    """Load a sentencepiece `.model` or a `tokenizer.json`; a UserError says why it cannot be loaded."""
     path = Path(path)
     if path.suffix not in LOADERS:
         raise UserError(f"tokenizer: {path} is neither a sentencepiece .model nor a tokenizer.json")

@@ -58,7 +58,10 @@ def _pieces(path: Path, tokenizer) -> list[bytes]:
 
 
 def _byte_level_alphabet() -> dict[str, int]:
-    """Return GPT-2's map from characters to bytes: printable ones to themselves, 256 and up to the rest."""
+    """Return GPT-2's map from characters to bytes.
+
+    A printable byte is its own character; the others are the characters from 256 on.
+    """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     unprintable = [byte for byte in range(256) if byte not in printable]
     alphabet = {chr(byte): byte for byte in printable}

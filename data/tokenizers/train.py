@@ -1,4 +1,4 @@
-"""Training a lossless sentencepiece tokenizer."""
+"""Train a lossless sentencepiece tokenizer."""
 
 import io
 import os
@@ -9,7 +9,7 @@ from data.errors import UserError
 from data.tokenizers.base import Tokenizer
 from data.tokenizers.load import load_tokenizer
 
-TRAINING_THREADS = 4  # a constant: sentencepiece writes it into the model, and equal text gives equal bytes
+TRAINING_THREADS = 4  # constant: sentencepiece writes it into the model, and equal text must give equal bytes
 LONGEST_LINE = 1 << 20  # bytes; the trainer ignores longer lines
 
 
@@ -19,14 +19,14 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, out_path: str | Path)
     The same texts give the same bytes.
 
     Raises:
-        UserError: there is no text; it cannot fill `vocab_size`; its characters do not fit in `vocab_size`.
+        UserError: there is no text, or `vocab_size` is too large for it, or too small for its characters.
     """
     import sentencepiece
 
     # A list, not a generator: the trainer would turn an exception in it (Ctrl-C) into a RuntimeError.
     lines = [line for text in texts for line in text.split("\n") if line]
     if not lines:
-        raise UserError("no training text to train a tokenizer on; lower --val-fraction")
+        raise UserError("--val-fraction: leaves no training text to train a tokenizer on; lower it")
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(

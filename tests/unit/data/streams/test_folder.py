@@ -65,7 +65,7 @@ def test_other_tokenizer_in_the_folder(folder: Path, tmp_path: Path) -> None:
             300,
             r"at least 301, the pieces of data\.vocab_size",
         ),
-        ({"source": "stdlib", "vocab_size": 301}, 300, "holds jsonl of your own.* add data=local"),
+        ({"source": "stdlib", "vocab_size": 301}, 300, "holds jsonl data.* add data=local"),
         (
             {"source": "hf_stream", "dataset": "x", "tokenizer": "missing.model"},
             300,
