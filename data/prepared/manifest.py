@@ -70,7 +70,7 @@ class Manifest:
 
 
 def load_manifest(folder: str | Path) -> Manifest:
-    """Read the manifest of a prepared folder, and check that its files exist and its shards have the right sizes.
+    """Read the manifest of a prepared folder. Check that its files exist and its shards have their sizes.
 
     Raises:
         UserError: the folder is missing, unfinished, of another format or damaged; the message says how to

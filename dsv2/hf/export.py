@@ -3,9 +3,9 @@
     python -m dsv2 export runs/quickstart exported/quickstart
     python -m dsv2 export runs/lite/checkpoints/step-00120000 exported/lite --dtype fp32 --shard-gb 10
 
-The layout that the checkpoint was written on plays no part. Parameters are read one after the other, so
-memory holds one shard and one parameter, never the model. The folder is written aside and renamed at the
-end: an export that was cut short is not there.
+The layout that the checkpoint was written on does not matter. Parameters are read one after the other, so
+memory holds one shard and one parameter, never the model. The folder has a temporary name until it is
+complete, so an interrupted export never looks like a whole one.
 """
 
 import json
@@ -33,15 +33,15 @@ def export(
     """Write the folder `out`.
 
     Args:
-        checkpoint: a step-N folder, or a run's folder: its newest whole checkpoint.
+        checkpoint: a step-N folder, or a run's folder for its newest whole checkpoint.
         dtype: bf16 or fp32.
         shard_gb: largest file of weights, in GB of 10^9 bytes; one tensor may be larger.
-        tokenizer: a file to take in place of the one that the run's configuration names.
+        tokenizer: a file to use instead of the one that the run's configuration names.
 
     Raises:
-        UserError: no whole checkpoint, a model that the format has no words for, no tokenizer, or `out`
-            is there already.
-        CheckpointError: `out` could not be written; nothing of it is left.
+        UserError: there is no whole checkpoint or no tokenizer, the format cannot express the model, or
+            `out` already exists.
+        CheckpointError: `out` could not be written; partial files are removed.
     """
     from safetensors import SafetensorError
 
@@ -54,7 +54,7 @@ def export(
     if shard_gb <= 0:
         raise UserError(f"--shard-gb {shard_gb}: must be above 0")
     if out.exists():
-        raise UserError(f"{out} is there already: remove it, or give another folder")
+        raise UserError(f"{out} already exists: remove it, or give another folder")
     reader = CheckpointReader(find_checkpoint(checkpoint))
     model = reader.config.model
     check_exportable(model)
@@ -81,7 +81,7 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def plan_shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
-    """The names in order, cut so that no shard has more than `limit` bytes, or it is one tensor."""
+    """Return the names of each shard, in order. Only a shard of one tensor may exceed `limit` bytes."""
     shards: list[list[str]] = []
     filled = 0
     for name, size in sizes.items():
@@ -118,7 +118,7 @@ def _write_weights(
         shard = dict(next(tensors) for _ in names)
         assert list(shard) == names
         save_file(shard, folder / file, metadata={"format": "pt"})
-        shutil.copymode(folder / "config.json", folder / file)  # it makes files that only their owner reads
+        shutil.copymode(folder / "config.json", folder / file)  # save_file lets only the owner read
         weight_map |= dict.fromkeys(names, file)
         print(f"{file}: {len(names)} tensors, {sum(sizes[name] for name in names) / 1e6:.1f} MB", flush=True)
         del shard  # before the next one is gathered

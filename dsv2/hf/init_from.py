@@ -1,7 +1,7 @@
 """The weights of a Hugging Face folder as the start of a run.
 
-All that could be wrong with the folder is found from config.json and the headers of its files, before
-any process group is made; then each rank reads the rows that it holds, and no others.
+The folder is checked before any process group exists: config.json and the headers of the files are enough
+to find every mistake. Each rank then reads only the rows that it holds.
 """
 
 import json
@@ -44,7 +44,8 @@ class HFWeights:
         shapes: dict[str, tuple[int, ...]] = {}
         for file in self._files():
             for name, shape in self._header(file):
-                self._file_of[name], shapes[name] = file, shape
+                self._file_of[name] = file
+                shapes[name] = shape
         self._stacked = any(name.endswith(".mlp.experts.gate_up_proj") for name in shapes)
         self._check(shapes, config)
 

@@ -1,10 +1,8 @@
 """Our parameters and the published tensors: one table, used in both directions.
 
-Every parameter has its published name and shape, but for the routed experts: `mlp.experts.w13` and
-`mlp.experts.w2` hold a whole layer's, stacked along dim 0. They are published one matrix an expert
-(`mlp.experts.7.up_proj.weight`: the hub's folders, vLLM), or, by `transformers` 5, stacked as here.
-
-Shapes: E routed experts of a layer, F width of an expert, D hidden_size.
+Every parameter has its published name and shape, except the routed experts: `mlp.experts.w13` and
+`mlp.experts.w2` hold all experts of a layer, stacked along dim 0. The hub's folders and vLLM have one tensor
+per expert and matrix (`mlp.experts.7.up_proj.weight`). `transformers` 5 stacks them as this project does.
 """
 
 from collections.abc import Iterator
@@ -18,7 +16,7 @@ from dsv2.model.transformer import DeepseekV2
 from dsv2.moe.experts import RoutedExperts
 from dsv2.parallel.buffers import persistent_buffers
 
-# The matrices of one expert that lie below each other in ours: w13 [E, 2F, D] is gate above up, w2 [E, D, F].
+# The published matrices within ours, from top to bottom: w13 [E, 2F, D] is gate above up, w2 [E, D, F] down.
 _MATRICES = {"w13": ("gate_proj", "up_proj"), "w2": ("down_proj",)}
 _STACKED = {"w13": "gate_up_proj", "w2": "down_proj"}
 
@@ -26,16 +24,16 @@ Index = tuple[int | slice, ...]
 
 
 class Part(NamedTuple):
-    """A piece of one of our parameters, and where its values stand in a published folder."""
+    """A piece of one of our parameters, and the published tensor that holds its values."""
 
-    name: str  # the published tensor's
+    name: str  # of the published tensor
     shape: tuple[int, ...]  # of the whole published tensor
-    rows: slice  # the piece of it, along its dim 0
-    place: Index  # the piece of our parameter: parameter[place]
+    rows: slice  # the piece within the published tensor, along dim 0
+    place: Index  # the piece within our parameter: parameter[place]
 
 
 def model_outline(config: ModelConfig) -> DeepseekV2:
-    """The whole model, with all experts, on the meta device: names and shapes that take no memory."""
+    """Return the whole model, with all experts, on the meta device: names and shapes without memory."""
     with torch.device("meta"):
         return DeepseekV2(config)
 
@@ -43,22 +41,23 @@ def model_outline(config: ModelConfig) -> DeepseekV2:
 def published_parts(model: DeepseekV2, stacked: bool = False) -> Iterator[tuple[str, Tensor, list[Part]]]:
     """Yield every parameter and persistent buffer of this rank, with the parts that together cover it.
 
-    A buffer is published under its own name, whole.
+    A buffer is published whole, under its name in our model.
 
     Args:
-        model: whole, or a rank's share: then the parts are those of its own experts.
-        stacked: experts as `transformers` 5 keeps them, in place of one tensor a matrix.
+        model: the whole model, or a rank's share of it; a share has only the parts of its experts.
+        stacked: whether experts are stacked, as `transformers` 5 does, instead of one tensor per matrix.
     """
     buffers = persistent_buffers(model)
     for prefix, module in model.named_modules():
         for leaf, parameter in module.named_parameters(recurse=False):
-            name, shape = f"{prefix}.{leaf}", tuple(parameter.shape)
+            name = f"{prefix}.{leaf}"
+            shape = tuple(parameter.shape)
             if not isinstance(module, RoutedExperts):
                 parts = [Part(name, shape, slice(None), ())]
             elif stacked:
-                own = slice(module.first_expert, module.first_expert + module.n_local)
+                local_rows = slice(module.first_expert, module.first_expert + module.n_local)
                 whole = (module.n_experts, *shape[1:])
-                parts = [Part(f"{prefix}.{_STACKED[leaf]}", whole, own, ())]
+                parts = [Part(f"{prefix}.{_STACKED[leaf]}", whole, local_rows, ())]
             else:
                 parts = _parts_by_expert(prefix, leaf, shape, module.first_expert)
             yield name, parameter, parts

@@ -1,8 +1,9 @@
 """The tokenizer of a run as the files that `transformers` and vLLM load.
 
-A tokenizer.json is copied as it is. A sentencepiece model becomes one whose encoding is the same to the
-token: sentencepiece joins the neighbours whose union is the piece of highest score, `tokenizers` those
-whose merge comes first; so every way to cut a piece into two pieces is a merge, by falling score.
+A tokenizer.json is copied unchanged. A sentencepiece model becomes a tokenizer.json that encodes every text to
+the same tokens. sentencepiece joins the neighbours whose union is the piece of highest score;
+`tokenizers` joins those whose merge is listed first. So every way to cut a piece into two pieces becomes a
+merge, and the merges are sorted by falling score.
 """
 
 import json
@@ -18,11 +19,11 @@ def write_tokenizer(tokenizer: Tokenizer, longest: int, folder: Path) -> None:
     """Write tokenizer.json and tokenizer_config.json into `folder`.
 
     With its special tokens switched off, the written tokenizer encodes every text as `tokenizer` does.
-    One made from a sentencepiece model puts bos before a text unless told otherwise, as documents begin
-    in training; a tokenizer.json keeps its own ways.
+    A converted sentencepiece model puts bos before a text by default, as documents begin in training. A
+    copied tokenizer.json keeps its own behaviour.
 
     Args:
-        longest: tokens of the longest sequence that the model takes.
+        longest: tokens of the longest sequence that the model supports.
 
     Raises:
         UserError: a sentencepiece model that changes texts, or is no BPE with byte fallback.
@@ -37,7 +38,7 @@ def write_tokenizer(tokenizer: Tokenizer, longest: int, folder: Path) -> None:
         written = _from_sentencepiece(tokenizer)
         written.save(str(target))
     config = {
-        # LlamaTokenizerFast and its like would replace parts of tokenizer.json by their own.
+        # LlamaTokenizerFast and similar classes would replace parts of tokenizer.json with their own.
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": written.id_to_token(tokenizer.bos_id),
         "eos_token": written.id_to_token(tokenizer.eos_id),
@@ -49,10 +50,10 @@ def write_tokenizer(tokenizer: Tokenizer, longest: int, folder: Path) -> None:
 
 
 def _from_sentencepiece(tokenizer: Tokenizer) -> Any:
-    """A `tokenizers.Tokenizer` that encodes as the sentencepiece model at `tokenizer.path`.
+    """Return a `tokenizers.Tokenizer` that encodes like the sentencepiece model at `tokenizer.path`.
 
-    Pieces are spelled with plain spaces, and nothing normalises the text: so a U+2581 in it is no space,
-    but missing from the vocabulary, and goes through bytes as it does in `data.tokenizers`.
+    Pieces are spelled with plain spaces, and nothing normalises the text. A U+2581 in a text is therefore
+    not a space. It is missing from the vocabulary and becomes bytes, as in `data.tokenizers`.
     """
     from sentencepiece import sentencepiece_model_pb2
     from tokenizers import AddedToken, decoders, models, processors
@@ -61,7 +62,8 @@ def _from_sentencepiece(tokenizer: Tokenizer) -> Any:
     model: Any = sentencepiece_model_pb2
     proto = model.ModelProto.FromString(tokenizer.path.read_bytes())
     _refuse_lossy(tokenizer.path, proto)
-    kinds, unknown = model.ModelProto.SentencePiece, proto.trainer_spec.unk_piece
+    kinds = model.ModelProto.SentencePiece
+    unknown = proto.trainer_spec.unk_piece
     pieces = [(piece.piece.replace(SPACE_MARK, " "), piece) for piece in proto.pieces]
     vocabulary = {text: index for index, (text, _) in enumerate(pieces)}
     scores = {text: piece.score for text, piece in pieces if piece.type == kinds.NORMAL}
@@ -81,10 +83,10 @@ def _from_sentencepiece(tokenizer: Tokenizer) -> Any:
 
 
 def _merges(scores: dict[str, float]) -> list[tuple[str, str]]:
-    """Every pair of pieces that makes a piece, by the falling score of what it makes.
+    """Return every pair of pieces that makes a piece, by the falling score of that piece.
 
-    The order of a piece's own cuts would count only where two of them overlap in a text; in 32,000 texts
-    of repetitions, for 80 vocabularies trained on such, they never did.
+    The order of the cuts of one piece would matter only if two of them overlapped in a text. In 32,000 texts
+    of repetitions, for 80 vocabularies trained on such texts, they never did.
     """
     merges = []
     for piece in sorted(scores, key=lambda text: -scores[text]):
@@ -94,7 +96,8 @@ def _merges(scores: dict[str, float]) -> list[tuple[str, str]]:
 
 
 def _refuse_lossy(path: Path, proto: Any) -> None:
-    trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
+    trainer = proto.trainer_spec
+    normalizer = proto.normalizer_spec
     wanted = {
         "model_type=bpe": trainer.model_type == trainer.BPE,
         "byte_fallback=true": trainer.byte_fallback,

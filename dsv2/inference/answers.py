@@ -1,10 +1,11 @@
-"""Text from a checkpoint, in one process on CPU or one GPU.
+"""Generate text from a checkpoint, in one process on the CPU or one GPU.
 
     python -m dsv2 generate runs/quickstart --prompt "def main(" [--prompt ...] [--temperature 0.8]
 
-The checkpoint is a step-N folder, or a run's folder, of which the newest whole one is taken. One prompt
-is answered as the tokens come; several are decoded together and printed at the end. What a prompt gets
-does not depend on the others. Nothing is dropped, whatever the balance recipe (section 2.2.4).
+The checkpoint is a step-N folder, or a run's folder for its newest whole checkpoint. The answer to a single
+prompt is printed token by token. Several prompts are decoded together, and their answers printed at the end.
+An answer does not depend on the other prompts. No token is dropped, whatever the balance recipe (section
+2.2.4).
 """
 
 import math
@@ -15,13 +16,13 @@ from typing import TYPE_CHECKING
 
 from dsv2.errors import UserError
 
-if TYPE_CHECKING:  # what takes seconds to import waits: --help and mistakes are answered without it
+if TYPE_CHECKING:  # slow imports are inside functions, so that --help and mistakes are answered at once
     from data.tokenizers.base import Tokenizer
     from dsv2.config.schema import Config
 
 
 def check_arguments(arguments: Namespace) -> None:
-    """Refuse values that mean nothing, before anything is loaded."""
+    """Refuse options out of range or without effect, before anything is loaded."""
     if "" in arguments.prompt:
         raise UserError("--prompt '': must not be empty; give the text to continue")
     if arguments.max_tokens < 1:
@@ -39,7 +40,7 @@ def check_arguments(arguments: Namespace) -> None:
 def encode_prompts(
     texts: list[str], tokenizer: "Tokenizer", config: "Config", max_tokens: int
 ) -> list[list[int]]:
-    """Their ids behind the beginning of a document.
+    """Return the ids of each prompt, after the token that begins a document.
 
     Raises:
         UserError: prompt and answer do not fit into the model's context.
@@ -61,14 +62,15 @@ def encode_prompts(
 
 
 def settled(text: str) -> str:
-    """The text without a character at its end whose bytes have not all come."""
+    """Return the text without an incomplete character at its end, whose bytes have not all been decoded."""
     return text.rstrip("\N{REPLACEMENT CHARACTER}")
 
 
 def print_answers(texts: list[str], steps: Iterator[list[int | None]], tokenizer: "Tokenizer") -> None:
-    """Each prompt with what follows it: a single one as it comes, several under headings at the end."""
+    """Print each prompt with its answer: a single one token by token, several under headings at the end."""
     answers: list[list[int]] = [[] for _ in texts]
-    alone, shown = len(texts) == 1, ""
+    alone = len(texts) == 1
+    shown = ""
     if alone:
         print(texts[0], end="", flush=True)
     for ids in steps:
@@ -87,7 +89,7 @@ def print_answers(texts: list[str], steps: Iterator[list[int | None]], tokenizer
 
 
 def answer(arguments: Namespace) -> None:
-    """Print what the model says to each prompt. The fields are the options of `python -m dsv2 generate`.
+    """Print the model's answer to each prompt. The fields are the options of `python -m dsv2 generate`.
 
     Raises:
         UserError: an option, the checkpoint or the tokenizer is wrong.
@@ -111,5 +113,12 @@ def answer(arguments: Namespace) -> None:
     print(f"{path}, {arguments.precision}, {'GPU' if on_gpu else 'CPU'}", file=sys.stderr)
     model = load_model(path, dtype, "cuda" if on_gpu else "cpu")
     sampling = Sampling(arguments.temperature, arguments.top_p, arguments.seed)
-    steps = generate(model, prompts, arguments.max_tokens, sampling, tokenizer.eos_id, tokenizer.vocab_size)
+    steps = generate(
+        model,
+        prompts,
+        max_tokens=arguments.max_tokens,
+        sampling=sampling,
+        eos_id=tokenizer.eos_id,
+        vocab_size=tokenizer.vocab_size,
+    )
     print_answers(arguments.prompt, steps, tokenizer)
