@@ -1,7 +1,7 @@
 """The tokenizer of a run as the files that `transformers` and vLLM load.
 
-A tokenizer.json is copied unchanged. A sentencepiece model becomes a tokenizer.json that encodes every text to
-the same tokens. sentencepiece joins the neighbours whose union is the piece of highest score;
+A tokenizer.json is copied unchanged. A sentencepiece model becomes a tokenizer.json that encodes every text
+to the same tokens. sentencepiece joins the neighbours whose union is the piece of highest score;
 `tokenizers` joins those whose merge is listed first. So every way to cut a piece into two pieces becomes a
 merge, and the merges are sorted by falling score.
 """

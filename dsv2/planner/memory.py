@@ -1,7 +1,7 @@
-"""Bytes of one rank: what it holds between steps, and the moments at which it may need most.
+"""Bytes of one rank: those held between steps, and those at each moment that may be the peak.
 
-The ZeRO stage counts what DeepSpeed and the optimizer hold (parallel/zero), planner/activations.py what a
-micro-batch needs; here they are added up. tests/dist/test_plan_memory.py compares both with real engines.
+The ZeRO stage counts the bytes of DeepSpeed and the optimizer (parallel/zero), planner/activations.py those
+of a micro-batch. This module sums them. tests/dist/test_plan_memory.py compares both with real engines.
 """
 
 from typing import NamedTuple

@@ -42,8 +42,8 @@ class Speed(NamedTuple):
 
 def traffic(config: Config, gpus_per_node: int) -> Traffic:
     """All-to-all of a token at this layout, routed uniformly: a row for each rank that it reaches."""
-    model, parallel = config.model, config.parallel
-    ep = parallel.expert_parallel_size
+    model = config.model
+    ep = config.parallel.expert_parallel_size
     itemsize = 2 if config.runtime.precision is Precision.bf16 else 4
     row = bytes_per_row(model.hidden_size, model.num_experts_per_tok, itemsize, config.runtime.recompute)
     row *= model.num_hidden_layers - min(model.first_k_dense_replace, model.num_hidden_layers)

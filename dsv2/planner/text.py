@@ -8,7 +8,8 @@ from dsv2.planner.parameters import rank_parameters
 from dsv2.planner.search import MORE_GPUS, USABLE, Machines, Planned, changes, plan, smallest_change
 from dsv2.planner.speed import ARITHMETIC, LINKS, traffic
 
-GIB, MIB = 2**30, 2**20
+GIB = 2**30
+MIB = 2**20
 
 
 def _words(words: dict[str, object]) -> str:
@@ -16,7 +17,8 @@ def _words(words: dict[str, object]) -> str:
 
 
 def _title(planned: Planned) -> str:
-    config, machines = planned.config, planned.machines
+    config = planned.config
+    machines = planned.machines
     parallel = config.parallel
     layers = "layers recomputed" if config.runtime.recompute else "layers kept"
     return (
@@ -39,7 +41,8 @@ def _parameter_line(planned: Planned) -> str:
 
 
 def _memory_lines(needed: Memory, machines: Machines) -> list[str]:
-    states, kept = needed.states, needed.activations.kept
+    states = needed.states
+    kept = needed.activations.kept
     rows = {
         "weights": states.weights,
         "gradients": states.gradients,
@@ -68,10 +71,11 @@ def _verdict(planned: Planned) -> list[str]:
 
 
 def _what_would(planned: Planned) -> str:
-    """The smallest change that makes a layout fit, after "it does not fit"."""
+    """Return the smallest change that makes a layout fit, to be printed after "it does NOT fit"."""
     other = smallest_change(planned)
     if other is None:
-        gpus, batch = planned.machines.gpus * MORE_GPUS[-1], planned.config.optim.batch_size
+        gpus = planned.machines.gpus * MORE_GPUS[-1]
+        batch = planned.config.optim.batch_size
         limit = f", the most that optim.batch_size={batch} shares out to" if batch < gpus else ""
         return f", and no layout of up to gpus={min(gpus, batch)} does{limit}"
     words = _words(changes(planned, other))
@@ -79,7 +83,8 @@ def _what_would(planned: Planned) -> str:
 
 
 def _work_lines(planned: Planned) -> list[str]:
-    config, machines = planned.config, planned.machines
+    config = planned.config
+    machines = planned.machines
     moved = traffic(config, machines.gpus_per_node)
     lines = [
         "work of a token",
@@ -99,7 +104,8 @@ def _work_lines(planned: Planned) -> list[str]:
 
 
 def _time_lines(planned: Planned) -> list[str]:
-    config, speed = planned.config, planned.speed
+    config = planned.config
+    speed = planned.speed
     tokens = config.optim.batch_size * config.data.sequence_length
     parts = (
         f"arithmetic {speed.arithmetic_s:.2f}, all-to-all {speed.all_to_all_s:.2f}, "
@@ -123,7 +129,7 @@ def _time_lines(planned: Planned) -> list[str]:
 
 
 def plan_lines(planned: Planned) -> list[str]:
-    """Everything about one layout."""
+    """Return all lines about one layout."""
     return [
         _title(planned),
         _parameter_line(planned),
@@ -135,7 +141,7 @@ def plan_lines(planned: Planned) -> list[str]:
 
 
 def search_lines(config: Config, machines: Machines, fitting: list[Planned], most: int = 20) -> list[str]:
-    """The fitting layouts as a table, best first."""
+    """Return the fitting layouts as a table, best first."""
     title = f"{config.name} on {machines.gpus} x {machines.gpu.name}: {len(fitting)} layouts fit"
     if not fitting:
         return [f"{title} {machines.usable / GIB:.1f} GiB{_what_would(plan(config, machines))}"]
