@@ -11,6 +11,7 @@ from dsv2.moe.dispatch import combine, plan_dispatch, start_dispatch
 from dsv2.moe.drop import keep_within_budget
 from dsv2.moe.execution import Execution
 from dsv2.moe.experts import RoutedExperts, SwiGLU
+from dsv2.moe.routers.kinds import router_of
 from dsv2.moe.stats import RoutingStats, routing_stats
 
 
@@ -23,7 +24,7 @@ class MoEOutput(NamedTuple):
 
 
 class MoELayer(nn.Module):
-    """Shared experts on every token plus K routed experts, chosen within M groups.
+    """Shared experts on every token plus K routed experts, which the router of `model.router` chooses.
 
     The ranks of `execution.ep` share one copy of the routed experts.
     """
@@ -36,7 +37,7 @@ class MoELayer(nn.Module):
         n_experts = config.n_routed_experts
         assert n_experts % ep.size == 0, "validate() checks this"
         n_local = n_experts // ep.size
-        self.gate = nn.Linear(config.hidden_size, n_experts, bias=False)  # rows are the centroids e_i
+        self.gate = router_of(config).build(config, execution.kernels)
         self.experts = RoutedExperts(
             config.hidden_size,
             config.moe_intermediate_size,
@@ -58,15 +59,17 @@ class MoELayer(nn.Module):
         kernels = self.execution.kernels
         n_sequences, n_positions = x_BSD.shape[:2]
         x_TD = x_BSD.flatten(0, 1)
-        routing = self._route(x_TD)
-        sums = kernels.sequence_sums(routing, n_sequences, config.n_group)
-        keep_TK = self._kept(routing, sequence_ids_B)
+        routing = self.gate(x_TD)
+        # Losses, statistics and dropping go by affinity, however the router weights what it chose.
+        affinity_TK = routing.affinity_TE.detach().gather(1, routing.expert_ids_TK)
+        by_affinity = routing._replace(weights_TK=affinity_TK)
+        sums = kernels.sequence_sums(by_affinity, n_sequences, config.n_group)
+        keep_TK = self._kept(by_affinity, sequence_ids_B)
         load_E = sums.selected_BE.sum(dim=0)
         plan = plan_dispatch(
             routing.expert_ids_TK, keep_TK, config.n_routed_experts, self.execution.ep, load_E
         )
-        weights_TK = routing.weights_TK * config.routed_scaling_factor
-        pending = start_dispatch(x_TD, weights_TK, plan, self.execution)
+        pending = start_dispatch(x_TD, routing.weights_TK, plan, self.execution)
         # The shared experts run while rows are on their way (section 3.1.3).
         shared_BSD = None if self.shared_experts is None else self.shared_experts(x_BSD)
         y_XD = self.experts(*pending.wait(), plan.rows_of_expert, plan.n_pairs)
@@ -74,26 +77,20 @@ class MoELayer(nn.Module):
         terms = [term for term in (shared_BSD, residual_BSD) if term is not None]
         return MoEOutput(
             y_BSD=kernels.add_up(routed_BSD, *terms),
-            losses=balance_losses(sums, n_positions, *self._limits),
+            losses=balance_losses(
+                sums, n_positions, config.num_experts_per_tok, config.n_group, config.topk_group
+            ),
             stats=routing_stats(sums, n_positions, plan.kept_E, plan.exchange),
         )
 
-    @property
-    def _limits(self) -> tuple[int, int, int]:
-        """K, G and M."""
-        return self.config.num_experts_per_tok, self.config.n_group, self.config.topk_group
-
-    def _route(self, x_TD: Tensor) -> Routing:
-        return self.execution.kernels.route(x_TD, self.gate.weight, *self._limits)
-
-    def _kept(self, routing: Routing, sequence_ids_B: Tensor) -> Tensor | None:
+    def _kept(self, by_affinity: Routing, sequence_ids_B: Tensor) -> Tensor | None:
         """Return bool [T, K]: the pairs within the budget; None keeps all."""
         config = self.config
         if not (self.training and config.balance.token_dropping):
             return None
         return keep_within_budget(
-            routing.weights_TK,
-            routing.expert_ids_TK // (config.n_routed_experts // config.n_group),
+            by_affinity.weights_TK,
+            by_affinity.expert_ids_TK // (config.n_routed_experts // config.n_group),
             sequence_ids_B,
             n_group=config.n_group,
             balance=config.balance,

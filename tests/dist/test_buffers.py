@@ -7,23 +7,26 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from dsv2.config.schema import ModelConfig
+from dsv2.kernels.sets import KernelSet
+from dsv2.moe.routers.softmax_topk_module import SoftmaxTopKRouter
 from tests.dist import jobs
 
 SAVE_AT = 2
 STEPS = 3
 
 
-class CountingGate(nn.Linear):
+class CountingGate(SoftmaxTopKRouter):
     """A gate that counts its layer's load, beside a constant that it starts with."""
 
     load_E: Tensor
     start_2: Tensor
 
-    def __init__(self, hidden_size: int, n_experts: int):
-        super().__init__(hidden_size, n_experts, bias=False)
-        self.register_buffer("load_E", torch.zeros(n_experts))
+    def __init__(self, model: ModelConfig, kernels: KernelSet):
+        super().__init__(model, kernels)
+        self.register_buffer("load_E", torch.zeros(model.n_routed_experts))
         self.register_buffer("start_2", torch.tensor([0.5, 1e-3], device="cpu"))
         self.register_buffer("scratch", torch.zeros(3), persistent=False)
 
@@ -37,7 +40,7 @@ def counting(layer_class: Any) -> Any:
     class CountingLayer(layer_class):
         def __init__(self, config: Any, execution: Any):
             super().__init__(config, execution)
-            self.gate = CountingGate(config.hidden_size, config.n_routed_experts)
+            self.gate = CountingGate(config, execution.kernels)
 
     return CountingLayer
 

@@ -5,9 +5,12 @@ import pytest
 import torch
 
 from dsv2.config.schema import BalanceConfig, ModelConfig
+from dsv2.kernels.types import Routing
 from dsv2.moe.drop import exempt_sequences
 from dsv2.moe.execution import Execution
 from dsv2.moe.layer import MoELayer
+from dsv2.moe.routers.module import RouterModule
+from dsv2.moe.routers.softmax_topk import SoftmaxTopK
 from dsv2.moe.stats import RoutingStats
 from tests.unit import reference
 from tests.unit.helpers import tiny_config
@@ -83,6 +86,41 @@ def test_against_equation_20(n_shared_experts, n_group, topk_group, scaling):
     expected = reference.moe(x.flatten(0, 1).numpy(), weights, *limits(layer.config), scaling)
     assert np.abs(expected).max() > 0.3
     np.testing.assert_allclose(y, expected, atol=ATOL)
+
+
+class LastThree(RouterModule):
+    """Every token goes to the last three experts, with weights that are not its affinities."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
+
+    def forward(self, x_TD: torch.Tensor) -> Routing:
+        affinity_TE = (x_TD @ self.weight.T).float().softmax(dim=-1)
+        ids_TK = torch.tensor([[11, 10, 9]]).expand(len(x_TD), 3)
+        return Routing(ids_TK, torch.full((len(x_TD), 3), 0.5), affinity_TE)
+
+
+class LastThreeSpec(SoftmaxTopK):
+    name = "last_three"
+
+    def build(self, model: ModelConfig, kernels: object) -> LastThree:
+        return LastThree(model)
+
+
+def test_the_layer_has_the_router_that_model_router_names(monkeypatch):
+    monkeypatch.setattr("dsv2.moe.routers.kinds.ROUTERS", (SoftmaxTopK(), LastThreeSpec()))
+    layer = make_layer(router="last_three", n_shared_experts=0)
+    x = tokens()
+    out = layer(x, sequence_ids())
+    w = reference.weights_of(layer)
+    flat = x.flatten(0, 1).numpy()
+    experts = [(w["experts.w13"][i, :7], w["experts.w13"][i, 7:], w["experts.w2"][i]) for i in (9, 10, 11)]
+    expected = [0.5 * sum(reference.swiglu(u, *expert) for expert in experts) for u in flat]
+    np.testing.assert_allclose(out.y_BSD.detach().flatten(0, 1).numpy(), expected, atol=ATOL)
+    s = np.array([reference.affinities(u, w["gate.weight"]) for u in flat])
+    np.testing.assert_allclose(out.stats.top1.item(), s[:, 11].sum(), rtol=1e-5)
+    assert out.stats.load_E.tolist() == [0.0] * 9 + [len(flat)] * 3
 
 
 def test_one_wide_shared_network_is_the_sum_of_separate_experts():
