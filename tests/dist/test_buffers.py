@@ -101,7 +101,7 @@ def test_stepped_saved_resumed_and_read(pools, tmp_path, saved_on, loaded_on):
     saved = pools[2].run(job, folder=str(tmp_path), **saved_on)
     path = tmp_path / f"step-{SAVE_AT:08d}"
     resumed = pools[2].run("tests.dist.test_buffers:load_and_train", path=str(path), **loaded_on)
-    with patch("dsv2.model.transformer.MoELayer", counting(MoELayer)):
+    with patch("dsv2.model.block.MoELayer", counting(MoELayer)):
         read = {name: buffer.numpy() for name, buffer in load_model(path, torch.bfloat16).named_buffers()}
     routing = jobs.reference(STEPS).routing
     for layer in (1, 2):

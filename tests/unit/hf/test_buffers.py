@@ -23,7 +23,7 @@ def gates(model: torch.nn.Module) -> dict[str, CountingGate]:
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A bf16 folder of a model with buffers that bf16 would round."""
-    monkeypatch.setattr("dsv2.model.transformer.MoELayer", counting(MoELayer))
+    monkeypatch.setattr("dsv2.model.block.MoELayer", counting(MoELayer))
     model = our_model(CONFIG)
     for index, gate in enumerate(gates(model).values()):
         gate.load_E += torch.arange(CONFIG.n_routed_experts) + 1001.5 * (index + 1)
@@ -45,8 +45,8 @@ def test_exported_whole_and_read_by_init_from(folder):
 
 
 def test_a_folder_without_the_buffer_is_refused(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("dsv2.model.transformer.MoELayer", MoELayer)
+    monkeypatch.setattr("dsv2.model.block.MoELayer", MoELayer)
     plain = exported_folder(tmp_path / "plain", our_model(CONFIG))
-    monkeypatch.setattr("dsv2.model.transformer.MoELayer", counting(MoELayer))
+    monkeypatch.setattr("dsv2.model.block.MoELayer", counting(MoELayer))
     with pytest.raises(UserError, match=r"no file has model\.layers\.\d+\.mlp\.gate\.load_E"):
         HFWeights(plain, CONFIG)
