@@ -28,7 +28,7 @@ from dsv2.errors import CheckpointError, Diverged, UserError
 from dsv2.parallel.environment import launched_ranks, local_processes, without_warnings_logged
 from dsv2.training.out_of_memory import memory_explained
 from dsv2.training.rundir import claim
-from dsv2.training.start import find_start
+from dsv2.training.start import find_device, find_start
 from dsv2.training.validate import validate
 
 if TYPE_CHECKING:
@@ -47,7 +47,6 @@ def train(config: Config) -> None:
         from dsv2.checkpoint.state import RunState
         from dsv2.monitoring.monitor import Monitor
         from dsv2.monitoring.tracker import open_tracker
-        from dsv2.parallel.device import pick_device
         from dsv2.parallel.plan import Dim, ParallelPlan
         from dsv2.parallel.start import end_process_group, start_mesh
         from dsv2.training.batches import share_of_step
@@ -58,7 +57,7 @@ def train(config: Config) -> None:
         from dsv2.training.signals import StopSignals
 
     # Mistakes in files are reported before any process group exists.
-    device = pick_device(config, local_processes())
+    device = find_device(config, local_processes())
     store, checkpoint, weights = find_start(config)
     _lock = claim(config.run_dir) if rank == 0 else None
 

@@ -78,7 +78,7 @@ def load_manifest(folder: str | Path) -> Manifest:
     """
     folder = Path(folder)
     path = folder / MANIFEST
-    make = f"make one with: python -m data.prepare files TEXTS --out {folder} (or jsonl, parquet, hub)"
+    make = f"make one with: python -m dsv2 prepare files TEXTS --out {folder} (or jsonl, parquet, hub)"
     if (folder / PROGRESS).is_file():
         make = "it was interrupted: run the same command again, and it continues"
     if not path.is_file():

@@ -194,13 +194,13 @@ def benchmark(options: Namespace) -> int:
     """
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or torch's profiler announces its start and end
 
-    from dsv2.parallel.device import pick_device
+    from dsv2.training.start import find_device
 
     check_options(options)
     rank, world_size = launched_ranks()
     config = configuration(options.overrides, world_size)
     sizes = check_peers(options.against, config, world_size) if options.against else {}
-    device = pick_device(config, local_processes())
+    device = find_device(config, local_processes())
     if rank == 0 and options.contender is None:  # the steps take a while on a CPU
         print(announcement(config, device, sizes, options), file=sys.stderr, flush=True)
     if sizes:

@@ -24,11 +24,10 @@ def check(processes: int, overrides: list[str]) -> None:
     config = compose_config(overrides)
     validate(config, processes)
 
-    from dsv2.parallel.device import pick_device
     from dsv2.training.rundir import claim, let_go
-    from dsv2.training.start import find_start
+    from dsv2.training.start import find_device, find_start
 
-    pick_device(config, processes)
+    find_device(config, processes)
     find_start(config)
     let_go(claim(config.run_dir), config.run_dir)
 

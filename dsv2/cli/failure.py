@@ -19,7 +19,7 @@ from dsv2.cli.base import print_error
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 
 
-def tell(error: Exception) -> None:
+def tell(error: BaseException) -> None:
     """Print the error unless another process of this machine has printed one. Without torchrun, print it."""
     if not (file := os.environ.get(ERROR_FILE)):
         print_error(error)
@@ -42,7 +42,7 @@ def _write_error_file(file: Path, error: Exception) -> None:
     file.write_text(json.dumps(content))
 
 
-def end(error: Exception, code: int, together: bool = False) -> NoReturn:
+def end(error: BaseException, code: int, together: bool = False) -> NoReturn:
     """Tell the error and exit with `code`.
 
     If all processes fail `together`, they leave together. If one exits while another still communicates with

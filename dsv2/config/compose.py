@@ -14,7 +14,7 @@ from dsv2.config.schema import Config
 from dsv2.errors import UserError
 
 # How messages show the value of a field that must be given.
-_WANTED = {"data.path": "FOLDER with a folder that `python -m data.prepare` wrote"}
+_WANTED = {"data.path": "FOLDER with a folder that `python -m dsv2 prepare` wrote"}
 
 
 def register_schema() -> None:

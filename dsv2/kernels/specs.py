@@ -149,13 +149,5 @@ def find_spec(name: str) -> KernelSpec:
     return SPECS[name]
 
 
-def latent_heads(model: ModelConfig) -> HeadWidths | None:
-    """Return the widths of the heads that the model hands to `latent_attention`; None if it never does."""
-    if model.attention != "mla":
-        return None
-    rotary = model.qk_rope_head_dim
-    return HeadWidths(rotary, model.qk_nope_head_dim + rotary, model.v_head_dim)
-
-
 def _cudnn_takes(heads: HeadWidths | None, capability: int) -> bool:
     return heads is None or capability in (9, 10) or max(heads.key, heads.value) <= 128

@@ -6,14 +6,15 @@ import torch
 
 from dsv2.config.schema import Config, Device
 from dsv2.errors import UserError
-from dsv2.kernels.specs import find_spec, latent_heads
+from dsv2.kernels.specs import HeadWidths, find_spec
 
 
-def pick_device(config: Config, processes: int) -> torch.device:
+def pick_device(config: Config, processes: int, heads: HeadWidths | None) -> torch.device:
     """Return this process's device: one GPU per process, by torchrun's local rank.
 
     Args:
         processes: the job's processes on this machine.
+        heads: the head widths that the kernels' attention must support; None if it is not used.
 
     Raises:
         UserError: this machine has more processes than GPUs, or its GPU or packages cannot run the kernels.
@@ -35,6 +36,6 @@ def pick_device(config: Config, processes: int) -> torch.device:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     if kernels.needs_gpu:
         name = torch.cuda.get_device_name(device)
-        kernels.check_gpu(name, torch.cuda.get_device_capability(device)[0], latent_heads(config.model))
+        kernels.check_gpu(name, torch.cuda.get_device_capability(device)[0], heads)
         kernels.check_packages()
     return device

@@ -6,8 +6,9 @@ python -m dsv2 cache model=lite [model.FIELD=VALUE ...]
 from dataclasses import replace
 
 from dsv2.config.schema import ModelConfig
+from dsv2.errors import UserError
 from dsv2.formats import fmt_count
-from dsv2.model.attention.kinds import KINDS
+from dsv2.model.attention.kinds import KINDS, attention_kind
 from dsv2.model.sizes import attention_matrices, cached_elements
 
 GROUPS = 8  # of the paper's GQA (appendix D.1), unless the configuration names a number
@@ -41,9 +42,18 @@ def rows(model: ModelConfig) -> list[tuple[str, int]]:
         ("MLA", cached_elements(latent)),
     ]
     for kind in KINDS:
-        if kind.name not in COMPARED:
-            table.append((kind.name.upper(), cached_elements(replace(latent, attention=kind.name))))
+        other = replace(latent, attention=kind.name)
+        if kind.name not in COMPARED and _is_possible(other):
+            table.append((kind.name.upper(), cached_elements(other)))
     return table
+
+
+def _is_possible(model: ModelConfig) -> bool:
+    try:
+        attention_kind(model).check(model)
+    except UserError:
+        return False
+    return True
 
 
 def table(model: ModelConfig) -> str:

@@ -7,6 +7,8 @@ from dsv2.config.compose import to_plain
 from dsv2.config.schema import Config
 
 if TYPE_CHECKING:  # these import torch
+    import torch
+
     from dsv2.checkpoint.state import Found
     from dsv2.checkpoint.store import CheckpointStore
     from dsv2.hf.init_from import HFWeights
@@ -18,6 +20,18 @@ class Start(NamedTuple):
     store: "CheckpointStore"  # the run's own checkpoints
     found: "Found | None"  # the checkpoint to begin at
     weights: "HFWeights | None"  # of init_from, if there is no checkpoint
+
+
+def find_device(config: Config, processes: int) -> "torch.device":
+    """Return this process's device, for a job with `processes` processes on this machine.
+
+    Raises:
+        UserError: this machine cannot run the job; see `pick_device`.
+    """
+    from dsv2.model.attention.kinds import attention_kind
+    from dsv2.parallel.device import pick_device
+
+    return pick_device(config, processes, attention_kind(config.model).latent_heads(config.model))
 
 
 def find_start(config: Config) -> Start:

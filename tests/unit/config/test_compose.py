@@ -77,7 +77,7 @@ MISTAKES = {
     "optim=null": ["optim"],
     "experiment=long_context": ["data.path: must be given, as data.path=FOLDER with a folder that `python"],
     "data=local": [
-        "data.path: must be given, as data.path=FOLDER with a folder that `python -m data.prepare` wrote"
+        "data.path: must be given, as data.path=FOLDER with a folder that `python -m dsv2 prepare` wrote"
     ],
     # syntax
     "optim.lr": ["optim.lr"],

@@ -123,7 +123,7 @@ def test_the_data_must_be_named(name, tmp_path):
     )
     assert done.returncode == 2
     assert done.stderr == (
-        "error: data.path: must be given, as data.path=FOLDER with a folder that `python -m data.prepare` "
+        "error: data.path: must be given, as data.path=FOLDER with a folder that `python -m dsv2 prepare` "
         "wrote\n"
     )
 

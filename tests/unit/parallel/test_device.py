@@ -8,7 +8,7 @@ import torch
 from dsv2 import packages
 from dsv2.config.schema import Config, Device, RuntimeConfig
 from dsv2.errors import UserError
-from dsv2.parallel.device import pick_device
+from dsv2.training.start import find_device
 from tests.unit.helpers import tiny_config
 
 
@@ -40,13 +40,13 @@ def machine(monkeypatch):
 )
 def test_one_gpu_a_process_by_local_rank(machine, gpus, processes, device, expected):
     machine(gpus, local_rank=3)
-    assert str(pick_device(job(device=device), processes)) == expected
+    assert str(find_device(job(device=device), processes)) == expected
 
 
 def test_cuda_without_a_gpu(machine):
     machine(gpus=0)
     with pytest.raises(UserError) as refusal:
-        pick_device(job(device=Device.cuda), 1)
+        find_device(job(device=Device.cuda), 1)
     assert str(refusal.value) == ("runtime.device=cuda: there is no GPU on this machine; use runtime=default")
 
 
@@ -54,15 +54,15 @@ def test_cuda_without_a_gpu(machine):
 def test_more_processes_than_gpus(machine, gpus, device):
     machine(gpus)
     with pytest.raises(UserError, match=rf"runtime.device={device.value}: 2 processes .* has {gpus} GPUs"):
-        pick_device(job(device=device), 2)
+        find_device(job(device=device), 2)
 
 
 def test_fused_kernels_want_a_gpu(machine):
     machine(gpus=0)
     with pytest.raises(UserError, match=r"runtime.kernels=fused: needs an NVIDIA GPU; on the CPU"):
-        pick_device(job(kernels="fused"), 1)
+        find_device(job(kernels="fused"), 1)
     machine(gpus=1)
-    assert str(pick_device(job(kernels="fused"), 1)) == "cuda:0"
+    assert str(find_device(job(kernels="fused"), 1)) == "cuda:0"
 
 
 CUTE = {"flash-attn-4": "4.0.0b36", "quack-kernels": "0.6.5"}
@@ -87,10 +87,10 @@ def test_fused_cute_wants_a_hopper_gpu_and_its_packages(
     monkeypatch.setattr(packages, "installed", installed.get)
     config = job(kernels="fused_cute")
     if said is None:
-        assert str(pick_device(config, 1)) == "cuda:0"
+        assert str(find_device(config, 1)) == "cuda:0"
     else:
         with pytest.raises(UserError, match=f"^runtime.kernels=fused_cute: .*{said}"):
-            pick_device(config, 1)
+            find_device(config, 1)
 
 
 @pytest.mark.parametrize(("capability", "width"), [(8, 192), (8, 128), (9, 192), (12, 192)])
@@ -99,10 +99,10 @@ def test_fused_wants_a_gpu_whose_cudnn_takes_the_heads(machine, capability, widt
     config = job(kernels="fused")
     config.model.qk_nope_head_dim = width - config.model.qk_rope_head_dim
     if width <= 128 or capability == 9:
-        assert str(pick_device(config, 1)) == "cuda:0"
+        assert str(find_device(config, 1)) == "cuda:0"
     else:
         with pytest.raises(UserError) as refusal:
-            pick_device(config, 1)
+            find_device(config, 1)
         assert str(refusal.value) == (
             "runtime.kernels=fused: cuDNN's attention takes heads of at most 128 on NVIDIA Test, not 192; "
             "use reference"

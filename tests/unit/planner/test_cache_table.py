@@ -27,13 +27,14 @@ def test_table_9():
 def test_table_1():
     """Per layer 2 n_h d_h, 2 n_g d_h, 2 d_h and d_c + d_h^R, which is 9/2 d_h."""
     v2 = counts("model=v2")
-    assert v2 == {
+    published = {
         "MHA, same heads (128)": 60 * 2 * 128 * 128,
         "MHA, as many attention parameters as MLA (56 heads)": 60 * 2 * 56 * 128,
         "GQA, 8 groups": 60 * 2 * 8 * 128,
         "MQA": 60 * 2 * 128,
         "MLA": 60 * 9 * 128 // 2,
     }
+    assert {name: v2[name] for name in published} == published
 
 
 @pytest.mark.parametrize("kind", ["mha", "mqa", "gqa"])

@@ -57,7 +57,7 @@ def test_other_tokenizer_in_the_folder(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "vocab_size", "message"),
     [
-        ({"path": "/nowhere"}, 300, "does not exist; make one with: python -m data.prepare"),
+        ({"path": "/nowhere"}, 300, "does not exist; make one with: python -m dsv2 prepare"),
         ({"sequence_length": 9999}, 300, r"data\.sequence_length=9999: the train split .* tokens"),
         ({}, 299, r"model\.vocab_size=299: must be at least 300, the pieces of the tokenizer of"),
         (
