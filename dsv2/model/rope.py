@@ -50,8 +50,8 @@ def rope_tables(
 
     Pair i rotates by theta^(-2i/width) per position; YaRN slows the slow pairs down `factor` times.
 
-    The angles are recomputed on every use instead of kept as buffers: a buffer would be cast to bf16 with
-    the module, and an angle of thousands of radians in bf16 is noise.
+    The angles are recomputed on every use and are no buffers. A buffer would be cast to bf16 with the module,
+    and an angle of thousands of radians in bf16 is noise.
     """
     exponents_A = torch.arange(0, width, 2, device=positions.device, dtype=torch.float64) / width
     speeds_A = theta**-exponents_A

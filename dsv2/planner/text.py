@@ -35,7 +35,7 @@ def _parameter_line(planned: Planned) -> str:
     parallel = planned.config.parallel
     held = rank_parameters(model, planned.machines.gpus, parallel.expert_parallel_size)
     return (
-        f"parameters  {short(counts.total)}, {short(counts.active)} active a token; a rank computes with "
+        f"parameters  {short(counts.total)}, {short(counts.active)} active per token; a rank computes with "
         f"{short(held.elements)} ({short(held.dense)} and {short(held.experts.elements)} of routed experts)"
     )
 
@@ -52,7 +52,7 @@ def _memory_lines(needed: Memory, machines: Machines) -> list[str]:
         "in a step: gradients": needed.step_gradients,
         "in a step: buffers and copies": needed.step_buffers,
         "activations: kept": kept,
-        "activations: more, at the most": needed.activations.peak - kept,
+        "activations: more, at the peak": needed.activations.peak - kept,
         "  (at the logits)": needed.activations.logits,
     }
     lines = [f"  {name:<31}{size / GIB:9.2f}" for name, size in rows.items() if size]
@@ -124,7 +124,7 @@ def _time_lines(planned: Planned) -> list[str]:
         step,
         f"  rate        {short(speed.tokens_per_s)} tokens/s, MFU {speed.mfu:.1%}",
         f"  run         {speed.days:.1f} days for {short(config.optim.total_tokens)} tokens; "
-        f"{short(speed.gpu_hours_per_trillion)} GPU-hours a trillion tokens",
+        f"{short(speed.gpu_hours_per_trillion)} GPU-hours per trillion tokens",
     ]
 
 

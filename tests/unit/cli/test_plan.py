@@ -127,7 +127,7 @@ def test_a_plan_that_fits(capsys):
         "lite: 8 x H100, expert parallel 8, ZeRO-1, bf16, micro-batch 1 x 4096 tokens, layers recomputed, "
         "fused kernels"
     )
-    assert lines[1].startswith("parameters  15.7B, 2.66B active a token; a rank computes with 3.11B ")
+    assert lines[1].startswith("parameters  15.7B, 2.66B active per token; a rank computes with 3.11B ")
     assert "it fits" in lines
     # 2, 4, 4 / 8 and 8 / 8 bytes a parameter of the 1.31 B that all ranks hold, and so on.
     dense, experts = 1.310e9, 1.799e9
@@ -154,7 +154,7 @@ def test_the_published_cost(capsys):
     plan("experiment=v2", "gpus=128", "gpu=h800", "mfu=0.25")
     text = capsys.readouterr().out
     assert "MFU 25.0%" in text
-    assert "174.5K GPU-hours a trillion tokens" in text, "172.8K in the paper, at about 25 %"
+    assert "174.5K GPU-hours per trillion tokens" in text, "172.8K in the paper, at about 25 %"
 
 
 def test_search_lists_words_that_can_be_given_back(capsys):

@@ -111,7 +111,7 @@ def test_recomputing_runs_the_layers_forward_once_more():
 
 
 def test_published_cost_of_v2():
-    """172.8K H800 hours a trillion tokens at about 25 %."""
+    """172.8K H800 hours per trillion tokens at about 25 %."""
     got = speed(V2, 128, GPUS["h800"], 8, mfu=0.25)
     assert got.gpu_hours_per_trillion == pytest.approx(172.8e3, rel=0.02)
     assert got.mfu == pytest.approx(0.25)
