@@ -34,7 +34,7 @@ def tell(error: BaseException) -> None:
         mark.touch()
 
 
-def _write_error_file(file: Path, error: Exception) -> None:
+def _write_error_file(file: Path, error: BaseException) -> None:
     # torchrun names the earliest failure as the cause and compares whole seconds. One second less makes this
     # failure the earliest, even if other processes fail within the same second.
     content = {"message": str(error), "timestamp": int(time.time()) - 1}
