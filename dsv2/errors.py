@@ -3,9 +3,9 @@
 `UserError` is defined in `data`, which imports nothing from dsv2. This module exports the same class.
 """
 
-from data.errors import OneRankError, UserError
+from data.errors import UserError
 
-__all__ = ["CheckpointError", "Diverged", "OneRankError", "PeerLost", "UserError"]
+__all__ = ["CheckpointError", "Diverged", "PeerLost", "UserError"]
 
 
 class Diverged(Exception):

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from data.config import DataConfig
-from data.errors import OneRankError, UserError
+from data.errors import UserError
 from data.hub import rows_of
 from data.streams.base import Batch, Ranks, batch_of, require_same, require_share
 
@@ -159,10 +159,7 @@ class LaneStream:
         lanes = (self.consumed + np.arange(total)) % self._n_lanes
         owners = lanes % self._ranks.size
         mine = np.flatnonzero(owners == self._ranks.rank)  # offsets in this take
-        try:
-            read = [next(self._lanes[lane]) for lane in lanes[mine].tolist()]
-        except UserError as error:
-            raise OneRankError(str(error)) from error
+        read = [next(self._lanes[lane]) for lane in lanes[mine].tolist()]
         # A rank that reads no sequence still takes part, with an empty array of the right width.
         width = self._fingerprint["sequence_length"] + 1
         sequences = np.stack(read) if read else np.empty((0, width), np.int32)

@@ -4,7 +4,6 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from data.errors import OneRankError, UserError
 from data.streams.base import Batch, batch_of, require_same, require_share
 from data.streams.order import permuted_index
 
@@ -35,10 +34,7 @@ class MapStream:
         for epoch in np.unique(epochs).tolist():
             in_epoch = epochs == epoch
             indices[in_epoch] = permuted_index(offsets[in_epoch], len(self._sequences), self._seed, epoch)
-        try:
-            tokens = self._sequences.take(indices)
-        except UserError as error:
-            raise OneRankError(str(error)) from error
+        tokens = self._sequences.take(indices)
         self.consumed += total
         return batch_of(tokens, positions)
 

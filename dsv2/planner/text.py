@@ -47,7 +47,7 @@ def _memory_lines(needed: Memory, machines: Machines) -> list[str]:
         "weights": states.weights,
         "gradients": states.gradients,
         "fp32 weights": states.masters,
-        "Adam's moments": states.moments,
+        "optimizer states": states.moments,
         "buffers": states.buffers,
         "in a step: gradients": needed.step_gradients,
         "in a step: buffers and copies": needed.step_buffers,

@@ -135,7 +135,7 @@ def test_a_plan_that_fits(capsys):
         "weights": 2 * (dense + experts),
         "gradients": 4 * (dense + experts),
         "fp32 weights": 4 * (dense / 8 + experts),
-        "Adam's moments": 8 * (dense / 8 + experts),
+        "optimizer states": 8 * (dense / 8 + experts),
     }.items():
         value = next(line.split()[-1] for line in lines if line.startswith(f"  {name} "))
         assert float(value) == pytest.approx(size / 2**30, rel=2e-3), name
