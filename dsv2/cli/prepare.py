@@ -1,4 +1,4 @@
-"""Turn text into a prepared folder that train reads; the same as `python -m dsv2 prepare`.
+"""Turn text into a prepared folder that train reads; the same as `python -m data.prepare`.
 
     python -m dsv2 prepare stdlib
     python -m dsv2 prepare files corpus/ notes.txt --out prepared/corpus --vocab-size 8192
