@@ -80,8 +80,8 @@ def balance_routing(model: nn.Module) -> None:
     """Let experts take turns, whatever the router chooses; the gate weights are still the router's."""
     for layer in model.modules():
         if isinstance(layer, MoELayer):
-            kernels = replace(layer.execution.kernels, route=_in_turns(layer.execution.kernels.route))
-            layer.execution = replace(layer.execution, kernels=kernels)
+            gate: Any = layer.gate
+            gate.kernels = replace(gate.kernels, route=_in_turns(gate.kernels.route))
 
 
 def _in_turns(route: Callable[..., Routing]) -> Callable[..., Routing]:

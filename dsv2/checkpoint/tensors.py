@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner
@@ -16,6 +15,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
 )
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.distributed_c10d import ProcessGroup
 
 from dsv2.optimizers.base import Shard
 
@@ -70,7 +70,7 @@ def _ranges(shards: Iterable[Shard]) -> dict[str, _Range]:
     }
 
 
-def write(shards: Iterable[Shard], folder: Path, group: dist.ProcessGroup | None) -> None:
+def write(shards: Iterable[Shard], folder: Path, group: ProcessGroup | None) -> None:
     """Write every rank's shards. A range that several ranks hold is written once. Collective.
 
     Raises:
@@ -84,7 +84,7 @@ def write(shards: Iterable[Shard], folder: Path, group: dist.ProcessGroup | None
     )
 
 
-def read(shards: Iterable[Shard], folder: Path, group: dist.ProcessGroup | None) -> None:
+def read(shards: Iterable[Shard], folder: Path, group: ProcessGroup | None) -> None:
     """Fill every rank's shards in place. Collective.
 
     Raises:

@@ -107,7 +107,7 @@ def test_names_shards_and_index(tmp_path: Path) -> None:
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in tensors.values())
     assert index["metadata"]["total_parameters"] == sum(p.numel() for p in model.parameters())
     assert tensors["model.layers.2.mlp.experts.11.down_proj.weight"].shape == (24, 7)
-    expected = model.model.layers[2].mlp.experts.w13[11]
+    expected = model.decoder_layers()[2].mlp.experts.w13[11]
     assert torch.equal(tensors["model.layers.2.mlp.experts.11.gate_proj.weight"], expected[:7])
     assert torch.equal(tensors["model.layers.2.mlp.experts.11.up_proj.weight"], expected[7:])
     assert not any(".w13" in name or ".w2" in name for name in tensors)

@@ -131,7 +131,7 @@ def lie_about_the_header(folder: Path) -> None:
 
 
 BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "no config": (lambda f: (f / "config.json").unlink(), r"there is no config\.json; it is no Hugging Face"),
+    "no config": (lambda f: (f / "config.json").unlink(), r"config\.json is missing, so this"),
     "torn config": (lambda f: (f / "config.json").write_text('{"a'), r"config\.json cannot be read"),
     "list": (lambda f: (f / "config.json").write_text("[1]"), r"model_type=None, not deepseek_v2"),
     "llama": (lambda f: edit_config(f, model_type="llama"), r"model_type=llama, not deepseek_v2"),

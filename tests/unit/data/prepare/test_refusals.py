@@ -151,7 +151,7 @@ def test_foreign_folders(jsonl: Path, tmp_path: Path) -> None:
     assert [path.name for path in foreign.iterdir()] == ["thesis.tex"], "nothing was left there"
     with pytest.raises(UserError, match="holds no finished preparation"):
         load_manifest(foreign)
-    with pytest.raises(UserError, match=r"does not exist; make one with: python -m data\.prepare"):
+    with pytest.raises(UserError, match=r"does not exist; make one with: python -m dsv2 prepare"):
         load_manifest(tmp_path / "missing")
     for text in ("{}", "[]", "oops", '{"format": "dsv2-prepared", "version": 99}'):
         (foreign / "manifest.json").write_text(text)
