@@ -146,8 +146,9 @@ def check_setting(train, setting: Setting) -> None:
     batch = {"length": setting.length, "tied": setting.tied}
     want = jobs.reference(1, micro_batches, **batch, **model)
     got = train(setting.world_size, 1, **layout, **batch, **model)
-    # Attention over 2 tokens or few: queries' gradients nearly cancel (a thousandth of the whole).
-    traces.assert_same_step(got, want, floor=1e-8)
+    # With few tokens, some gradients nearly cancel and keep the rounding of their terms. The floor is half of
+    # fp32's epsilon: 1.1e-8 of the whole gradient was seen to differ between CPUs, on older commits too.
+    traces.assert_same_step(got, want, floor=3e-8)
 
 
 @settings(properties, max_examples=25)
