@@ -146,9 +146,9 @@ def check_setting(train, setting: Setting) -> None:
     batch = {"length": setting.length, "tied": setting.tied}
     want = jobs.reference(1, micro_batches, **batch, **model)
     got = train(setting.world_size, 1, **layout, **batch, **model)
-    # With few tokens, some gradients nearly cancel and keep the rounding of their terms. The floor is half of
-    # fp32's epsilon: 1.1e-8 of the whole gradient was seen to differ between CPUs, on older commits too.
-    traces.assert_same_step(got, want, floor=3e-8)
+    # With few tokens, the terms of a gradient nearly cancel and leave their rounding. On an AMD EPYC, commit
+    # 297f927 differs from plain torch by up to 1.4e-6 of a gradient; Hypothesis shrinks to 2 or 3 tokens.
+    traces.assert_same_step(got, want, floor=6e-8, rtol=4e-6)
 
 
 @settings(properties, max_examples=25)
