@@ -139,7 +139,7 @@ def test_help_is_quick_and_needs_no_torch(arguments, text, tmp_path):
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 0, done.stderr
     assert text in done.stdout
-    # CPU time of the command alone: about 1 s, and 2 s on a slow machine, where importing torch would add 6 s.
+    # CPU time of the command alone: 1 s, or 2 s on a slow machine, where importing torch would add 6 s.
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 4
 
     done = train(*arguments, cwd=tmp_path, python_options=("-X", "importtime"))
