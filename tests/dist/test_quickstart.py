@@ -28,7 +28,7 @@ def test_quickstart_stops_goes_on_and_beats_the_frequencies_of_tokens(stdlib, tm
     command += [f"optim.total_tokens={STEPS * BATCH * 256}", "optim.warmup_steps=10", "logging.wandb=offline"]
     command += [f"optim.batch_size={BATCH}", "runtime.micro_batch_size=2"]
     output = run([*command, "stop_step=30"])
-    assert "stopped as stop_step=30 says" in output
+    assert "stopped at stop_step=30" in output
     output = run(command)
     assert "resumed after step 30" in output
 
