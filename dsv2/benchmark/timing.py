@@ -3,7 +3,6 @@
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from data.streams.sources import build_stream
 from dsv2.benchmark.peers import Work
 from dsv2.config.schema import Config
-from dsv2.kernels.types import Routing
+from dsv2.kernels.types import Choice, Routing
 from dsv2.model.sizes import flops_per_token
 from dsv2.moe.layer import MoELayer
 from dsv2.parallel.gpus import peak_flops
@@ -77,21 +76,19 @@ def torch_step(model: nn.Module, work: Work, loss_of: Callable[[Tensor, Tensor],
 
 
 def balance_routing(model: nn.Module) -> None:
-    """Let experts take turns, whatever the router chooses; the gate weights are still the router's."""
+    """Let experts take turns, whatever the router chooses. An expert's weight is its affinity."""
     for layer in model.modules():
         if isinstance(layer, MoELayer):
-            gate: Any = layer.gate
-            gate.kernels = replace(gate.kernels, route=_in_turns(gate.kernels.route))
+            layer.gate.register_forward_hook(_in_turns)
 
 
-def _in_turns(route: Callable[..., Routing]) -> Callable[..., Routing]:
-    def balanced(x_TD: Tensor, centroids_ED: Tensor, top_k: int, *limits: int) -> Routing:
-        affinity_TE = route(x_TD, centroids_ED, top_k, *limits).affinity_TE
-        turns = torch.arange(len(x_TD) * top_k, device=x_TD.device) % len(centroids_ED)
-        ids_TK = turns.view(-1, top_k)
-        return Routing(ids_TK, affinity_TE.gather(1, ids_TK), affinity_TE)
-
-    return balanced
+def _in_turns(gate: nn.Module, inputs: tuple[Tensor, ...], routing: Routing) -> Routing:
+    affinity_TE = routing.choice.affinity_TE
+    n_tokens, top_k = routing.weights_TK.shape
+    turns = torch.arange(n_tokens * top_k, device=affinity_TE.device) % affinity_TE.shape[1]
+    ids_TK = turns.view(n_tokens, top_k)
+    affinity_TK = affinity_TE.gather(1, ids_TK)
+    return Routing(Choice(ids_TK, affinity_TK, affinity_TE), weights_TK=affinity_TK)
 
 
 def time_steps(

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from dsv2.kernels.types import AdamWStep, Routing, RowMap, SequenceSums
+from dsv2.kernels.types import AdamWStep, Choice, RowMap, SequenceSums
 
 
 class NormKernels(Protocol):
@@ -67,12 +67,12 @@ class AttentionKernels(Protocol):
 class RouterKernels(Protocol):
     """The choice of experts, and sums over it."""
 
-    def route(self, x_TD: Tensor, centroids_ED: Tensor, top_k: int, n_group: int, topk_group: int) -> Routing:
+    def route(self, x_TD: Tensor, centroids_ED: Tensor, top_k: int, n_group: int, topk_group: int) -> Choice:
         """Select `top_k` experts per token within the `topk_group` groups of highest affinity."""
         ...
 
-    def sequence_sums(self, routing: Routing, n_sequences: int, n_group: int) -> SequenceSums:
-        """Return sums over `n_sequences` sequences, whose tokens follow one another in `routing`."""
+    def sequence_sums(self, choice: Choice, n_sequences: int, n_group: int) -> SequenceSums:
+        """Return sums over `n_sequences` sequences, whose tokens follow one another in `choice`."""
         ...
 
 
@@ -159,7 +159,7 @@ class KernelSet:
     linears: Callable[..., tuple[Tensor, ...]]
     swiglu: Callable[..., Tensor]
     latent_attention: Callable[..., Tensor]
-    route: Callable[..., Routing]
+    route: Callable[..., Choice]
     sequence_sums: Callable[..., SequenceSums]
     routed_experts: Callable[..., Tensor]
     gather_rows: Callable[..., Tensor]

@@ -5,12 +5,19 @@ from typing import NamedTuple
 from torch import Tensor
 
 
-class Routing(NamedTuple):
-    """The router's result. Everything after the router is computed from it."""
+class Choice(NamedTuple):
+    """The experts of each token. Balance losses, statistics and token dropping are computed from it."""
 
     expert_ids_TK: Tensor  # int64, by descending affinity
-    weights_TK: Tensor  # fp32: g_i of eq. 21, the affinity itself, not renormalised
-    affinity_TE: Tensor  # fp32: s_i of eq. 22, before any masking
+    affinity_TK: Tensor  # fp32: the affinities of these experts, not renormalised; gradient flows
+    affinity_TE: Tensor  # fp32: s_i of eq. 22, before any masking; gradient flows
+
+
+class Routing(NamedTuple):
+    """The router's result."""
+
+    choice: Choice
+    weights_TK: Tensor  # fp32: g_i of eq. 20, by which each expert's output is multiplied
 
 
 class SequenceSums(NamedTuple):

@@ -47,7 +47,7 @@ def kept_by_budget(
 
 @torch.no_grad()
 def keep_within_budget(
-    weights_TK: Tensor,
+    affinity_TK: Tensor,
     group_ids_TK: Tensor,
     sequence_ids_B: Tensor,
     *,
@@ -60,21 +60,21 @@ def keep_within_budget(
     A group's budget is `capacity_factor` times the average load of a group over these tokens. Sequences are
     put into their global order first, so that ties are decided alike on every layout.
     """
-    top_k = weights_TK.shape[1]
+    top_k = affinity_TK.shape[1]
     n_sequences = len(sequence_ids_B)
     ids = ep.gather(sequence_ids_B).flatten()  # of the population: W x B sequences
     order = ids.argsort(stable=True)
-    weights = ep.gather(weights_TK).view(len(ids), -1)[order]  # one row per sequence, S x K pairs each
+    affinity = ep.gather(affinity_TK).view(len(ids), -1)[order]  # one row per sequence, S x K pairs each
     groups = ep.gather(group_ids_TK).view(len(ids), -1)[order]
     exempt = exempt_sequences(ids, balance.exempt_fraction, balance.exempt_seed)[order]
     kept_P = kept_by_budget(
-        weights.flatten(),
+        affinity.flatten(),
         groups.flatten(),
-        exempt.repeat_interleave(weights.shape[1]),
+        exempt.repeat_interleave(affinity.shape[1]),
         n_group,
-        budget=int(balance.capacity_factor * weights.numel() / n_group),
+        budget=int(balance.capacity_factor * affinity.numel() / n_group),
     )
-    keep = torch.empty_like(weights, dtype=torch.bool)
+    keep = torch.empty_like(affinity, dtype=torch.bool)
     keep[order] = kept_P.view_as(keep)
     first = ep.rank * n_sequences
     return keep[first : first + n_sequences].reshape(-1, top_k)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from dsv2.config.schema import ModelConfig
-from dsv2.kernels.types import Routing
+from dsv2.kernels.types import Choice
 from dsv2.moe.balance import BalanceLosses, balance_losses
 from dsv2.moe.dispatch import combine, plan_dispatch, start_dispatch
 from dsv2.moe.drop import keep_within_budget
@@ -59,17 +59,14 @@ class MoELayer(nn.Module):
         kernels = self.execution.kernels
         n_sequences, n_positions = x_BSD.shape[:2]
         x_TD = x_BSD.flatten(0, 1)
-        routing = self.gate(x_TD)
-        # Losses, statistics and dropping go by affinity, however the router weights what it chose.
-        affinity_TK = routing.affinity_TE.detach().gather(1, routing.expert_ids_TK)
-        by_affinity = routing._replace(weights_TK=affinity_TK)
-        sums = kernels.sequence_sums(by_affinity, n_sequences, config.n_group)
-        keep_TK = self._kept(by_affinity, sequence_ids_B)
+        choice, weights_TK = self.gate(x_TD)
+        sums = kernels.sequence_sums(choice, n_sequences, config.n_group)
+        keep_TK = self._kept(choice, sequence_ids_B)
         load_E = sums.selected_BE.sum(dim=0)
         plan = plan_dispatch(
-            routing.expert_ids_TK, keep_TK, config.n_routed_experts, self.execution.ep, load_E
+            choice.expert_ids_TK, keep_TK, config.n_routed_experts, self.execution.ep, load_E
         )
-        pending = start_dispatch(x_TD, routing.weights_TK, plan, self.execution)
+        pending = start_dispatch(x_TD, weights_TK, plan, self.execution)
         # The shared experts run while rows are on their way (section 3.1.3).
         shared_BSD = None if self.shared_experts is None else self.shared_experts(x_BSD)
         y_XD = self.experts(*pending.wait(), plan.rows_of_expert, plan.n_pairs)
@@ -83,14 +80,14 @@ class MoELayer(nn.Module):
             stats=routing_stats(sums, n_positions, plan.kept_E, plan.exchange),
         )
 
-    def _kept(self, by_affinity: Routing, sequence_ids_B: Tensor) -> Tensor | None:
+    def _kept(self, choice: Choice, sequence_ids_B: Tensor) -> Tensor | None:
         """Return bool [T, K]: the pairs within the budget; None keeps all."""
         config = self.config
         if not (self.training and config.balance.token_dropping):
             return None
         return keep_within_budget(
-            by_affinity.weights_TK,
-            by_affinity.expert_ids_TK // (config.n_routed_experts // config.n_group),
+            choice.affinity_TK,
+            choice.expert_ids_TK // (config.n_routed_experts // config.n_group),
             sequence_ids_B,
             n_group=config.n_group,
             balance=config.balance,

@@ -217,7 +217,7 @@ def test_route_chooses_as_the_reference(fused, tokens, experts, n_group, topk_gr
     want, got = (kernels.route(x, centroids, *limits) for kernels in (REFERENCE, fused))
     assert torch.equal(got.expert_ids_TK, want.expert_ids_TK)
     torch.testing.assert_close(got.affinity_TE, want.affinity_TE, rtol=2e-6, atol=1e-12)
-    assert torch.equal(got.weights_TK, got.affinity_TE.gather(1, got.expert_ids_TK))
+    assert torch.equal(got.affinity_TK, got.affinity_TE.gather(1, got.expert_ids_TK))
 
 
 def test_route_survives_nan(fused):
@@ -243,7 +243,7 @@ def test_router_and_sums(fused, n_sequences, length, experts, n_group, topk_grou
         def apply(x: Tensor, centroids: Tensor) -> Tensor:
             routing = kernels.route(x, centroids, *limits)
             sums.append(kernels.sequence_sums(routing, n_sequences, n_group))
-            return torch.cat((routing.weights_TK.flatten(), sums[-1].affinity_BE.flatten() * experts))
+            return torch.cat((routing.affinity_TK.flatten(), sums[-1].affinity_BE.flatten() * experts))
 
         return apply
 

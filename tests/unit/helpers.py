@@ -15,7 +15,7 @@ from dsv2.cli.base import main
 from dsv2.config import compose
 from dsv2.config.schema import BalanceConfig, Config, ModelConfig, RopeScalingConfig
 from dsv2.kernels.reference.router import sequence_sums
-from dsv2.kernels.types import Routing
+from dsv2.kernels.types import Choice
 from dsv2.model.transformer import DeepseekV2
 from dsv2.moe.balance import BalanceLosses, balance_losses
 from dsv2.parallel.buffers import persistent_buffers
@@ -54,10 +54,10 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def balance_of(routing: Routing, n_sequences: int, n_group: int, topk_group: int) -> BalanceLosses:
+def balance_of(choice: Choice, n_sequences: int, n_group: int, topk_group: int) -> BalanceLosses:
     """The losses of `n_sequences` sequences whose tokens stand one sequence after another."""
-    n_tokens, top_k = len(routing.affinity_TE) // n_sequences, routing.expert_ids_TK.shape[1]
-    sums = sequence_sums(routing, n_sequences, n_group)
+    n_tokens, top_k = len(choice.affinity_TE) // n_sequences, choice.expert_ids_TK.shape[1]
+    sums = sequence_sums(choice, n_sequences, n_group)
     return balance_losses(sums, n_tokens, top_k, n_group, topk_group)
 
 

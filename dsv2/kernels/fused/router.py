@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsv2.kernels.types import Routing, SequenceSums
+from dsv2.kernels.types import Choice, SequenceSums
 
 ROWS = 16  # tokens of one program
 SUMMED = 32  # tokens of one program of the sums
@@ -21,7 +21,7 @@ def _select(
     logits,
     affinity,
     ids,
-    weights,
+    chosen,
     T,
     E: tl.constexpr,
     G: tl.constexpr,
@@ -58,11 +58,11 @@ def _select(
         score = tl.minimum(score, tl.reshape(limit, (ROWS, GROUPS * SIZE)))
     for k in tl.static_range(K):
         top = tl.argmax(score, 1)
-        weight = tl.max(score, 1)
+        highest = tl.max(score, 1)
         # Of a row of NaN it may be any column; no index may leave its range.
         expert = tl.minimum(top // SIZE * each + tl.minimum(top % SIZE, each - 1), E - 1)
         tl.store(ids + t * K + k, expert.to(tl.int64), mask=t < T)
-        tl.store(weights + t * K + k, weight, mask=t < T)
+        tl.store(chosen + t * K + k, highest, mask=t < T)
         score = tl.where(column[None, :] == top[:, None], -3.0, score)
 
 
@@ -70,7 +70,7 @@ def _select(
 def _select_backward(
     affinity,
     ids,
-    grad_weights,
+    grad_chosen,
     grad_affinity,
     out,
     T,
@@ -91,7 +91,7 @@ def _select_backward(
         g += tl.load(grad_affinity + at, mask=inside, other=0.0)
     for k in tl.static_range(K):
         expert = tl.load(ids + t * K + k, mask=t < T, other=0)
-        weight = tl.load(grad_weights + t * K + k, mask=t < T, other=0.0)
+        weight = tl.load(grad_chosen + t * K + k, mask=t < T, other=0.0)
         g += tl.where(column[None, :] == expert[:, None], weight[:, None], 0.0)
     grad = s * (g - tl.sum(s * g, 1)[:, None])
     high = grad.to(tl.bfloat16)
@@ -104,7 +104,7 @@ def _select_backward(
 def _sums(
     affinity,
     ids,
-    weights,
+    chosen,
     out,
     S,
     E: tl.constexpr,
@@ -131,7 +131,7 @@ def _sums(
         selected += tl.where(column[None, :] == expert, 1.0, 0.0)
         sent = tl.where(group[None, :] * (E // G) == expert - expert % (E // G), 1.0, sent)
     entropy = tl.where(s > 0, -s * tl.log(tl.where(s > 0, s, 1.0)), 0.0)
-    top1 = tl.load(weights + t * K, mask=live, other=0.0)
+    top1 = tl.load(chosen + t * K, mask=live, other=0.0)
     out += (sequence * tl.num_programs(1) + part) * (2 * E + G + 2)
     tl.store(out + column, tl.sum(s, 0), mask=column < E)
     tl.store(out + E + column, tl.sum(selected, 0), mask=column < E)
@@ -148,12 +148,12 @@ class _Route(torch.autograd.Function):
         logits_TE = torch.mm(x_TD, centroids_ED.t(), out_dtype=torch.float32)
         affinity_TE = torch.empty_like(logits_TE)
         ids_TK = torch.empty(tokens, top_k, dtype=torch.int64, device=x_TD.device)
-        weights_TK = logits_TE.new_empty(tokens, top_k)
+        affinity_TK = logits_TE.new_empty(tokens, top_k)
         _select[(triton.cdiv(tokens, ROWS),)](
             logits=logits_TE,
             affinity=affinity_TE,
             ids=ids_TK,
-            weights=weights_TK,
+            chosen=affinity_TK,
             T=tokens,
             E=experts,
             G=n_group,
@@ -166,19 +166,19 @@ class _Route(torch.autograd.Function):
         ctx.save_for_backward(x_TD, centroids_ED, ids_TK, affinity_TE)
         ctx.mark_non_differentiable(ids_TK)
         ctx.set_materialize_grads(False)
-        return ids_TK, weights_TK, affinity_TE
+        return ids_TK, affinity_TK, affinity_TE
 
     @staticmethod
-    def backward(ctx, _, grad_weights_TK: Tensor | None, grad_affinity_TE: Tensor | None):
+    def backward(ctx, _, grad_affinity_TK: Tensor | None, grad_affinity_TE: Tensor | None):
         x_TD, centroids_ED, ids_TK, affinity_TE = ctx.saved_tensors
         tokens, experts = affinity_TE.shape
-        if grad_weights_TK is None:
-            grad_weights_TK = affinity_TE.new_zeros(ids_TK.shape)
+        if grad_affinity_TK is None:
+            grad_affinity_TK = affinity_TE.new_zeros(ids_TK.shape)
         grad_T2E = x_TD.new_empty(tokens, 2 * experts)
         _select_backward[(triton.cdiv(tokens, ROWS),)](
             affinity=affinity_TE,
             ids=ids_TK,
-            grad_weights=grad_weights_TK.contiguous(),
+            grad_chosen=grad_affinity_TK.contiguous(),
             grad_affinity=affinity_TE if grad_affinity_TE is None else grad_affinity_TE.contiguous(),
             out=grad_T2E,
             T=tokens,
@@ -195,7 +195,9 @@ class _Route(torch.autograd.Function):
 
 class _SequenceSums(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, affinity_TE: Tensor, ids_TK: Tensor, weights_TK: Tensor, n_sequences: int, n_group: int):
+    def forward(
+        ctx, affinity_TE: Tensor, ids_TK: Tensor, affinity_TK: Tensor, n_sequences: int, n_group: int
+    ):
         tokens, experts = affinity_TE.shape
         length = tokens // n_sequences
         grid = (n_sequences, triton.cdiv(length, SUMMED))
@@ -203,7 +205,7 @@ class _SequenceSums(torch.autograd.Function):
         _sums[grid](
             affinity=affinity_TE,
             ids=ids_TK,
-            weights=weights_TK,
+            chosen=affinity_TK,
             out=parts,
             S=length,
             E=experts,
@@ -224,13 +226,13 @@ class _SequenceSums(torch.autograd.Function):
         return grad_BSE.reshape(-1, grad_BE.shape[1]), None, None, None, None
 
 
-def route(x_TD: Tensor, centroids_ED: Tensor, top_k: int, n_group: int, topk_group: int) -> Routing:
-    return Routing(*_Route.apply(x_TD.contiguous(), centroids_ED, top_k, n_group, topk_group))
+def route(x_TD: Tensor, centroids_ED: Tensor, top_k: int, n_group: int, topk_group: int) -> Choice:
+    return Choice(*_Route.apply(x_TD.contiguous(), centroids_ED, top_k, n_group, topk_group))
 
 
-def sequence_sums(routing: Routing, n_sequences: int, n_group: int) -> SequenceSums:
+def sequence_sums(choice: Choice, n_sequences: int, n_group: int) -> SequenceSums:
     affinity_BE, constants = _SequenceSums.apply(
-        routing.affinity_TE, routing.expert_ids_TK, routing.weights_TK.detach(), n_sequences, n_group
+        choice.affinity_TE, choice.expert_ids_TK, choice.affinity_TK.detach(), n_sequences, n_group
     )
     sizes = [affinity_BE.shape[1], n_group, 1, 1]
     selected_BE, sent_BG, entropy_B1, top1_B1 = constants.split(sizes, dim=1)

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsv2.kernels.types import Routing, SequenceSums
+from dsv2.kernels.types import Choice, SequenceSums
 
 
 def _top_indices(scores: Tensor, k: int) -> Tensor:
@@ -12,7 +12,7 @@ def _top_indices(scores: Tensor, k: int) -> Tensor:
     return scores.sort(dim=-1, descending=True, stable=True).indices[..., :k]
 
 
-def route(x_TD: Tensor, centroids_ED: Tensor, top_k: int, n_group: int, topk_group: int) -> Routing:
+def route(x_TD: Tensor, centroids_ED: Tensor, top_k: int, n_group: int, topk_group: int) -> Choice:
     """Select K experts per token within the M = `topk_group` groups of highest affinity.
 
     Affinities are a softmax over ALL routed experts, in fp32 whatever the dtype of x. A group's score is the
@@ -29,18 +29,18 @@ def route(x_TD: Tensor, centroids_ED: Tensor, top_k: int, n_group: int, topk_gro
         # -1 is below every affinity: a closed expert loses even to one whose affinity underflowed to 0.
         scores_TE = by_group.masked_fill(~is_open_TG.unsqueeze(-1), -1.0).flatten(-2)
     expert_ids_TK = _top_indices(scores_TE, top_k)
-    return Routing(expert_ids_TK, affinity_TE.gather(1, expert_ids_TK), affinity_TE)
+    return Choice(expert_ids_TK, affinity_TE.gather(1, expert_ids_TK), affinity_TE)
 
 
-def sequence_sums(routing: Routing, n_sequences: int, n_group: int) -> SequenceSums:
-    """Return sums over `n_sequences` sequences, whose tokens follow one another in `routing`."""
-    ids_TK = routing.expert_ids_TK
-    affinity_TE = routing.affinity_TE
+def sequence_sums(choice: Choice, n_sequences: int, n_group: int) -> SequenceSums:
+    """Return sums over `n_sequences` sequences, whose tokens follow one another in `choice`."""
+    ids_TK = choice.expert_ids_TK
+    affinity_TE = choice.affinity_TE
     detached_TE = affinity_TE.detach()
     n_experts = affinity_TE.shape[1]
     selected_TE = torch.zeros_like(detached_TE).scatter_(1, ids_TK, 1.0)
     sent_TG = detached_TE.new_zeros(len(ids_TK), n_group).scatter_(1, ids_TK // (n_experts // n_group), 1.0)
     entropy_T = torch.special.entr(detached_TE).sum(dim=-1)
-    top1_T = routing.weights_TK[:, 0].detach()
+    top1_T = choice.affinity_TK[:, 0].detach()
     per_token = (affinity_TE, selected_TE, sent_TG, entropy_T, top1_T)
     return SequenceSums(*(values.unflatten(0, (n_sequences, -1)).sum(dim=1) for values in per_token))

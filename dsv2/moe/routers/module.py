@@ -11,7 +11,7 @@ class RouterModule(nn.Module):
     weight: nn.Parameter  # [E, D], the experts' centroids e_i
 
     def forward(self, x_TD: Tensor) -> Routing:
-        """Return the experts, the weights that `combine` multiplies with, and the affinities.
+        """Return the experts with their affinities, and the weights of their outputs.
 
         Losses and token dropping use the affinities, never the weights.
         """

@@ -22,5 +22,5 @@ class SoftmaxTopKRouter(nn.Linear, RouterModule):
 
     def forward(self, x_TD: Tensor) -> Routing:
         """Return eqs. 21-22; the weights are the chosen affinities times routed_scaling_factor."""
-        routing = self.kernels.route(x_TD, self.weight, *self.limits)
-        return routing._replace(weights_TK=routing.weights_TK * self.scaling)
+        choice = self.kernels.route(x_TD, self.weight, *self.limits)
+        return Routing(choice, weights_TK=choice.affinity_TK * self.scaling)

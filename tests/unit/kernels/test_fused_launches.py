@@ -42,7 +42,7 @@ def use_everything(kernels: KernelSet) -> None:
     backward(kernels.latent_attention(queries, keys_values, tensor(2, 3, 8), angles, angles, scale=1.0))
     routing = kernels.route(x, tensor(8, 16), 2, 4, 2)
     sums = kernels.sequence_sums(routing, 2, 4)
-    backward(routing.weights_TK, sums.affinity_BE)
+    backward(routing.affinity_TK, sums.affinity_BE)
     ids = routing.expert_ids_TK
     matrices = {"w13_E2FD": tensor(8, 2 * 8, 16), "w2_EDF": tensor(8, 16, 8)}
     for n_pairs in (ids.numel(), 0):

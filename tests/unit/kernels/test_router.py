@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsv2.kernels.reference.router import route, sequence_sums
-from dsv2.kernels.types import Routing
+from dsv2.kernels.types import Choice
 from tests.unit import reference
 from tests.unit.helpers import properties
 
@@ -35,7 +35,7 @@ def shapes(draw) -> Shape:
 
 
 def route_affinities(rows: list[list[float]], top_k: int, n_group: int, topk_group: int):
-    """Routing of tokens with (nearly) these affinities: the logits are their logarithms."""
+    """Choice of tokens with (nearly) these affinities: the logits are their logarithms."""
     affinity = torch.tensor(rows)
     return route(affinity.log(), torch.eye(affinity.shape[1]), top_k, n_group, topk_group)
 
@@ -55,7 +55,7 @@ def test_against_the_equations(shape, seed):
         row = routing.affinity_TE[t].tolist()
         chosen = reference.select(row, shape.top_k, shape.n_group, shape.topk_group)
         assert routing.expert_ids_TK[t].tolist() == chosen
-        assert routing.weights_TK[t].tolist() == [row[i] for i in chosen], "not renormalised"
+        assert routing.affinity_TK[t].tolist() == [row[i] for i in chosen], "not renormalised"
 
 
 @properties
@@ -125,9 +125,9 @@ def test_without_a_limit_it_is_plain_top_k(n_group):
 def test_weights_are_not_renormalised():
     """norm_topk_prob = false: the softmax is over all experts, the selected ones add up to less."""
     routing = route_affinities([[0.4, 0.3, 0.2, 0.1]], top_k=2, n_group=2, topk_group=2)
-    torch.testing.assert_close(routing.weights_TK, torch.tensor([[0.4, 0.3]]))
+    torch.testing.assert_close(routing.affinity_TK, torch.tensor([[0.4, 0.3]]))
     closed = route_affinities([[0.4, 0.1, 0.3, 0.2]], top_k=2, n_group=2, topk_group=1)
-    torch.testing.assert_close(closed.weights_TK, torch.tensor([[0.4, 0.1]]))
+    torch.testing.assert_close(closed.affinity_TK, torch.tensor([[0.4, 0.1]]))
     torch.testing.assert_close(closed.affinity_TE, torch.tensor([[0.4, 0.1, 0.3, 0.2]]))
 
 
@@ -137,7 +137,7 @@ def test_affinities_are_fp32_under_bf16():
     x = (torch.randn(40, 32, generator=generator)).bfloat16()
     centroids = torch.randn(16, 32, generator=generator).bfloat16()
     routing = route(x, centroids, 4, 4, 2)
-    assert routing.affinity_TE.dtype == routing.weights_TK.dtype == torch.float32
+    assert routing.affinity_TE.dtype == routing.affinity_TK.dtype == torch.float32
     exact = (x.double() @ centroids.double().T).softmax(dim=-1)
     torch.testing.assert_close(routing.affinity_TE.double(), exact, rtol=2e-5, atol=0)
 
@@ -147,7 +147,7 @@ def test_gradient_flows_through_the_selected_affinities():
     logits = torch.randn(3, 6, generator=torch.Generator().manual_seed(1), requires_grad=True)
     routing = route(logits, torch.eye(6), 2, 3, 1)
     readout = torch.tensor([[1.0, -2.0], [0.5, 3.0], [2.0, 0.0]])
-    (routing.weights_TK * readout).sum().backward()
+    (routing.affinity_TK * readout).sum().backward()
     s = routing.affinity_TE.detach()
     expected = torch.zeros(3, 6)
     for t in range(3):
@@ -165,7 +165,7 @@ def test_sums_over_each_sequence(shape, n_sequences, seed):
     s = rng.dirichlet(np.ones(shape.experts), size=tokens)
     ids = np.stack([rng.permutation(shape.experts)[: shape.top_k] for _ in range(tokens)])
     affinity, ids_TK = torch.from_numpy(s), torch.from_numpy(ids)
-    sums = sequence_sums(Routing(ids_TK, affinity.gather(1, ids_TK), affinity), n_sequences, shape.n_group)
+    sums = sequence_sums(Choice(ids_TK, affinity.gather(1, ids_TK), affinity), n_sequences, shape.n_group)
     for b in range(n_sequences):
         own = range(b * shape.tokens, (b + 1) * shape.tokens)
         selected = [float(sum(e in ids[t] for t in own)) for e in range(shape.experts)]

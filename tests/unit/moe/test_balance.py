@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsv2.kernels.reference.router import route
-from dsv2.kernels.types import Routing
+from dsv2.kernels.types import Choice
 from dsv2.moe.balance import BalanceLosses
 from tests.unit import reference
 from tests.unit.helpers import balance_of, properties
@@ -16,22 +16,22 @@ N_GROUP, TOPK_GROUP, TOP_K, EXPERTS = 4, 2, 3, 12
 LIMITS = (TOP_K, N_GROUP, TOPK_GROUP)
 
 
-def routing_of(logits: np.ndarray, top_k: int, n_group: int, topk_group: int) -> Routing:
+def routing_of(logits: np.ndarray, top_k: int, n_group: int, topk_group: int) -> Choice:
     """The paper's routing of tokens with these logits [T, E], in fp64."""
     s = np.array([reference.softmax(row) for row in logits])
     ids = [reference.select(list(row), top_k, n_group, topk_group) for row in s]
     ids_TK, affinity_TE = torch.tensor(ids), torch.from_numpy(s)
-    return Routing(ids_TK, affinity_TE.gather(1, ids_TK), affinity_TE)
+    return Choice(ids_TK, affinity_TE.gather(1, ids_TK), affinity_TE)
 
 
-def random_routing(n_sequences: int, length: int, seed: int = 0) -> Routing:
+def random_routing(n_sequences: int, length: int, seed: int = 0) -> Choice:
     """Skewed, so that loads are unequal."""
     rng = np.random.default_rng(seed)
     logits = rng.standard_normal((n_sequences * length, EXPERTS)) + 0.5 * rng.standard_normal(EXPERTS)
     return routing_of(logits, *LIMITS)
 
 
-def losses_of(routing: Routing, n_sequences: int) -> BalanceLosses:
+def losses_of(routing: Choice, n_sequences: int) -> BalanceLosses:
     return balance_of(routing, n_sequences, N_GROUP, TOPK_GROUP)
 
 
@@ -69,7 +69,7 @@ def test_uniform_routing_gives_one():
     groups = [(0, 1), (1, 2), (2, 3), (3, 0)]
     ids = torch.tensor([[2 * a + e, 2 * b + e] for a, b in groups for e in range(2)])
     affinity = torch.full((8, 8), 1 / 8)
-    losses = balance_of(Routing(ids, affinity.gather(1, ids), affinity), 1, 4, 2)
+    losses = balance_of(Choice(ids, affinity.gather(1, ids), affinity), 1, 4, 2)
     assert [float(x) for x in losses] == [1.0, 1.0, 1.0]
 
 
@@ -78,21 +78,21 @@ def test_collapsed_routing_gives_the_largest_losses():
     affinity = torch.zeros(5, 8)
     affinity[:, :2] = 0.5
     ids = torch.tensor([[0, 1]] * 5)
-    losses = balance_of(Routing(ids, affinity.gather(1, ids), affinity), 1, 4, 2)
+    losses = balance_of(Choice(ids, affinity.gather(1, ids), affinity), 1, 4, 2)
     assert [float(x) for x in losses] == [8 / 2, 4.0, 4 / 2]
 
 
 def test_batch_is_the_mean_of_its_sequences():
     """Not the loss of one long sequence: f P is not linear in the sequence."""
     both = random_routing(2, 5)
-    first, second = (losses_of(Routing(*(x[i * 5 : i * 5 + 5] for x in both)), 1) for i in range(2))
+    first, second = (losses_of(Choice(*(x[i * 5 : i * 5 + 5] for x in both)), 1) for i in range(2))
     one_long = losses_of(both, 1)
     for together, a, b, long in zip(losses_of(both, 2), first, second, one_long, strict=True):
         torch.testing.assert_close(together, (a + b) / 2)
         assert abs(float(together - long)) > 1e-3
 
 
-def held_fixed(routing: Routing, n_sequences: int) -> list[np.ndarray]:
+def held_fixed(routing: Choice, n_sequences: int) -> list[np.ndarray]:
     """The factor of s_{i,t} in each loss: f over the tokens of all sequences, [3][T, E]."""
     length, size = len(routing.affinity_TE) // n_sequences, EXPERTS // N_GROUP
     factors = np.zeros((3, len(routing.affinity_TE), EXPERTS))
@@ -141,7 +141,7 @@ def test_gradient_reaches_the_router(name):
     centroids = torch.randn(EXPERTS, 6, generator=generator, requires_grad=True)
     routing = route(x, centroids, *LIMITS)
     getattr(losses_of(routing, 2), name).backward()
-    detached = Routing(*(tensor.detach() for tensor in routing))
+    detached = Choice(*(tensor.detach() for tensor in routing))
     c, s = held_fixed(detached, 2)[BalanceLosses._fields.index(name)], detached.affinity_TE.double().numpy()
     expected = np.zeros((EXPERTS, 6))
     for t in range(8):
@@ -155,6 +155,6 @@ def test_affinity_before_the_device_limit():
     """P counts a closed group's affinity too: here it is half of all, and no token is sent there."""
     affinity = torch.tensor([[0.4, 0.1, 0.3, 0.2]] * 3, dtype=torch.float64)
     ids = torch.tensor([[0, 1]] * 3)
-    losses = balance_of(Routing(ids, affinity.gather(1, ids), affinity), 1, 2, 1)
+    losses = balance_of(Choice(ids, affinity.gather(1, ids), affinity), 1, 2, 1)
     # f = 2, 2, 0, 0; f' = 2, 0; f'' = 2, 0
     np.testing.assert_allclose([float(x) for x in losses], [2 * 0.5] * 3)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from dsv2.config.schema import BalanceConfig, ModelConfig
-from dsv2.kernels.types import Routing
+from dsv2.kernels.types import Choice, Routing
 from dsv2.moe.drop import exempt_sequences
 from dsv2.moe.execution import Execution
 from dsv2.moe.layer import MoELayer
@@ -98,7 +98,8 @@ class LastThree(RouterModule):
     def forward(self, x_TD: torch.Tensor) -> Routing:
         affinity_TE = (x_TD @ self.weight.T).float().softmax(dim=-1)
         ids_TK = torch.tensor([[11, 10, 9]]).expand(len(x_TD), 3)
-        return Routing(ids_TK, torch.full((len(x_TD), 3), 0.5), affinity_TE)
+        choice = Choice(ids_TK, affinity_TE.gather(1, ids_TK), affinity_TE)
+        return Routing(choice, weights_TK=torch.full((len(x_TD), 3), 0.5))
 
 
 class LastThreeSpec(SoftmaxTopK):

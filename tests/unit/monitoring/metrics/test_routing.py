@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dsv2.kernels.reference.router import sequence_sums
-from dsv2.kernels.types import Routing
+from dsv2.kernels.types import Choice
 from dsv2.moe.stats import RoutingStats, routing_stats
 from dsv2.monitoring.metrics.routing import routing_maps, routing_values
 from tests.unit.helpers import tiny_config
@@ -76,7 +76,7 @@ def test_routing_metrics_against_loops():
     assert {name: values[name] for name in want} == pytest.approx(want, rel=1e-12)
 
 
-def stats_of(routing: Routing, n_group: int) -> RoutingStats:
+def stats_of(routing: Choice, n_group: int) -> RoutingStats:
     """Of one sequence, nothing dropped."""
     sums = sequence_sums(routing, 1, n_group)
     return routing_stats(sums, len(routing.affinity_TE), sums.selected_BE.sum(dim=0))
@@ -87,7 +87,7 @@ def test_balanced_routing():
     groups = [(0, 1), (1, 2), (2, 3), (3, 0)]
     ids = torch.tensor([[3 * a + e, 3 * b + e] for a, b in groups for e in range(3)])
     affinity = torch.full((12, 12), 1 / 12)
-    stats = stats_of(Routing(ids, affinity.gather(1, ids), affinity), GROUPS)
+    stats = stats_of(Choice(ids, affinity.gather(1, ids), affinity), GROUPS)
     metrics = routing_values(RoutingStats.stack([stats, stats]), CONFIG)
     want = {
         "moe/max_vio": 0, "moe/max_vio_max": 0, "moe/dead": 0, "moe/drop": 0, "dev/cv": 0,
@@ -112,7 +112,7 @@ def test_a_dead_expert_has_no_weight_in_the_entropy():
 def test_entropy_of_an_affinity_that_underflowed():
     affinity = torch.tensor([[1.0, 0.0], [0.5, 0.5]])
     ids = torch.tensor([[0], [0]])
-    stats = stats_of(Routing(ids, affinity.gather(1, ids), affinity), 1)
+    stats = stats_of(Choice(ids, affinity.gather(1, ids), affinity), 1)
     assert stats.token_entropy.item() == pytest.approx(math.log(2))
     assert stats.top1.item() == 1.5
 
