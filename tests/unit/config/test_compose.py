@@ -14,7 +14,6 @@ from dsv2.config.compose import compose_overrides, from_plain, to_plain
 from dsv2.config.fields import field_types
 from dsv2.config.renamed import FIELDS, OPTIONS
 from dsv2.config.schema import (
-    Config,
     Device,
     OptimConfig,
     ParallelConfig,
@@ -148,20 +147,6 @@ def test_help_is_quick_and_needs_no_torch(arguments, text, tmp_path):
     assert "hydra" in modules
     assert not modules & {"torch", "deepspeed", "numpy", "wandb", "transformers"}
     assert not list(tmp_path.iterdir())
-
-
-def test_what_differs_between_two_configurations():
-    """By field; a field that an older version did not have had its default; where a run is does not count."""
-    before, now = to_plain(Config(name="a")), to_plain(Config(name="b", stop_step=3))
-    del before["runtime"]["kernels"], before["logging"]
-    now["model"]["rope_scaling"] = {"factor": 40.0}
-    now["optim"]["lr"], now["runtime"]["recompute"] = 5e-4, True
-    assert differences(before, now) == [
-        "model.rope_scaling.factor null -> 40.0",
-        f"optim.lr {Config().optim.lr} -> 0.0005",
-        "runtime.recompute false -> true",
-    ]
-    assert differences(now, now) == []
 
 
 def test_an_option_that_is_no_override_is_refused_in_words():

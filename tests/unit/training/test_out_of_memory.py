@@ -1,11 +1,8 @@
-"""Errors that end a run with one message."""
+"""What a run that is out of memory says."""
 
 import pytest
 import torch
 
-from dsv2.config.changes import differences
-from dsv2.config.compose import to_plain
-from dsv2.config.schema import Config
 from dsv2.errors import UserError
 from dsv2.training.out_of_memory import memory_explained
 from tests.unit.helpers import compose_config
@@ -50,10 +47,3 @@ def test_others_words(error, message, monkeypatch):
 def test_other_errors_stay_as_they_are():
     with pytest.raises(RuntimeError, match=r"^shapes differ$"), memory_explained(CONFIG):
         raise RuntimeError("shapes differ")
-
-
-def test_a_changed_seed_is_said_to_do_nothing():
-    before = to_plain(Config())
-    assert differences(before, {**before, "seed": 7}) == [
-        "seed 0 -> 7 (only the initial weights depend on it)"
-    ]

@@ -68,6 +68,17 @@ def run_dir(tmp_path: Path) -> Path:
     return folder
 
 
+def cards_by_kind() -> dict[str, int]:
+    """Count the page's cards by the metrics' declarations."""
+    charts = [chart for section in SECTIONS for chart in section.charts]
+    return {
+        "curves": sum(not chart.per_layer and not chart.is_map for chart in charts),
+        "layers": sum(chart.per_layer for chart in charts),
+        "map": sum(chart.is_map for chart in charts),
+        "time": 1,
+    }
+
+
 def write_page(run_dir: Path) -> str:
     assert run_verb("report", run_dir) == 0
     return (run_dir / "report.html").read_text()
@@ -143,13 +154,7 @@ def test_every_section_exists_and_can_be_read_without_a_script(run_dir):
     assert "sample_prompt: </script><b>&" in parsed.sections["configuration"]  # escaped, hence text
     assert "config.0.yaml, of an earlier session" in parsed.sections["configuration"]
     kinds = [attributes["data-kind"] for _, attributes in parsed.elements if "data-kind" in attributes]
-    charts = [chart for section in SECTIONS for chart in section.charts]
-    want = {
-        "curves": sum(not chart.per_layer and not chart.is_map for chart in charts),
-        "layers": sum(chart.per_layer for chart in charts),
-        "map": sum(chart.is_map for chart in charts),
-        "time": 1,
-    }
+    want = cards_by_kind()
     assert want["curves"] >= 26, "a panel that exists today is missing"
     assert min(want["layers"], want["map"]) >= 3
     assert {kind: kinds.count(kind) for kind in kinds} == want
@@ -304,14 +309,15 @@ def test_a_browser_draws_it(tmp_path, run_dir, dark):
     cards = [a for _, a in elements if "data-kind" in a]
     assert int(body["data-drawn"] or 0) == len(cards) == sum(tag == "svg" for tag, _ in elements)
     pictures = [a["href"] or "" for tag, a in elements if tag == "image"]
-    assert len(pictures) == 7
+    want = cards_by_kind()
+    assert len(pictures) == want["layers"] + want["map"] + want["time"]
     assert all(picture.startswith("data:image/png;base64,") for picture in pictures)
     # What the visitor saw.
     seen = json.loads(body["data-seen"] or "{}")
     assert seen["background"] == ("rgb(20, 23, 27)" if dark else "rgb(245, 246, 248)")
     assert seen["curve"].splitlines()[0] == "step 40"
     assert "train/loss_lm 0.25" in seen["curve"]
-    assert seen["cursors"] == len(cards) - 3  # every chart over steps
+    assert seen["cursors"] == len(cards) - want["map"]  # every chart over steps
     assert (seen["step"], seen["changed"]) == ("step 30", True)
     load = data["maps"][2]["map/expert_load"]
     assert seen["cell"].splitlines() == [
