@@ -2,13 +2,7 @@
 
     torchrun --standalone --nproc_per_node=2 train.py experiment=quickstart optim.lr=1e-3
 
-dsv2/config/schema.py explains every field of the configuration. Exit codes:
-
-    0    finished, or stopped by SIGTERM, SIGINT or stop_step after saving
-    1    an error
-    2    a mistake in the configuration or the data
-    3    the loss is no longer a number
-    130  interrupted before training began
+dsv2/config/schema.py explains every field of the configuration. `python -m dsv2` prints the exit codes.
 """
 
 import os

@@ -1,5 +1,8 @@
 """The error for a user's mistake: in a text, a folder, an option or the configuration."""
 
+import argparse
+from typing import NoReturn
+
 
 class UserError(ValueError):
     """A mistake in a configuration, a file or a command line.
@@ -7,3 +10,10 @@ class UserError(ValueError):
     The text names the field (or file), its value and what would be right. The first process that finds the
     mistake prints it, without a traceback, and exits with code 2.
     """
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints are UserErrors."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")

@@ -17,11 +17,13 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from data.corpora.base import Corpus
 from data.corpora.kinds import CORPORA
-from data.errors import UserError
+from data.errors import Parser, UserError
 from data.prepare.corpus import prepare
 from data.prepare.settings import Settings
 from data.prepared.manifest import MANIFEST, Manifest
 
+AFTER_A_FAILURE = "correct the cause and run the same command again to continue"
+AFTER_AN_INTERRUPT = "interrupted; run the same command again to continue"
 KINDS = {corpus.kind: corpus for corpus in CORPORA}
 
 
@@ -87,23 +89,22 @@ def run(arguments: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return its exit status: 0, 2 for a user's mistake, 130 for Ctrl-C."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m data.prepare",
         description="Turn text into a prepared folder, which data=local trains on. "
         "`python -m data.prepare SOURCE --help` explains a source's options.",
     )
     add_arguments(parser)
-    arguments = parser.parse_args(argv)
     try:
-        run(arguments)
+        run(parser.parse_args(argv))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:  # such as a full disk, or a file that may not be read
-        print(f"error: {error}; fix this and run the same command again: it continues", file=sys.stderr)
+        print(f"error: {error}; {AFTER_A_FAILURE}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\ninterrupted: run the same command again to continue", file=sys.stderr)
+        print(f"error: {AFTER_AN_INTERRUPT}", file=sys.stderr)
         return 130
     return 0
 

@@ -27,8 +27,17 @@ def check_options(options: Namespace) -> None:
         if (value := getattr(options, name)) < least:
             raise UserError(f"--{name} {value}: must be at least {least}")
     for name in ("out", "profile"):
-        if (file := getattr(options, name)) and not Path(file).absolute().parent.is_dir():
-            raise UserError(f"--{name} {file}: there is no such folder")
+        if file := getattr(options, name):
+            _require_writable(f"--{name}", Path(file))
+
+
+def _require_writable(option: str, file: Path) -> None:
+    """Refuse a file that cannot be written before the measurement, not after it."""
+    try:
+        with file.open("a"):
+            return
+    except OSError as error:
+        raise UserError(f"{option} {file}: cannot be written ({error.strerror})") from None
 
 
 def configuration(overrides: list[str], world_size: int) -> Config:

@@ -10,19 +10,28 @@ import enum
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import NoReturn
+from pathlib import Path
 
+from data.errors import Parser
 from dsv2.errors import CheckpointError, Diverged, PeerLost, UserError
 
 
 class ExitCode(enum.IntEnum):
-    """The exit codes of every verb and of train.py."""
+    """The exit codes of every verb and of train.py, each with its meaning."""
 
-    ok = 0  # finished; or stopped by SIGTERM, SIGINT or stop_step after saving
-    error = 1  # something failed that is not the user's mistake
-    mistake = 2  # in the configuration, the data, a file or the command line
-    diverged = 3  # the loss or the gradient is no longer a number
-    interrupted = 130  # by Ctrl-C, before there was anything to save
+    meaning: str
+
+    def __new__(cls, code: int, meaning: str) -> "ExitCode":
+        member = int.__new__(cls, code)
+        member._value_ = code
+        member.meaning = meaning
+        return member
+
+    ok = 0, "done; or training stopped by SIGTERM, SIGINT or stop_step after saving"
+    error = 1, "something failed that is not your mistake, such as a full disk"
+    mistake = 2, "a mistake in the configuration, the data, a file or the command line"
+    diverged = 3, "the loss or the gradient is no longer a number"
+    interrupted = 130, "interrupted before there was anything to save"
 
 
 EXIT_CODES: dict[type[BaseException], ExitCode] = {
@@ -45,11 +54,10 @@ def print_error(error: object) -> None:
     print(f"error: {error}", file=sys.stderr, flush=True)
 
 
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose complaints are UserErrors."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see {self.prog} --help")
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """Add the argument of the verbs that read a checkpoint."""
+    text = "A step-N folder; or a run's folder, for its newest whole checkpoint."
+    parser.add_argument("checkpoint", type=Path, help=text)
 
 
 class Verb(ABC):
@@ -86,16 +94,18 @@ class Verb(ABC):
 
 def usage(verbs: Sequence[Verb]) -> str:
     """Return the list of verbs, one line each."""
-    width = max(len(verb.name) for verb in verbs)
+    width = max((len(verb.name) for verb in verbs), default=9)
     lines = [f"  {verb.name:{width}}  {verb.help}" for verb in verbs]
-    codes = "0 done, 1 failed, 2 a mistake of yours, 3 the loss is no longer a number, 130 interrupted"
+    codes = [f"  {code:<{width}}  {code.meaning}" for code in ExitCode]
     return "\n".join(
         [
             "usage: python -m dsv2 VERB [arguments]     (python -m dsv2 VERB --help explains them)",
             "",
             *lines,
             "",
-            f"Exit codes: {codes}.",
+            "Exit codes:",
+            *codes,
+            "",
             "Commands of earlier versions and what replaces them: docs/commands.md",
         ]
     )

@@ -40,7 +40,7 @@ class Check(Verb):
     def arguments(self, parser: ArgumentParser) -> None:
         parser.add_argument("processes", metavar="PROCESSES", help="Number of processes of the job.")
         overrides = "Overrides of the configuration, as train takes them."
-        parser.add_argument("overrides", nargs="*", metavar="NAME=VALUE", help=overrides)
+        parser.add_argument("overrides", nargs="*", default=[], metavar="NAME=VALUE", help=overrides)
 
     def parse(self, words: list[str]) -> Namespace:
         if not words or words[0] in ("-h", "--help"):

@@ -9,7 +9,7 @@ docs/hugging_face.md explains what the folder holds.
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from dsv2.cli.base import ExitCode, Verb
+from dsv2.cli.base import ExitCode, Verb, add_checkpoint
 
 
 class Export(Verb):
@@ -21,11 +21,7 @@ class Export(Verb):
         from dsv2.hf.export import DTYPES
 
         add = parser.add_argument
-        add(
-            "checkpoint",
-            type=Path,
-            help="A step-N folder; or a run's folder, for its newest whole checkpoint.",
-        )
+        add_checkpoint(parser)
         add("out", type=Path, help="The folder to write; it must not exist.")
         add("--dtype", choices=list(DTYPES), default="bf16", help="Data type of the weights (default bf16).")
         size = "Size of the largest file of weights, in GB of 10^9 bytes (default 5)."

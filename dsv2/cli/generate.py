@@ -7,9 +7,8 @@ answers are printed at the end. The answer to a prompt does not depend on the ot
 """
 
 from argparse import ArgumentParser, Namespace
-from pathlib import Path
 
-from dsv2.cli.base import ExitCode, Verb
+from dsv2.cli.base import ExitCode, Verb, add_checkpoint
 
 
 class Generate(Verb):
@@ -19,11 +18,7 @@ class Generate(Verb):
 
     def arguments(self, parser: ArgumentParser) -> None:
         add = parser.add_argument
-        add(
-            "checkpoint",
-            type=Path,
-            help="A step-N folder; or a run's folder, for its newest whole checkpoint.",
-        )
+        add_checkpoint(parser)
         add("--prompt", action="append", required=True, help="Text to continue; may be given several times.")
         add(
             "--max-tokens",

@@ -26,11 +26,11 @@ class Prepare(Verb):
         return self.parser().parse_args(words)
 
     def run(self, options: Namespace) -> int:
-        from data.prepare.command import run
+        from data.prepare.command import AFTER_A_FAILURE, run
 
         try:
             run(options)
         except OSError as error:  # such as a full disk, or a file that may not be read
-            print_error(f"{error}; correct the cause and run the same command again to continue")
+            print_error(f"{error}; {AFTER_A_FAILURE}")
             return ExitCode.error
         return ExitCode.ok

@@ -27,7 +27,7 @@ class Study(Verb):
         add = parser.add_argument
         add("study", help=f"The study to run: {', '.join(STUDIES)}.")
         overrides = "Overrides of the configuration, as train takes them; they apply to every arm."
-        add("overrides", nargs="*", metavar="NAME=VALUE", help=overrides)
+        add("overrides", nargs="*", default=[], metavar="NAME=VALUE", help=overrides)
         add("--seeds", type=int, default=3, metavar="N", help="Number of runs per arm (default 3).")
         at_once = "Number of runs at the same time (default 1). One small model leaves a GPU half idle."
         add("--at-once", type=int, default=1, metavar="N", help=at_once)

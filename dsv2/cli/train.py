@@ -128,7 +128,7 @@ class Train(Verb):
 
     def arguments(self, parser: ArgumentParser) -> None:
         overrides = "Fields of the configuration and options of its groups, listed below."
-        parser.add_argument("overrides", nargs="*", metavar="NAME=VALUE", help=overrides)
+        parser.add_argument("overrides", nargs="*", default=[], metavar="NAME=VALUE", help=overrides)
         shown = "Print the composed configuration and do not train."
         parser.add_argument("-c", "--cfg", choices=["job"], help=shown)
 
@@ -145,7 +145,7 @@ class Train(Verb):
     def run(self, options: Namespace) -> NoReturn:
         script = "train.py" if Path.cwd() == ROOT else str(ROOT / "train.py")
         words: list[str] = options.words
-        if words and words[0].startswith("-"):  # a question to Hydra, such as --cfg job
+        if "--cfg" in words or "-c" in words:  # train.py lets Hydra print the configuration
             become([sys.executable, script, *words], {})
         launch = plan_launch(words, os.environ)
         for note in launch.notes:

@@ -3,6 +3,7 @@
 import difflib
 import re
 from collections.abc import Collection
+from typing import NoReturn
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
@@ -20,6 +21,8 @@ from dsv2.errors import UserError
 
 # What Hydra and OmegaConf raise for a mistake in a configuration.
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException)
+
+HYDRA_OPTIONS = ("help", "h", "hydra-help", "version", "cfg", "c", "resolve", "package", "p", "info", "i")
 
 SHORT = {  # the planner's short names
     "ep": "parallel.expert_parallel_size",
@@ -68,6 +71,8 @@ def check_command_line(overrides: list[str], read_by_hydra: bool = False) -> Non
     )
     for override in parsed:
         key = override.key_or_group
+        if override.is_delete():
+            _refuse_removal(override.input_line, key)
         value = override.value()
         is_choice = override.type is OverrideType.CHANGE and isinstance(value, str) and value.isidentifier()
         if key in GROUPS and key != "experiment" and not is_choice:
@@ -75,20 +80,29 @@ def check_command_line(overrides: list[str], read_by_hydra: bool = False) -> Non
         if override.is_sweep_override():
             raise UserError(f"{override.input_line}: {ONE_RUN}")
         is_in_scaling = f"{key}.".startswith("model.rope_scaling.")
-        if is_in_scaling and value is not None and not override.is_delete() and keeps_rope_plain:
+        if is_in_scaling and value is not None and keeps_rope_plain:
             raise UserError(
                 f"{override.input_line}: plain RoPE has no such field; choose rope_scaling=yarn too"
             )
+
+
+def _refuse_removal(override: str, key: str) -> NoReturn:
+    """Every field and group is needed, so none can be removed with `~`."""
+    if key in GROUPS or key in field_types():
+        raise UserError(f"{override}: must be set to a value; nothing of the configuration can be removed")
+    raise UserError(unknown_key(key, override))
 
 
 def _check_form(override: str, asks_hydra: bool) -> None:
     """Refuse options that do not exist and words without `=`."""
     if override in ("-m", "--multirun"):
         raise UserError(f"{override}: {ONE_RUN}")
-    name = override.removeprefix("--").split("=")[0]
+    name = override.lstrip("-").split("=")[0]
     if override.startswith("--") and (name == "experiment" or name in field_types()):
         right = f"{name}={override.partition('=')[2] or 'VALUE'}"
         raise UserError(f"{override}: must be written without dashes, such as {right}")
+    if asks_hydra and override.startswith("-") and name not in HYDRA_OPTIONS:
+        raise UserError(f"{override}: there is no such option; train.py --help lists the options")
     as_option = override.startswith("-") or ("=" not in override and not override.startswith("~"))
     if as_option and not asks_hydra:
         raise UserError(f"{override}: must be written as name=value, such as experiment=quickstart")
@@ -133,6 +147,8 @@ def explain(error: Exception, overrides: list[str]) -> UserError:
     if key not in field_types():
         return UserError(unknown_key(key, override))
     expected = type_text(field_types()[key])
+    if " | " in expected:
+        return UserError(f"{override or key}: must be one of {expected.replace(' | ', ', ')}")
     hint = ""
     if expected == "int" and override and re.fullmatch(r"[\d.]+e\+?\d+", value := override.split("=", 1)[1]):
         hint = f"; write it out: {key}={float(value):_.0f}"

@@ -40,7 +40,7 @@ def export(
 
     Raises:
         UserError: there is no whole checkpoint or no tokenizer, the format cannot express the model, or
-            `out` already exists.
+            `out` already exists or cannot be created.
         CheckpointError: `out` could not be written; partial files are removed.
     """
     from safetensors import SafetensorError
@@ -64,6 +64,9 @@ def export(
     shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
     try:
         partial.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be created ({error.strerror}); give another folder") from None
+    try:
         write_tokenizer(pieces, model.max_position_embeddings, partial)
         _write_json(partial / "config.json", config)
         ids = {name: config[name] for name in ("bos_token_id", "eos_token_id")}

@@ -35,13 +35,6 @@ _ALWAYS = {  # what this project implements
     "mlp_bias": False,
     "tie_word_embeddings": False,
 }
-_USUAL = {  # what a folder means that leaves a field out
-    "scoring_func": "softmax",
-    "norm_topk_prob": False,
-    "topk_method": "greedy",
-    "attention_bias": False,
-    **_ALWAYS,
-}
 _YARN = tuple(RopeScalingConfig.__dataclass_fields__)
 
 
@@ -130,12 +123,13 @@ def compare_config(content: dict[str, Any], model: ModelConfig, folder: Path) ->
         UserError: names the field of config.json, its value, and this run's value.
     """
     ours = _function_fields(model)
-    theirs = {name: content.get(name, _USUAL.get(name)) for name in ours}
-    if "num_key_value_heads" in theirs:  # left out, every head has its own key
-        theirs["num_key_value_heads"] = theirs["num_key_value_heads"] or content.get("num_attention_heads")
-    if theirs.get("topk_method") == "greedy":  # greedy routing ignores the groups, which may be left out
-        for name in ("n_group", "topk_group"):
-            theirs[name] = theirs[name] or ours[name]
+    defaults = {
+        **_ALWAYS,
+        **attention_kind(model).published_defaults(model),
+        **router_of(model).published_defaults(model),
+    }
+    given = {name: value for name, value in content.items() if value is not None}
+    theirs = {name: (defaults | given).get(name) for name in ours}
     their_theta, their_scaling = _their_rope(content)
     theirs |= {"rope_theta": their_theta, "rope_scaling": their_scaling}
     ours |= {"rope_theta": model.rope_theta, "rope_scaling": _rope_scaling(model)}

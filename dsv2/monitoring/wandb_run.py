@@ -157,6 +157,6 @@ def _stop_wandb_process() -> None:
 
 
 def _one_line(error: Exception) -> str:
-    """Return the error's first line, or its type if it has no text."""
-    text = str(error).strip()
-    return text.splitlines()[0] if text and text != "<no message>" else type(error).__name__
+    """Return the error's type and the first line of its text."""
+    first_line = str(error).strip().partition("\n")[0]
+    return ": ".join(part for part in (type(error).__name__, first_line) if part)

@@ -3,7 +3,7 @@
 A collective returns a new tensor and never changes its argument. With one rank it returns the
 argument's values without a process group. An error in a collective is `PeerLost`: another process has
 ended. plan.py says who belongs together; start.py makes the process groups. DeepSpeed's own collectives
-run inside dsv2/parallel/zero.
+run inside dsv2/parallel/zero, and torch's own for checkpoints in dsv2/checkpoint/store.py.
 """
 
 from collections.abc import Callable, Iterator
@@ -70,7 +70,8 @@ class MeshDim:
 
     Args:
         group: moves tensors on the mesh's device; None with one rank.
-        host_group: a gloo group of the same ranks, for objects, and on a GPU for host tensors.
+        host_group: a gloo group of the same ranks. `objects` and `agree` need it, and on a GPU so do host
+            tensors. Only `world` and `dp` have one.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None, host_group: dist.ProcessGroup | None = None):
@@ -136,6 +137,11 @@ class MeshDim:
         if self._group is not None:
             _collective(dist.broadcast, answer, group=self._group_for(x), group_src=0)
         return answer
+
+    def wait_for_all(self) -> None:
+        """Return when every rank has called this."""
+        if self._group is not None:
+            _collective(dist.barrier, group=self._group)
 
     def _group_for(self, x: Tensor) -> dist.ProcessGroup | None:
         return self._group if self._on_host or x.device.type != "cpu" else self._host()

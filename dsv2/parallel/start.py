@@ -50,5 +50,5 @@ def _init_process_group(device: torch.device, rank: int, world_size: int) -> Non
 
 def end_process_group() -> None:
     """Wait for all ranks, then end the group. A rank whose peer exits during communication would abort."""
-    dist.barrier()
+    MeshDim(dist.group.WORLD).wait_for_all()
     dist.destroy_process_group()

@@ -168,8 +168,8 @@ def decisions_by_text(tree: ast.AST) -> list[str]:
         names = texts_of_errors(scope, error)
         for node in ast.walk(scope):
             looked_at: list[ast.AST] = []
-            if isinstance(node, ast.Compare) and any(isinstance(op, ast.In | ast.NotIn) for op in node.ops):
-                looked_at = list(node.comparators)
+            if isinstance(node, ast.Compare):
+                looked_at = [node.left, *node.comparators]
             elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
                 if ast.unparse(node.func.value) == "re":
                     looked_at = list(node.args)
@@ -189,6 +189,8 @@ def test_nothing_is_decided_by_the_text_of_an_error(path):
     "body",
     [
         "return 'full' in str(error)",
+        "return str(error) == 'full'",
+        "text = str(error); return 'full' != text",
         "return re.search('full', f'{error}')",
         "text = str(error).lower(); return 'full' not in text",
         "return str(error).removeprefix('disk ')",

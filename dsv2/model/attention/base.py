@@ -73,6 +73,10 @@ class AttentionKind(ABC):
             UserError: Hugging Face's architecture has no such attention.
         """
 
+    def published_defaults(self, model: ModelConfig) -> dict[str, Any]:
+        """Return what a config.json means that leaves out fields of `published`, or has null there."""
+        return {}
+
     @abstractmethod
     def build(self, model: ModelConfig, kernels: "KernelSet") -> "AttentionModule":
         """Return the nn.Module of one layer."""

@@ -100,6 +100,9 @@ class MultiHeadLatent(AttentionKind):
         fields = {name: getattr(model, name) for name in names}
         return fields | {"num_key_value_heads": model.num_attention_heads, "attention_bias": False}
 
+    def published_defaults(self, model: ModelConfig) -> dict[str, Any]:
+        return {"num_key_value_heads": model.num_attention_heads, "attention_bias": False}
+
     def build(self, model: ModelConfig, kernels: "KernelSet") -> "MultiHeadLatentAttention":
         from dsv2.model.attention.mla_module import MultiHeadLatentAttention
 

@@ -45,6 +45,10 @@ class Router(ABC):
             UserError: Hugging Face's architecture has no such router.
         """
 
+    def published_defaults(self, model: ModelConfig) -> dict[str, Any]:
+        """Return what a config.json means that leaves out fields of `published`, or has null there."""
+        return {}
+
     @abstractmethod
     def build(self, model: ModelConfig, kernels: "KernelSet") -> "RouterModule":
         """Return the nn.Module of one layer."""

@@ -67,6 +67,13 @@ class SoftmaxTopK(Router):
             "routed_scaling_factor": model.routed_scaling_factor,
         }
 
+    def published_defaults(self, model: ModelConfig) -> dict[str, Any]:
+        defaults = {"topk_method": "greedy", "scoring_func": "softmax", "norm_topk_prob": False}
+        if model.topk_group < model.n_group:
+            return defaults
+        # Greedy routing ignores the groups.
+        return defaults | {"n_group": model.n_group, "topk_group": model.topk_group}
+
     def build(self, model: ModelConfig, kernels: "KernelSet") -> "SoftmaxTopKRouter":
         from dsv2.moe.routers.softmax_topk_module import SoftmaxTopKRouter
 

@@ -158,7 +158,9 @@ def test_no_torchrun_is_a_mistake_in_words(tmp_path, monkeypatch):
         train.torchrun()
 
 
-@pytest.mark.parametrize("words", [["--cfg", "job", "model=lite"], ["-c", "job"], ["--multirun"]])
+@pytest.mark.parametrize(
+    "words", [["--cfg", "job", "model=lite"], ["-c", "job"], ["model=lite", "--cfg", "job"]]
+)
 def test_a_question_to_hydra_goes_to_train_py(box, start, capsys, words):
     started = start(*words)
     assert started.command == [str(box.root / ".venv/bin/python"), "train.py", *words]

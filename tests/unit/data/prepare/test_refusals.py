@@ -136,7 +136,9 @@ def test_full_disk_then_continued(
     with monkeypatch.context() as patch:
         patch.setattr(ShardWriter, "finish", full)
         assert main(arguments(jsonl, tmp_path / "out")) == 1
-    assert "No space left on device; fix this and run the same command again" in capsys.readouterr().err
+    assert (
+        "No space left on device; correct the cause and run the same command again" in capsys.readouterr().err
+    )
     assert main(arguments(jsonl, tmp_path / "out")) == 0
     main(arguments(jsonl, tmp_path / "whole"))
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
