@@ -86,9 +86,10 @@ def count_tokens(paths: Iterable[Path], vocab_size: int) -> np.ndarray:
 
 
 def unigram_nats(counts: np.ndarray, model_counts: np.ndarray) -> float | None:
-    """Return the mean nats per token of coding `counts` [V] by the frequencies of `model_counts` [V].
+    """Return the mean nats per token of coding `counts` by the frequencies of `model_counts`.
 
-    With `counts` as the model too, this is the entropy of `counts`. None if there is nothing to code.
+    Both have one count per token id. If they are equal, the result is the entropy of `counts`. The result is
+    None if `counts` is empty or all 0.
     """
     total = counts.sum()
     if total == 0:

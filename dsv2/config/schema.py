@@ -174,8 +174,8 @@ class Config:
     init_from: str | None = None
     # auto: this run's newest whole checkpoint; never: none; or the path of a checkpoint or run
     resume: str = "auto"
-    # with resume=PATH of another run: take only its weights and Adam's moments; steps, tokens, schedule and
-    # data start from the beginning; they and model.rope_scaling may differ
+    # with resume=PATH of another run: take only its weights and the optimizer's states. Steps, tokens,
+    # schedule and data start from the beginning. They and model.rope_scaling may differ from that run's
     new_stage: bool = False
     # save and stop after this optimizer step; the schedule stays that of the whole run
     stop_step: int | None = None

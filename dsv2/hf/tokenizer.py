@@ -108,6 +108,6 @@ def _refuse_lossy(path: Path, proto: Any) -> None:
     }
     if missing := [name for name, holds in wanted.items() if not holds]:
         raise UserError(
-            f"tokenizer: {path} cannot be written as a tokenizer.json that encodes as it does; only a model "
-            f"trained with {', '.join(missing)} can (data.prepare trains such ones)"
+            f"tokenizer: {path} cannot become a tokenizer.json that encodes alike; train it with "
+            f"{', '.join(missing)}, as data.prepare does"
         )

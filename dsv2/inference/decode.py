@@ -22,12 +22,12 @@ class Cache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the storages of all cached tensors."""
+        """Return the bytes of the storages of all cached tensors."""
         return sum(tensor.untyped_storage().nbytes() for kept in self.layers for tensor in kept)
 
 
 def _with_room(kept: Tensor, capacity: int) -> Tensor:
-    """Return a tensor of `capacity` positions that begins with what is kept [B, S, ...] of the prompts."""
+    """Copy what attention kept of the prompts, [B, S, ...], into a tensor with `capacity` positions."""
     positions = kept.new_zeros(len(kept), capacity, *kept.shape[2:])
     positions[:, : kept.shape[1]] = kept
     return positions

@@ -1,7 +1,7 @@
-"""Angles of the rotary position embedding (arXiv 2405.04434, eqs. 39 and 43), plain or by YaRN (3.1.4).
+"""Angles of the rotary position embedding (arXiv 2405.04434, eqs. 39 and 43), plain or with YaRN (3.1.4).
 
-The pairs of a head's rotary dimensions are interleaved, (x0, x1), (x2, x3), ..., as in the published weights;
-dsv2/kernels/reference/rope.py rotates them.
+A head's rotary dimensions form the pairs (x0, x1), (x2, x3) and so on, as in the published weights.
+dsv2/kernels/reference/rope.py rotates the pairs.
 """
 
 import math
@@ -14,18 +14,18 @@ from dsv2.config.schema import RopeScalingConfig
 
 
 class Angles(NamedTuple):
-    """cos and sin of the angles at some positions, fp32 [..., A]."""
+    """cos and sin of the angles at given positions, fp32 [..., A]."""
 
     cos: Tensor
     sin: Tensor
 
 
 def _kept_share(width: int, theta: float, scaling: RopeScalingConfig, device: torch.device) -> Tensor:
-    """Return how much of its original speed each pair keeps, fp64 [A]: 1 for fast pairs to 0 for slow ones.
+    """Return the share of its original speed that each pair keeps: fp64 [A], from 1 (fast pairs) to 0 (slow).
 
-    As in the published model the ramp is linear in the pair's number, between the whole numbers around
-    the pairs that rotate `beta_fast` and `beta_slow` times over the original context. (The YaRN paper
-    writes it as linear in the number of rotations.)
+    The share is 1 up to the pair that rotates `beta_fast` times over the original context, rounded down. From
+    there it falls to 0 at the pair that rotates `beta_slow` times, rounded up. It falls linearly with the
+    pair's index, as in the published model. (In the YaRN paper it falls linearly with the rotations.)
     """
 
     def pair_that_rotates(times: float) -> float:
@@ -39,7 +39,7 @@ def _kept_share(width: int, theta: float, scaling: RopeScalingConfig, device: to
 
 
 def _magnitude(factor: float, mscale: float) -> float:
-    """Return m(x) = 0.1 x ln s + 1: longer contexts need sharper attention."""
+    """Return 0.1 x mscale x ln(factor) + 1. Longer contexts need sharper attention."""
     return 0.1 * mscale * math.log(factor) + 1
 
 
@@ -48,10 +48,10 @@ def rope_tables(
 ) -> Angles:
     """Return the angles at integer `positions` of any shape, for heads with `width` rotary dimensions.
 
-    Pair i rotates by theta^(-2i/width) per position; YaRN slows the slow pairs down `factor` times.
+    Pair i rotates by theta^(-2i/width) radians per position. YaRN divides a slow pair's speed by `factor`.
 
-    The angles are recomputed on every use and are no buffers. A buffer would be cast to bf16 with the module,
-    and an angle of thousands of radians in bf16 is noise.
+    The angles are computed on every use instead of kept as buffers. A buffer would be cast to bf16 with the
+    module, and an angle of thousands of radians in bf16 is noise.
     """
     exponents_A = torch.arange(0, width, 2, device=positions.device, dtype=torch.float64) / width
     speeds_A = theta**-exponents_A
@@ -67,6 +67,6 @@ def rope_tables(
 
 
 def softmax_scale(head_width: int, scaling: RopeScalingConfig | None) -> float:
-    """Return the factor of attention scores: 1 / sqrt(width), under YaRN times m(mscale_all_dim)^2."""
+    """Return the factor of attention scores: 1 / sqrt(head_width), with YaRN times `_magnitude` squared."""
     sharpening = 1.0 if scaling is None else _magnitude(scaling.factor, scaling.mscale_all_dim) ** 2
     return head_width**-0.5 * sharpening

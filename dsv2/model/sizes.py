@@ -1,7 +1,7 @@
-"""Parameters and floating-point operations of the whole model: sums over its parts' specs; no torch.
+"""Parameters and floating-point operations of the whole model: sums over its parts' specs. Imports no torch.
 
-The definitions are those of published figures: a token's training FLOPs are 6 for every active
-matrix weight (the input embedding is a look-up and counts nothing) plus causal attention.
+The counts follow the convention of published figures. Training on a token takes 6 FLOPs for every active
+matrix weight, plus causal attention. The input embedding is a look-up and takes none.
 """
 
 from functools import cache
@@ -16,17 +16,17 @@ from dsv2.moe.sizes import Shapes, below, expert_parameters, shared_parameters, 
 
 class ParameterCount(NamedTuple):
     total: int
-    active: int  # used for one token, both embeddings counted
-    active_matmul: int  # matrices that one token is multiplied with: no input embedding, no norms
+    active: int  # parameters used for one token, both embeddings included
+    active_matmul: int  # elements of the matrices that multiply one token: without input embedding and norms
 
 
 def is_dense(model: ModelConfig, layer: int) -> bool:
-    """Return whether the layer of this number has a dense FFN instead of experts."""
+    """Return whether layer number `layer` has a dense FFN instead of experts."""
     return layer < model.first_k_dense_replace
 
 
 def count_layers(model: ModelConfig) -> tuple[int, int]:
-    """Return how many layers have a dense FFN, and how many have experts."""
+    """Return the number of layers with a dense FFN, and the number of layers with experts."""
     dense = min(model.first_k_dense_replace, model.num_hidden_layers)
     return dense, model.num_hidden_layers - dense
 
@@ -57,7 +57,7 @@ def _elements(shapes: Shapes) -> int:
 
 
 def _active_matmul(model: ModelConfig, dense: bool) -> int:
-    """Return the elements of a layer's matrices that one token is multiplied with."""
+    """Return the number of elements of the matrices that multiply one token in a layer."""
     shapes = layer_parameters(model, dense)
     routed = {name: shape for name, shape in shapes.items() if name.startswith("mlp.experts.")}
     matrices = sum(prod(shape) for shape in shapes.values() if len(shape) > 1)
@@ -66,18 +66,18 @@ def _active_matmul(model: ModelConfig, dense: bool) -> int:
 
 
 def attention_matrices(model: ModelConfig) -> int:
-    """Return the parameters of one layer's attention without its norms."""
+    """Return the number of parameters of one layer's attention, without its norms."""
     shapes = attention_kind(model).parameters(model).values()
     return sum(prod(shape) for shape in shapes if len(shape) > 1)
 
 
 def cached_elements(model: ModelConfig) -> int:
-    """Return the elements that decoding caches per token, over all layers."""
+    """Return the number of elements that decoding caches per token, over all layers."""
     return attention_kind(model).cached_elements(model) * model.num_hidden_layers
 
 
 def count_parameters(model: ModelConfig) -> ParameterCount:
-    """Return the parameters in total and those used for one token."""
+    """Return the number of all parameters, and of those used for one token."""
     dense_layers, moe_layers = count_layers(model)
     head = model.vocab_size * model.hidden_size
     total = _elements(outer_parameters(model)) + dense_layers * _elements(layer_parameters(model, True))
@@ -95,7 +95,8 @@ def count_parameters(model: ModelConfig) -> ParameterCount:
 def layer_flops(model: ModelConfig, dense: bool, sequence_length: int) -> int:
     """Return one token's training FLOPs (forward and backward) in one layer."""
     score_width = attention_kind(model).score_width(model)
-    # A product is 2 FLOPs forward and 4 backward; a token attends to half the sequence on average.
+    # A multiplication and addition is 2 FLOPs forward and 4 backward. A token attends to half of the sequence
+    # on average.
     attention = 6 // 2 * model.num_attention_heads * score_width * sequence_length
     return 6 * _active_matmul(model, dense) + attention
 
@@ -106,7 +107,7 @@ def head_flops(model: ModelConfig) -> int:
 
 
 def flops_per_token(model: ModelConfig, sequence_length: int) -> int:
-    """Return one token's training FLOPs at this length, recomputation not counted."""
+    """Return one token's training FLOPs at this sequence length, without recomputation."""
     dense_layers, moe_layers = count_layers(model)
     dense = dense_layers * layer_flops(model, True, sequence_length)
     mixture = moe_layers * layer_flops(model, False, sequence_length)
@@ -114,10 +115,10 @@ def flops_per_token(model: ModelConfig, sequence_length: int) -> int:
 
 
 def cut(model: ModelConfig, stages: int, sequence_length: int) -> list[range]:
-    """Return the layers of each of `stages` pipeline stages, so that the costliest stage costs least.
+    """Cut the layers into `stages` pipeline stages so that the costliest stage costs as little as possible.
 
-    A stage's cost is its training FLOPs. The head counts for the last stage; the embedding is a look-up and
-    costs nothing. Of equally good cuts the one with the longest first stages is taken.
+    A stage's cost is its training FLOPs. The head belongs to the last stage. The embedding is a look-up and
+    costs nothing. Of several best cuts, the one with the longest first stages is returned.
     """
     costs = [
         layer_flops(model, is_dense(model, layer), sequence_length)
@@ -127,7 +128,7 @@ def cut(model: ModelConfig, stages: int, sequence_length: int) -> list[range]:
 
     @cache
     def best(start: int, stages: int) -> tuple[int, tuple[int, ...]]:
-        """Return the cost of the costliest stage, and where each stage of the layers from `start` on ends."""
+        """Cut the layers from `start` on; return the costliest stage's cost and the end of each stage."""
         if stages == 1:
             return sum(costs[start:]), (len(costs),)
         choices = []

@@ -1,12 +1,12 @@
 """Send tokens to the ranks that hold their experts, and the experts' results back.
 
-A token's hidden state goes to a rank once, even if several of the token's experts are on that rank. Its
-choice and weights travel with it. With as many ranks as expert groups it goes to at most M ranks (section
-2.2.2). One row comes back per rank reached: the weighted sum over that rank's experts.
+A token's hidden state goes to a rank once, even if several of the token's experts are on that rank. The
+token's expert ids and weights are sent too. With as many ranks as expert groups, a token reaches at most M
+ranks (section 2.2.2). Each of these ranks returns one row: the weighted sum over its experts.
 
-`plan_dispatch` settles counts and order once per layer, for the backward pass too. `start_dispatch` returns
-while rows are on their way, so that other work can overlap. With one rank nothing moves, so the layer needs
-no branch for expert parallelism.
+`plan_dispatch` computes counts and order once per layer. The backward pass uses them again. `start_dispatch`
+returns while the rows are still being sent, so other work can run meanwhile. With one rank nothing is sent,
+and the layer needs no branch for expert parallelism.
 """
 
 from dataclasses import dataclass
@@ -24,41 +24,41 @@ from dsv2.parallel.mesh import MeshDim, Work
 
 @dataclass(frozen=True)
 class Exchange:
-    """Which rows cross between the ranks of an expert-parallel group of several."""
+    """Describes which rows cross between the ranks of an expert-parallel group of at least two ranks."""
 
-    rows: RowMap  # the rows sent, out of T x W slots: by rank, then by token
-    sent: list[int]  # rows to each rank [W]
-    received: list[int]  # rows from each rank [W]
+    rows: RowMap  # the rows sent: the used slots of T x W, sorted by rank, then by token
+    sent: list[int]  # [W]: number of rows sent to each rank
+    received: list[int]  # [W]: number of rows received from each rank
     ep: MeshDim
 
     @property
     def rows_out(self) -> int:
-        """Rows sent to other ranks."""
+        """Return the number of rows that this rank sends to other ranks."""
         return sum(self.sent) - self.sent[self.ep.rank]
 
     @property
     def rows_in(self) -> int:
-        """Rows received from other ranks."""
+        """Return the number of rows that this rank receives from other ranks."""
         return sum(self.received) - self.received[self.ep.rank]
 
 
 @dataclass(frozen=True)
 class DispatchPlan:
-    """Where every row goes in one layer."""
+    """Describes where each row of one layer goes."""
 
     kept_ids_TK: Tensor  # int64: the token's experts, -1 for a dropped pair
     kept_E: Tensor  # int64: pairs of this rank's tokens per expert of the layer, without the dropped pairs
     first_expert: int  # index of this rank's first expert in the layer
     rows_of_expert: Tensor  # int64 [E / W]: pairs of all tokens per expert of this rank
-    n_pairs: int  # sum of rows_of_expert; with one rank plus the dropped pairs, which come last
+    n_pairs: int  # sum of rows_of_expert. With one rank the dropped pairs count too; they come last.
     exchange: Exchange | None  # None with one rank
 
 
 class Arrived(NamedTuple):
-    """The input of this rank's experts."""
+    """Holds the rows that this rank's experts receive, with each row's expert ids and weights."""
 
     x_XD: Tensor
-    expert_ids_XK: Tensor  # int64, counted from this rank's first expert; -1: on another rank, or dropped
+    expert_ids_XK: Tensor  # int64, counted from this rank's first expert; -1 if on another rank or dropped
     weights_XK: Tensor  # fp32
 
 
@@ -69,12 +69,12 @@ def plan_dispatch(
     ep: MeshDim,
     load_E: Tensor | None = None,
 ) -> DispatchPlan:
-    """Settle where rows go. Collective. The host waits for the device once, or never with one rank.
+    """Decide which rows go to which rank. Collective. The host waits for the device once if W > 1.
 
     Args:
         keep_TK: bool; pairs to keep. Dropped pairs are not sent. None keeps all.
         ep: rank w holds the w-th block of E / W experts.
-        load_E: pairs per expert, if they are already counted.
+        load_E: the number of pairs per expert, if it is already known.
     """
     kept_TK = expert_ids_TK if keep_TK is None else expert_ids_TK.masked_fill(~keep_TK, -1)
     if keep_TK is None and load_E is not None:
@@ -94,34 +94,35 @@ def plan_dispatch(
         )
     n_local = n_experts // ep.size
     reached_TW = _ranks_reached(kept_TK, n_local, ep.size)
-    # What goes to each rank: pairs per expert of that rank, then the number of rows.
+    # Each rank gets the number of pairs for each of its experts, then the number of rows.
     going_W_counts = torch.cat((counts_E.view(ep.size, n_local), reached_TW.sum(dim=0).unsqueeze(1)), dim=1)
     coming_W_counts = ep.swap(going_W_counts)
     rows_of_expert = coming_W_counts[:, :-1].sum(dim=0)
     # One copy to the host for all sizes, because each copy waits for the device.
     sizes = torch.cat((going_W_counts[:, -1], coming_W_counts[:, -1], rows_of_expert.sum().unsqueeze(0)))
-    numbers = sizes.tolist()
-    sent = numbers[: ep.size]
+    counts = sizes.tolist()
+    sent = counts[: ep.size]
+    received = counts[ep.size : -1]
     ranks_TW = torch.arange(ep.size, device=kept_TK.device).where(reached_TW, ep.size)
     return DispatchPlan(
         kept_ids_TK=kept_TK,
         kept_E=counts_E,
         first_expert=ep.rank * n_local,
         rows_of_expert=rows_of_expert,
-        n_pairs=numbers[-1],
-        exchange=Exchange(map_rows(ranks_TW, sum(sent)), sent, numbers[ep.size : -1], ep),
+        n_pairs=counts[-1],
+        exchange=Exchange(map_rows(ranks_TW, sum(sent)), sent, received, ep),
     )
 
 
 def _ranks_reached(kept_TK: Tensor, n_local: int, n_ranks: int) -> Tensor:
-    """Return bool [T, W]: does the rank hold any of the token's kept experts?"""
+    """Return bool [T, W]: whether the rank holds any of the token's kept experts."""
     ranks_TK = kept_TK.div(n_local, rounding_mode="floor")  # -1 stays -1
     reached_TW = torch.zeros(len(kept_TK), n_ranks + 1, dtype=torch.bool, device=kept_TK.device)
     return reached_TW.scatter_(1, ranks_TK + 1, True)[:, 1:]
 
 
 class _Transfer:
-    """One exchange of rows. At most one collective is running, forward or backward."""
+    """Exchange rows once forward and once backward. At most one of the two collectives runs at a time."""
 
     def __init__(self, exchange: Exchange, clock: WaitClock, returning: bool = False):
         self.ep = exchange.ep
@@ -131,7 +132,7 @@ class _Transfer:
         self._work: Work | None = None
 
     def launch(self, x: Tensor, backwards: bool) -> None:
-        """Start to send rows. In the backward pass they return to where the forward pass sent them from."""
+        """Start to send rows. In the backward pass each row's gradient goes to the rank that sent the row."""
         if backwards:
             self._work = self.ep.exchange(x, send=self.receive, receive=self.send)
         else:
@@ -147,10 +148,10 @@ class _Transfer:
 
 
 class _Launch(torch.autograd.Function):
-    """Start an exchange. Return an empty handle for `_Finish`, which stands for the rows in autograd's graph.
+    """Start an exchange and return a handle, which represents the rows in autograd's graph until `_Finish`.
 
-    In the backward pass autograd runs `_Finish` first, which starts the exchange, and `_Launch` last, which
-    waits for it. Work between the two in the forward pass therefore overlaps in the backward pass as well.
+    The backward pass runs in reverse: `_Finish` starts the exchange of gradients, and `_Launch` waits for it.
+    So the work between the two overlaps with the exchange in both passes.
     """
 
     @staticmethod
@@ -177,7 +178,7 @@ class _Finish(torch.autograd.Function):
 
 
 class Pending:
-    """Rows on their way to their experts."""
+    """Holds rows that are being sent to their experts."""
 
     def __init__(self, x_TD: Tensor, weights_TK: Tensor, plan: DispatchPlan, execution: Execution):
         self._plan = plan
@@ -185,7 +186,7 @@ class Pending:
         if exchange is None:
             self._arrived = Arrived(x_TD, plan.kept_ids_TK, weights_TK)
             return
-        # One fp32 tensor holds both: fp32 represents ids below 2^24 exactly.
+        # One fp32 tensor holds the weights and the ids: fp32 represents ids below 2^24 exactly.
         choices = torch.cat((weights_TK, plan.kept_ids_TK.float()), dim=1)
         self._choice_transfer = _Transfer(exchange, execution.clock)
         self._row_transfer = _Transfer(exchange, execution.clock)

@@ -41,7 +41,7 @@ class RankParameters(NamedTuple):
 
     @property
     def dense(self) -> int:
-        """Elements of the tensors that are the same on every rank."""
+        """Return the number of elements of all tensors outside the routed experts."""
         return self.decay.elements + self.no_decay.elements
 
 

@@ -1,4 +1,4 @@
-"""The data sheets of GPUs: memory, peak FLOP/s, links, compute capability. Imports no torch."""
+"""Data from the data sheets of GPUs: memory, peak FLOP/s, links, compute capability. Imports no torch."""
 
 from dataclasses import dataclass
 
@@ -31,7 +31,7 @@ class Gpu:
 
     @property
     def peak(self) -> float:
-        """Dense bf16 FLOP/s."""
+        """Return the dense bf16 FLOP/s."""
         return PEAKS[self.name]
 
 

@@ -166,18 +166,18 @@ class Mesh:
 
     @property
     def is_main(self) -> bool:
-        """Is this the process that prints and writes the run's files?"""
+        """Return whether this process prints and writes the run's files."""
         return self[Dim.world].rank == 0
 
     def gradient_norm(self, square: Tensor, expert_square: Tensor) -> Tensor:
-        """Return the 2-norm of all reduced gradients, fp32 [], from each rank's sums of squares.
+        """Return the 2-norm of all reduced gradients, fp32 [].
 
         Args:
-            square: over the dense gradients of this rank's stage.
-            expert_square: over the gradients of this rank's experts.
+            square: sum of squares of the dense gradients of this rank's stage.
+            expert_square: sum of squares of the gradients of this rank's experts.
         """
-        of_stage = square + self[Dim.ep].sum(expert_square)
-        return self[Dim.pp].sum(of_stage).sqrt()
+        stage_square = square + self[Dim.ep].sum(expert_square)
+        return self[Dim.pp].sum(stage_square).sqrt()
 
 
 ALONE = MeshDim()  # a dimension of one rank

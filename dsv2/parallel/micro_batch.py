@@ -25,39 +25,42 @@ class MicroBatch(NamedTuple):
     tokens: int
     itemsize: int  # bytes of an activation: 2 in bf16, 4 in fp32
     ep_size: int
-    recompute: bool
-    fused_norm: bool  # CUDA's single kernel; on the CPU, torch composes RMSNorm from several and keeps more
+    recompute: bool  # is each layer recomputed in the backward pass?
+    fused_norm: bool  # True on CUDA; on the CPU, torch composes RMSNorm from several kernels and keeps more
     kernels: KernelSpec = find_spec("reference")
     ranks_per_token: float = 1.0  # mean number of ranks with a token's experts: `Router.mean_ranks`
 
     @property
     def fused(self) -> bool:
-        """Whether the costly operations are fused kernels."""
+        """Return whether fused kernels compute the costly operations."""
         return self.kernels.is_fused
 
     @property
     def whole_norm(self) -> bool:
-        """Whether RMSNorm is one operation."""
+        """Return whether one kernel computes RMSNorm."""
         return self.fused_norm or self.fused
 
     @property
     def cast(self) -> bool:
-        """Whether an fp32 version of an activation is a copy."""
+        """Return whether an activation must be copied to become fp32."""
         return self.itemsize != FP32
 
     @property
     def pairs(self) -> int:
-        """Number of (token, expert) pairs of this rank's experts."""
+        """Return the number of (token, expert) pairs that this rank's experts compute."""
         return self.tokens * self.model.num_experts_per_tok
 
     @property
     def rows(self) -> float:
-        """Number of tokens that reach this rank's experts, from this rank too. As many are sent."""
+        """Return the number of rows that this rank's experts receive, including those from this rank.
+
+        The rank sends as many rows as it receives.
+        """
         return self.tokens * self.ranks_per_token
 
     @property
     def row(self) -> int:
-        """Bytes of one hidden state."""
+        """Return the bytes of one hidden state."""
         return self.model.hidden_size * self.itemsize
 
     def norm_bytes(self, width: int) -> float:

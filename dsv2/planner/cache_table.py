@@ -1,6 +1,6 @@
-"""The KV cache per token by kind of attention, as in the paper's tables 1 and 9, for any configuration.
+"""Compare the KV cache per token of all kinds of attention, as the paper's tables 1 and 9 do.
 
-python -m dsv2 cache model=lite [model.FIELD=VALUE ...]
+`python -m dsv2 cache model=lite [model.FIELD=VALUE ...]` prints the table for any configuration.
 """
 
 from dataclasses import replace
@@ -11,40 +11,43 @@ from dsv2.formats import fmt_count
 from dsv2.model.attention.kinds import KINDS, attention_kind
 from dsv2.model.sizes import attention_matrices, cached_elements
 
-GROUPS = 8  # of the paper's GQA (appendix D.1), unless the configuration names a number
+GROUPS = 8  # key and value heads of the paper's GQA (appendix D.1), if the configuration names no number
 COMPARED = ("mla", "mha", "gqa", "mqa")  # the kinds that the paper compares
 
 
-def mha_heads_of_as_many_parameters(model: ModelConfig) -> int:
-    """Return the most heads with which MHA has no more attention parameters than this model; at least 1."""
-    single = replace(model, attention="mha", num_attention_heads=1, num_key_value_heads=None)
-    return max(1, attention_matrices(model) // attention_matrices(single))
+def mha_heads_with_equal_parameters(model: ModelConfig) -> int:
+    """Return the largest number of heads, at least 1, with which MHA has at most this model's parameters.
+
+    Only the parameters of the attention's matrices count.
+    """
+    one_head = replace(model, attention="mha", num_attention_heads=1, num_key_value_heads=None)
+    return max(1, attention_matrices(model) // attention_matrices(one_head))
 
 
 def rows(model: ModelConfig) -> list[tuple[str, int]]:
     """Return (kind, elements per token) with the layers and head width of `model`.
 
-    The paper's comparison comes first, then every other kind of attention that these sizes allow.
+    The kinds that the paper compares come first. Then comes every other kind that these sizes allow.
     """
     heads = model.num_attention_heads
     groups = model.num_key_value_heads or min(GROUPS, heads)
-    latent = replace(model, attention="mla", num_key_value_heads=None)
-    matched = mha_heads_of_as_many_parameters(latent)
+    mla = replace(model, attention="mla", num_key_value_heads=None)
+    matched_heads = mha_heads_with_equal_parameters(mla)
 
     def grouped(key_value_heads: int) -> int:
-        return cached_elements(replace(latent, attention="mha", num_attention_heads=key_value_heads))
+        return cached_elements(replace(mla, attention="mha", num_attention_heads=key_value_heads))
 
     table = [
         (f"MHA, same heads ({heads})", grouped(heads)),
-        (f"MHA, as many attention parameters as MLA ({matched} heads)", grouped(matched)),
+        (f"MHA, as many attention parameters as MLA ({matched_heads} heads)", grouped(matched_heads)),
         (f"GQA, {groups} groups", grouped(groups)),
         ("MQA", grouped(1)),
-        ("MLA", cached_elements(latent)),
+        ("MLA", cached_elements(mla)),
     ]
     for kind in KINDS:
-        other = replace(latent, attention=kind.name)
-        if kind.name not in COMPARED and _is_possible(other):
-            table.append((kind.name.upper(), cached_elements(other)))
+        candidate = replace(mla, attention=kind.name)
+        if kind.name not in COMPARED and _is_possible(candidate):
+            table.append((kind.name.upper(), cached_elements(candidate)))
     return table
 
 
@@ -57,17 +60,16 @@ def _is_possible(model: ModelConfig) -> bool:
 
 
 def table(model: ModelConfig) -> str:
-    """Return the table's text: elements of each kind, and their share of both MHA rows."""
+    """Return the table as text: the elements of each kind, and their share of each MHA row's elements."""
     entries = rows(model)
-    same = entries[0][1]
-    matched = entries[1][1]
+    same_heads = entries[0][1]
+    same_parameters = entries[1][1]
     width = max(len(name) for name, _ in entries)
     lines = [
-        f"KV cache per token over {model.num_hidden_layers} layers, elements, and its share of MHA's",
+        f"KV cache per token over {model.num_hidden_layers} layers: elements, and their share of MHA's",
         f"{'':{width}}  elements  of same heads  of as many parameters",
     ]
     for name, count in entries:
-        lines.append(
-            f"{name:{width}}  {fmt_count(count):>8}  {count / same:>13.0%}  {count / matched:>21.0%}"
-        )
+        shares = f"{count / same_heads:>13.0%}  {count / same_parameters:>21.0%}"
+        lines.append(f"{name:{width}}  {fmt_count(count):>8}  {shares}")
     return "\n".join(lines)

@@ -1,7 +1,8 @@
-"""Bytes of one rank: those held between steps, and those at each moment that may be the peak.
+"""Count the bytes that one rank holds between steps, and those at each moment that may be the peak.
 
-The ZeRO stage counts the bytes of DeepSpeed and the optimizer (parallel/zero), planner/activations.py those
-of a micro-batch. This module sums them. tests/dist/test_plan_memory.py compares both with real engines.
+The ZeRO stages (parallel/zero) count the bytes of DeepSpeed and of the optimizer. planner/activations.py
+counts those of a micro-batch. This module sums them. tests/dist/test_plan_memory.py compares the sums with
+real engines.
 """
 
 from typing import NamedTuple
@@ -18,30 +19,32 @@ from dsv2.planner.parameters import rank_parameters
 
 
 class Memory(NamedTuple):
-    """Bytes of one rank."""
+    """One rank needs these bytes."""
 
     states: States
-    step_gradients: float  # further gradients while a step accumulates them
-    step_buffers: float  # reduction bucket and its copies, gathered weights
+    step_gradients: float  # the additional gradients that exist while a step accumulates
+    step_buffers: float  # the reduction bucket, its copies, and gathered weights
     activations: Activations
     phases: dict[str, float]  # bytes at each moment that may be the peak
 
     @property
     def peak(self) -> float:
+        """Return the largest number of bytes in use at any moment."""
         return max(self.phases.values())
 
     @property
-    def fullest(self) -> str:
+    def peak_phase(self) -> str:
+        """Return the name of the moment at which the peak occurs."""
         return max(self.phases, key=lambda name: self.phases[name])
 
 
 def memory(config: Config, world_size: int, gpu: bool = True) -> Memory:
-    """Return what a rank of `world_size` needs for this configuration.
+    """Return the bytes that each of `world_size` ranks needs for this configuration.
 
     Args:
         config: the whole configuration, validated for `world_size`.
-        world_size: ranks of the job.
-        gpu: False counts what torch's CPU kernels keep, which the tests can run.
+        world_size: the number of ranks of the job.
+        gpu: if False, count what torch's CPU kernels keep. Tests without a GPU compare this count.
     """
     optim = config.optim
     runtime = config.runtime

@@ -1,7 +1,7 @@
-"""The parameters that one rank holds, by optimizer group, from the sizes alone.
+"""List the parameters that one rank holds, by optimizer group, from the configured sizes alone.
 
-The groups are those of `Optimizer.groups` in dsv2/optimizers/base.py; a test compares both with the
-built model.
+`Optimizer.groups` in dsv2/optimizers/base.py forms the same groups. A test compares the lists with the built
+model.
 """
 
 from math import prod
@@ -12,15 +12,17 @@ from dsv2.optimizers.base import GroupSizes, RankParameters
 
 
 def rank_parameters(model: ModelConfig, world_size: int, ep_size: int) -> RankParameters:
-    """Return one rank's tensors; all ranks hold tensors of the same sizes."""
+    """Return the sizes of one rank's tensors. They are the same on all ranks."""
     shapes = list(outer_parameters(model).items())
-    tables = {dense: layer_parameters(model, dense, ep_size) for dense in (True, False)}
+    shapes_of_layer = {
+        has_dense_ffn: layer_parameters(model, has_dense_ffn, ep_size) for has_dense_ffn in (True, False)
+    }
     for layer in range(model.num_hidden_layers):
-        shapes += tables[is_dense(model, layer)].items()
+        shapes += shapes_of_layer[is_dense(model, layer)].items()
     experts = [prod(shape) for name, shape in shapes if name.startswith("mlp.experts.")]
-    others = [shape for name, shape in shapes if not name.startswith("mlp.experts.")]
+    dense = [shape for name, shape in shapes if not name.startswith("mlp.experts.")]
     return RankParameters(
-        decay=GroupSizes([prod(shape) for shape in others if len(shape) > 1], world_size),
-        no_decay=GroupSizes([prod(shape) for shape in others if len(shape) == 1], world_size),
+        decay=GroupSizes([prod(shape) for shape in dense if len(shape) > 1], world_size),
+        no_decay=GroupSizes([prod(shape) for shape in dense if len(shape) == 1], world_size),
         experts=GroupSizes(experts, world_size // ep_size),
     )

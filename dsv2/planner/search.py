@@ -1,4 +1,4 @@
-"""Which layouts fit, and what the smallest change is that makes a layout fit."""
+"""Find the layouts that fit, and the smallest change that makes a layout fit."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,23 +12,28 @@ from dsv2.planner.memory import Memory, memory
 from dsv2.planner.speed import Speed, speed
 from dsv2.training.validate import validate
 
-USABLE = 0.9  # of a GPU's memory; the rest is for CUDA, NCCL, fragments, and experts of uneven load
-MORE_GPUS = (2, 4, 8, 16, 32)  # times as many, tried where nothing fits
+# The usable share of a GPU's memory. CUDA, NCCL, fragmentation and unevenly loaded experts need the rest.
+USABLE = 0.9
+MORE_GPUS = (2, 4, 8, 16, 32)  # if nothing fits, the search tries these multiples of the GPUs
 
 
 class Machines(NamedTuple):
-    gpus: int
+    """The job runs on these GPUs."""
+
+    gpus: int  # of all machines together
     gpu: Gpu
     gpus_per_node: int = 8
-    mfu: float | None = None  # the whole step's, where it is known
+    mfu: float | None = None  # measured over the whole step; None: the step's time is estimated
 
     @property
     def usable(self) -> float:
-        """Bytes a rank may take."""
+        """Return the bytes that a rank may use."""
         return self.gpu.memory * USABLE
 
 
 class Planned(NamedTuple):
+    """A layout comes with what it needs: memory per rank and time."""
+
     config: Config
     machines: Machines
     memory: Memory
@@ -39,7 +44,7 @@ class Planned(NamedTuple):
         return self.memory.peak <= self.machines.usable
 
     def words(self) -> dict[str, object]:
-        """The layout as the planner's own words and overrides."""
+        """Return the layout as names and values that `python -m dsv2 plan` takes."""
         parallel = self.config.parallel
         runtime = self.config.runtime
         return {
@@ -52,13 +57,16 @@ class Planned(NamedTuple):
 
 
 def plan(config: Config, machines: Machines) -> Planned:
-    """Memory and time of this configuration; it must be valid for as many processes as GPUs."""
+    """Return the memory and time that this configuration needs.
+
+    It must be valid for as many processes as there are GPUs.
+    """
     gpus, gpu, per_node, mfu = machines
     return Planned(config, machines, memory(config, gpus), speed(config, gpus, gpu, per_node, mfu))
 
 
 def _layouts(config: Config, gpus: int) -> Iterator[Config]:
-    """Every layout of `gpus` processes that train.py accepts for this model and batch."""
+    """Yield every layout of `gpus` processes that train.py accepts for this model and batch."""
     experts = config.model.n_routed_experts
     micro_batches = [2**power for power in range(max(1, config.optim.batch_size // gpus).bit_length())]
     for ep in (size for size in range(1, experts + 1) if experts % size == 0 and gpus % size == 0):
@@ -78,25 +86,26 @@ def _layouts(config: Config, gpus: int) -> Iterator[Config]:
 
 
 def search(config: Config, machines: Machines) -> list[Planned]:
-    """The layouts that fit, the fastest first; of equally fast ones the smallest first."""
-    planned = (plan(candidate, machines) for candidate in _layouts(config, machines.gpus))
-    fitting = [one for one in planned if one.fits]
-    return sorted(fitting, key=lambda one: (one.speed.step_s, one.memory.peak))
+    """Return the layouts that fit, fastest first. Among equally fast layouts the lowest peak comes first."""
+    layouts = (plan(candidate, machines) for candidate in _layouts(config, machines.gpus))
+    fitting = [layout for layout in layouts if layout.fits]
+    return sorted(fitting, key=lambda layout: (layout.speed.step_s, layout.memory.peak))
 
 
-def changes(given: Planned, other: Planned) -> dict[str, object]:
-    """The words of `other` that differ from those of `given`."""
-    before = given.words()
-    return {word: value for word, value in other.words().items() if value != before[word]}
+def changes(before: Planned, after: Planned) -> dict[str, object]:
+    """Return the words of `after` whose values differ from those in `before`."""
+    old_words = before.words()
+    return {word: value for word, value in after.words().items() if value != old_words[word]}
 
 
-def smallest_change(given: Planned) -> Planned | None:
-    """The fitting layout that differs in the fewest words, the fastest of those; None: none was found.
+def smallest_change(start: Planned) -> Planned | None:
+    """Return the layout that fits and differs from `start` in the fewest words; None if no layout fits.
 
-    More GPUs are tried only where nothing fits on those given.
+    Of several such layouts the fastest is returned. More GPUs are tried only if nothing fits on the GPUs of
+    `start`.
     """
     for times in (1, *MORE_GPUS):
-        machines = given.machines._replace(gpus=given.machines.gpus * times)
-        if fitting := search(given.config, machines):
-            return min(fitting, key=lambda one: len(changes(given, one)))
+        machines = start.machines._replace(gpus=start.machines.gpus * times)
+        if fitting := search(start.config, machines):
+            return min(fitting, key=lambda layout: len(changes(start, layout)))
     return None

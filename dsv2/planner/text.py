@@ -1,4 +1,4 @@
-"""A plan as lines to read."""
+"""Write a plan as lines of text."""
 
 from dsv2.config.schema import Config, Precision
 from dsv2.formats import short
@@ -20,12 +20,12 @@ def _title(planned: Planned) -> str:
     config = planned.config
     machines = planned.machines
     parallel = config.parallel
-    layers = "layers recomputed" if config.runtime.recompute else "layers kept"
+    activations = "activations recomputed" if config.runtime.recompute else "activations kept"
     return (
         f"{config.name}: {machines.gpus} x {machines.gpu.name}, expert parallel "
         f"{parallel.expert_parallel_size}, ZeRO-{parallel.zero_stage}, {config.runtime.precision.value}, "
-        f"micro-batch {config.runtime.micro_batch_size} x {config.data.sequence_length} tokens, {layers}, "
-        f"{config.runtime.kernels} kernels"
+        f"micro-batch {config.runtime.micro_batch_size} x {config.data.sequence_length} tokens, "
+        f"{activations}, {config.runtime.kernels} kernels"
     )
 
 
@@ -52,54 +52,56 @@ def _memory_lines(needed: Memory, machines: Machines) -> list[str]:
         "in a step: gradients": needed.step_gradients,
         "in a step: buffers and copies": needed.step_buffers,
         "activations: kept": kept,
-        "activations: more, at the peak": needed.activations.peak - kept,
-        "  (at the logits)": needed.activations.logits,
+        "activations: added at the peak": needed.activations.peak - kept,
+        "  (added at the logits)": needed.activations.logits,
     }
     lines = [f"  {name:<31}{size / GIB:9.2f}" for name, size in rows.items() if size]
     phases = "  ".join(f"{name} {size / GIB:.1f}" for name, size in needed.phases.items())
+    gpu = machines.gpu
+    usable = f"{machines.usable / GIB:.1f} ({USABLE:.0%} of the {gpu.name}'s {gpu.memory / GIB:.0f})"
     return [
-        "memory of a rank, GiB",
+        "memory per rank, GiB",
         *lines,
-        f"  {'peak':<31}{needed.peak / GIB:9.2f}   of {machines.usable / GIB:.1f} "
-        f"({USABLE:.0%} of the {machines.gpu.name}'s {machines.gpu.memory / GIB:.0f}); {needed.fullest}",
+        f"  {'peak':<31}{needed.peak / GIB:9.2f}   of {usable}, during {needed.peak_phase}",
         f"  {phases}",
     ]
 
 
 def _verdict(planned: Planned) -> list[str]:
-    return ["it fits"] if planned.fits else [f"it does NOT fit{_what_would(planned)}"]
+    return ["it fits"] if planned.fits else [f"it does NOT fit; {_advice(planned)}"]
 
 
-def _what_would(planned: Planned) -> str:
-    """Return the smallest change that makes a layout fit, to be printed after "it does NOT fit"."""
-    other = smallest_change(planned)
-    if other is None:
+def _advice(planned: Planned) -> str:
+    """Return the smallest change that makes a layout fit, or that there is none, as part of a sentence."""
+    fitting = smallest_change(planned)
+    if fitting is None:
         gpus = planned.machines.gpus * MORE_GPUS[-1]
         batch = planned.config.optim.batch_size
-        limit = f", the most that optim.batch_size={batch} shares out to" if batch < gpus else ""
-        return f", and no layout of up to gpus={min(gpus, batch)} does{limit}"
-    words = _words(changes(planned, other))
-    return f"; it would with {words} ({other.memory.peak / GIB:.1f} GiB, {other.speed.days:.1f} days)"
+        limit = f"; optim.batch_size={batch} allows no more GPUs" if batch < gpus else ""
+        return f"no layout of up to gpus={min(gpus, batch)} fits{limit}"
+    words = _words(changes(planned, fitting))
+    needed = f"{fitting.memory.peak / GIB:.1f} GiB, {fitting.speed.days:.1f} days"
+    return f"the smallest change that fits: {words} ({needed})"
 
 
 def _work_lines(planned: Planned) -> list[str]:
     config = planned.config
     machines = planned.machines
-    moved = traffic(config, machines.gpus_per_node)
+    sent = traffic(config, machines.gpus_per_node)
     lines = [
-        "work of a token",
+        "work per token",
         f"  arithmetic  {flops_per_token(config.model, config.data.sequence_length) / 1e9:.1f} GFLOP",
     ]
     if config.parallel.expert_parallel_size == 1:
         return [*lines, "  all-to-all  none"]
     model = config.model
     lines.append(
-        f"  all-to-all  {moved.sent / MIB:.2f} MiB sent, {moved.between_machines / MIB:.2f} of it to other "
-        f"machines; it reaches {moved.ranks:.2f} ranks"
+        f"  all-to-all  {sent.sent / MIB:.2f} MiB sent, {sent.between_machines / MIB:.2f} MiB of it to other "
+        f"machines; a token reaches {sent.ranks:.2f} ranks"
     )
     if model.topk_group < model.n_group:
         limit = f"{model.topk_group} of {model.n_group} groups"
-        lines.append(f"              without the limit to {limit} {moved.sent_unlimited / MIB:.2f} MiB")
+        lines.append(f"              without the limit to {limit}: {sent.sent_unlimited / MIB:.2f} MiB sent")
     return lines
 
 
@@ -115,10 +117,10 @@ def _time_lines(planned: Planned) -> list[str]:
         title = f"time, estimated ({ARITHMETIC:.0%} of the GPU's peak, {LINKS:.0%} of its links')"
         step = f"  step        {speed.step_s:.2f} s for {short(tokens)} tokens: {parts}"
     else:
-        title = "time, at the MFU given"
+        title = f"time, at mfu={planned.machines.mfu:g}"
         step = f"  step        {speed.step_s:.2f} s for {short(tokens)} tokens"
     if config.runtime.precision is Precision.fp32 and planned.machines.mfu is None:
-        title += "; at bf16's rate, which fp32 does not reach"
+        title += "; the peak is bf16's, which fp32 does not reach"
     return [
         title,
         step,
@@ -129,7 +131,7 @@ def _time_lines(planned: Planned) -> list[str]:
 
 
 def plan_lines(planned: Planned) -> list[str]:
-    """Return all lines about one layout."""
+    """Return all lines that describe one layout."""
     return [
         _title(planned),
         _parameter_line(planned),
@@ -141,17 +143,17 @@ def plan_lines(planned: Planned) -> list[str]:
 
 
 def search_lines(config: Config, machines: Machines, fitting: list[Planned], most: int = 20) -> list[str]:
-    """Return the fitting layouts as a table, best first."""
+    """Return the layouts that fit as a table, fastest first; it shows the first `most`."""
     title = f"{config.name} on {machines.gpus} x {machines.gpu.name}: {len(fitting)} layouts fit"
     if not fitting:
-        return [f"{title} {machines.usable / GIB:.1f} GiB{_what_would(plan(config, machines))}"]
-    lines = [f"{title}, the fastest first" + (f"; {most} are shown" if len(fitting) > most else "")]
+        return [f"{title} into {machines.usable / GIB:.1f} GiB; {_advice(plan(config, machines))}"]
+    lines = [f"{title}, fastest first" + (f"; {most} are shown" if len(fitting) > most else "")]
     lines.append("  peak GiB  step s    MFU    days  words")
-    for one in fitting[:most]:
-        speed = one.speed
-        words = {word: value for word, value in one.words().items() if word != "gpus"}
+    for layout in fitting[:most]:
+        speed = layout.speed
+        words = {word: value for word, value in layout.words().items() if word != "gpus"}
         lines.append(
-            f"  {one.memory.peak / GIB:8.1f} {speed.step_s:7.2f} {speed.mfu:6.1%} {speed.days:7.1f}  "
+            f"  {layout.memory.peak / GIB:8.1f} {speed.step_s:7.2f} {speed.mfu:6.1%} {speed.days:7.1f}  "
             f"{_words(words)}"
         )
     return lines

@@ -29,8 +29,8 @@ STUDIES: dict[str, dict[str, list[str]]] = {
         for shared in (False, True)
         for split in (1, 2, 4, 8)
     },
-    # The numbers of heads make attention as large as MHA with 8 heads: its matrices have
-    # 2 x hidden_size x 64 x (heads + key heads) parameters.
+    # The numbers of heads make every attention about as large as MHA with 8 heads. The matrices of mha, gqa
+    # and mqa have 2 x hidden_size x 64 x (heads + key heads) parameters.
     "attention": {
         "mla": ["model.attention=mla", "model.num_attention_heads=10"],
         "mha": ["model.attention=mha", "model.num_attention_heads=8"],

@@ -25,10 +25,9 @@ def memory_explained(config: Config) -> Iterator[None]:
         raise UserError(
             f"out of memory on rank {launched_ranks()[0]}{shortage}, with runtime.micro_batch_size="
             f"{config.runtime.micro_batch_size} of data.sequence_length={config.data.sequence_length}, "
-            f"expert_parallel_size={parallel.expert_parallel_size}, zero_stage={parallel.zero_stage}; take a "
-            "smaller micro-batch, runtime.recompute=true, more ranks to share experts and "
-            "optimizer states, or a smaller model; `python -m dsv2 plan gpus=N` with the same overrides "
-            "counts what a layout needs"
+            f"expert_parallel_size={parallel.expert_parallel_size}, zero_stage={parallel.zero_stage}. Use a "
+            "smaller micro-batch, runtime.recompute=true, more ranks or a smaller model. "
+            "`python -m dsv2 plan gpus=N` with the same overrides prints how much memory a layout needs."
         ) from error
 
 

@@ -90,7 +90,7 @@ def test_bf16_states_and_gradients_of_one_term(pools, states, micro_batches):
 def test_gradients_of_one_term_come_as_activations_go(pools):
     """The fullest moment of a step whose activations are the most of it: the head's, before any gradient."""
     want = planned(1, 1, 1, True, Precision.fp32, jobs.BATCH, jobs.BATCH)
-    assert want.fullest == "forward and backward"
+    assert want.peak_phase == "forward and backward"
     [(_, peak)] = pools[1].run(
         "tests.dist.memory_jobs:measure",
         micro_batches=1,

@@ -12,7 +12,9 @@ import pytest
 
 from tests.unit.helpers import REPO
 
-LONGEST = 30  # words of a sentence; CONTRIBUTING.md asks for 25
+LONGEST = 25  # words of a sentence
+LONGER = {"dsv2/kernels/fused/rows.py": 26}  # words of the longest sentence, until somebody shortens it
+LONGEST_MESSAGE = 30  # words of a sentence of an error message
 POSITIONAL = 5  # arguments of a call
 PYTHON = [REPO / "train.py", *sorted((REPO / "data").rglob("*.py")), *sorted((REPO / "dsv2").rglob("*.py"))]
 PAGES = sorted([*REPO.glob("*.md"), *(REPO / "docs").glob("*.md")])
@@ -86,18 +88,20 @@ def python_texts(path: Path) -> Iterator[Text]:
                 if not item.startswith("    "):  # an example
                     yield Text(_where(path, line), _without_code(" ".join(item.split())))
     comment: list[str] = []
-    last = 0
+    last = 0  # line of the previous comment, if it had a line to itself
+    where = ""
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type != tokenize.COMMENT:
             continue
         own_line = token.line.strip().startswith("#")
         if comment and not (own_line and token.start[0] == last + 1):
-            yield Text(_where(path, last), _without_code(" ".join(comment)))
+            yield Text(where, _without_code(" ".join(comment)))
             comment = []
         comment.append(token.string.lstrip("# "))
-        last = token.start[0]
+        where = _where(path, token.start[0])
+        last = token.start[0] if own_line else 0
     if comment:
-        yield Text(_where(path, last), _without_code(" ".join(comment)))
+        yield Text(where, _without_code(" ".join(comment)))
 
 
 def string_texts(path: Path) -> Iterator[Text]:
@@ -107,16 +111,41 @@ def string_texts(path: Path) -> Iterator[Text]:
             yield Text(_where(path, node.lineno), " ".join(node.value.split()))
 
 
+def _text(node: ast.expr) -> str | None:
+    """Return a string with each placeholder as one word; None if the expression is no string."""
+    match node:
+        case ast.Constant(value=str(text)):
+            return text
+        case ast.JoinedStr(values=parts):
+            return "".join(_text(part) or "X" for part in parts)
+        case ast.BinOp(left=left, op=ast.Add(), right=right):
+            return f"{_text(left) or 'X'}{_text(right) or 'X'}"
+    return None
+
+
+def error_messages(path: Path) -> Iterator[Text]:
+    """Strings passed to an error that is raised, or to `refuse`."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        call = node.exc if isinstance(node, ast.Raise) else node
+        if not isinstance(call, ast.Call):
+            continue
+        if call is node and ast.unparse(call.func).split(".")[-1] != "refuse":
+            continue
+        for argument in call.args:
+            if (text := _text(argument)) is not None:
+                yield Text(_where(path, argument.lineno), text)
+
+
 def sentences(text: str) -> list[str]:
     return re.split(r"(?<=[.!?])\s+|(?<=:)\s+(?=[A-Z])", text)
 
 
-def long_sentences(texts: Iterator[Text]) -> list[str]:
+def long_sentences(texts: Iterator[Text], limit: int = LONGEST) -> list[str]:
     return [
         f"{text.where}: {len(sentence.split())} words: {sentence[:90]}"
         for text in texts
         for sentence in sentences(text.words)
-        if len(sentence.split()) > LONGEST
+        if len(sentence.split()) > limit
     ]
 
 
@@ -141,9 +170,10 @@ def test_pages_are_plain_english(path):
 
 @pytest.mark.parametrize("path", PYTHON, ids=relative)
 def test_docstrings_comments_and_messages_are_plain_english(path):
-    assert long_sentences(python_texts(path)) == []
+    assert long_sentences(python_texts(path), LONGER.get(relative(path), LONGEST)) == []
     assert phrases(python_texts(path)) == []
     assert phrases(string_texts(path)) == []
+    assert long_sentences(error_messages(path), LONGEST_MESSAGE) == []
 
 
 @pytest.mark.parametrize("path", PYTHON, ids=relative)
@@ -187,7 +217,16 @@ def test_one_assignment_per_line_and_few_positional_arguments(path):
 def test_the_checks_find_what_they_look_for():
     assert tuple_assignments(ast.parse("a, b = 1, 2\nc, d = pair\ne = 1, 2")) == [1]
     assert long_calls(ast.parse("f(1, 2, 3, 4, 5, 6)\nf(1, 2, 3, 4, 5, x=6)\ntl.f(1, 2, 3, 4, 5, 6)")) == [1]
-    long_text = Text("x", "word " * 31 + "end. Short one.")
+    long_text = Text("x", "word " * 25 + "end. Short one.")
     assert len(long_sentences(iter([long_text]))) == 1
     assert phrases(iter([Text("x", "It uses six experts a token.")])) == ["x: 'experts a token'; write: per"]
     assert phrases(iter([Text("x", "It uses six experts per token.")])) == []
+
+
+def test_error_messages_are_found_with_placeholders_as_words(tmp_path, monkeypatch):
+    monkeypatch.setattr(f"{__name__}.REPO", tmp_path)
+    path = tmp_path / "x.py"
+    path.write_text(
+        'raise E(f"a {b} c" + d) from e\nrules.refuse("f", v, f"{x} y")\nprint("no error")\nraise E'
+    )
+    assert [text.words for text in error_messages(path)] == ["a X cX", "f", "X y"]

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 VIOLATION_UNIT = "largest / mean load - 1"
 VIOLATION = Panel(Section.balance, "Max violation", group="Expert")
-ENTROPY_UNIT = "H / ln E, 0 to 1"
+ENTROPY_UNIT = "entropy / ln E, 0 to 1"
 ENTROPY = Panel(Section.balance, "Entropy", group="Expert")
 DROPPED_UNIT = "share of routed pairs"
 

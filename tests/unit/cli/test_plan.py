@@ -124,8 +124,8 @@ def test_a_plan_that_fits(capsys):
     plan("experiment=lite", "gpus=8", "runtime.recompute=true")
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == (
-        "lite: 8 x H100, expert parallel 8, ZeRO-1, bf16, micro-batch 1 x 4096 tokens, layers recomputed, "
-        "fused kernels"
+        "lite: 8 x H100, expert parallel 8, ZeRO-1, bf16, micro-batch 1 x 4096 tokens, activations "
+        "recomputed, fused kernels"
     )
     assert lines[1].startswith("parameters  15.7B, 2.66B active per token; a rank computes with 3.11B ")
     assert "it fits" in lines
@@ -145,7 +145,7 @@ def test_a_plan_that_does_not_fit_says_what_would(capsys):
     plan("experiment=v2", "gpus=128")
     text = capsys.readouterr().out
     verdict = next(line for line in text.splitlines() if line.startswith("it does NOT fit"))
-    words = verdict.split(" with ")[1].split(" (")[0].split()
+    words = verdict.split(" fits: ")[1].split(" (")[0].split()
     plan("experiment=v2", "gpus=128", *words)
     assert "\nit fits\n" in capsys.readouterr().out
 
@@ -160,7 +160,7 @@ def test_the_published_cost(capsys):
 def test_search_lists_words_that_can_be_given_back(capsys):
     plan("experiment=lite", "gpus=8", "--search")
     lines = capsys.readouterr().out.splitlines()
-    assert "layouts fit, the fastest first; 20 are shown" in lines[0]
+    assert "layouts fit, fastest first; 20 are shown" in lines[0]
     rows = [line.split() for line in lines[2:]]
     assert len(rows) == 20
     peak, *_, days = rows[0][:4]
@@ -174,8 +174,8 @@ def test_search_lists_words_that_can_be_given_back(capsys):
 def test_search_finds_nothing(capsys):
     plan("experiment=v2", "gpus=8", "--search")
     found, advice = capsys.readouterr().out.split("; ")
-    assert found == "v2 on 8 x H100: 0 layouts fit 71.1 GiB"
-    assert advice.startswith("it would with gpus=64 ep=16 zero=3 runtime.recompute=true (")
+    assert found == "v2 on 8 x H100: 0 layouts fit into 71.1 GiB"
+    assert advice.startswith("the smallest change that fits: gpus=64 ep=16 zero=3 runtime.recompute=true (")
 
 
 def test_search_does_not_ask_for_the_layout_it_looks_for(capsys):

@@ -82,9 +82,9 @@ def test_more_gpus_only_where_nothing_else_helps():
 def test_nothing_helps():
     too_small = with_memory(LITE, EIGHT, 0.001)
     assert smallest_change(plan(LITE, too_small)) is None
-    assert search_lines(LITE, too_small, [])[0].endswith(", and no layout of up to gpus=256 does")
+    assert search_lines(LITE, too_small, [])[0].endswith("; no layout of up to gpus=256 fits")
     few = replace(LITE, optim=replace(LITE.optim, batch_size=16))
-    said = "no layout of up to gpus=16 does, the most that optim.batch_size=16 shares out to"
+    said = "; no layout of up to gpus=16 fits; optim.batch_size=16 allows no more GPUs"
     assert search_lines(few, too_small, [])[0].endswith(said)
 
 
