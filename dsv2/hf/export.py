@@ -148,5 +148,5 @@ def published_tensors(
         kind = () if is_parameter else ("buffer",)
         whole = read(name, tensor.numel(), *kind).view(tensor.shape)
         for part in parts:
-            yield part.name, whole[part.place].to(dtype if is_parameter else tensor.dtype, copy=True)
+            yield part.name, whole[part.indices].to(dtype if is_parameter else tensor.dtype, copy=True)
         del whole  # before the next one is read

@@ -93,7 +93,7 @@ class HFWeights:
         if extra := sorted(shapes.keys() - wanted.keys()):
             raise UserError(
                 f"init_from={self.folder}: {extra[0]} in {self._file_of[extra[0]]}, of shape "
-                f"{list(shapes[extra[0]])}, has no place in this run's model"
+                f"{list(shapes[extra[0]])}, is not part of this run's model"
             )
 
     @torch.no_grad()
@@ -106,4 +106,4 @@ class HFWeights:
                     file = self._file_of[part.name]
                     if file not in opened:
                         opened[file] = stack.enter_context(safe_open(self.folder / file, "pt"))
-                    tensor[part.place].copy_(opened[file].get_slice(part.name)[part.rows])
+                    tensor[part.indices].copy_(opened[file].get_slice(part.name)[part.rows])

@@ -29,7 +29,7 @@ class Part(NamedTuple):
     name: str  # of the published tensor
     shape: tuple[int, ...]  # of the whole published tensor
     rows: slice  # the piece within the published tensor, along dim 0
-    place: Index  # the piece within our parameter: parameter[place]
+    indices: Index  # the piece within our parameter: parameter[indices]
 
 
 def model_outline(config: ModelConfig) -> DeepseekV2:

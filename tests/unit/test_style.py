@@ -34,6 +34,7 @@ PHRASES = {  # what not to write: what to write
     r"\bof (its|their|his) own\b": "separate, its own",
     r"\bhas not\b(?! (been|yet|to))": "lacks, has no",
     r"\bat the most\b": "at most",
+    r"\b(an?|no|the|its|their|each|every|this) places?\b": "position, slot; name the thing",
     r"\bturned (keys?|queries|pairs?|by|half)\b": "rotated",
     r"\bRoPE turns\b": "rotates",
     r"\banew\b": "again, recomputed",

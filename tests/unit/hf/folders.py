@@ -42,7 +42,7 @@ def our_model(config: ModelConfig) -> DeepseekV2:
 def in_published_names(model: DeepseekV2, of: dict[str, Tensor], stacked: bool) -> dict[str, Tensor]:
     """`of` holds a tensor for each of the model's parameters: the same under the published names."""
     return {
-        part.name: of[name][part.place]
+        part.name: of[name][part.indices]
         for name, _, parts in published_parts(model, stacked)
         for part in parts
     }

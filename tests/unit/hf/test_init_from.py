@@ -51,7 +51,7 @@ def file_of(folder: Path, name: str) -> str:
 def stacked(folder: Path) -> Path:
     """The same weights as transformers 5 keeps them, in one file without an index."""
     model = our_model(CONFIG)
-    tensors = {p.name: v.detach()[p.place] for _, v, parts in published_parts(model, True) for p in parts}
+    tensors = {p.name: v.detach()[p.indices] for _, v, parts in published_parts(model, True) for p in parts}
     for path in folder.glob("model*"):
         path.unlink()
     save_file(tensors, folder / "model.safetensors")
@@ -149,7 +149,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "extra tensor": (
         lambda f: edit_tensors(f, GATE, lambda t: t.update({"model.layers.9.odd": torch.zeros(3)})),
-        r"model\.layers\.9\.odd in model-0000\d-of-00004\.safetensors, of shape \[3\], has no place",
+        r"model\.layers\.9\.odd in model-0000\d-of-00004\.safetensors, of shape \[3\], is not part",
     ),
     "other shape": (
         lambda f: edit_tensors(f, GATE, lambda t: t.update({GATE: torch.zeros(24, 7)})),
