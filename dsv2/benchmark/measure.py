@@ -70,9 +70,11 @@ def measure(config: Config, device: Any, arguments: Namespace) -> dict[str, Any]
         balance_routing(model)
     engine = Engine(model, config.optim, config.parallel, config.runtime, mesh)
     random = config.data.path == NO_DATA
-    tokens = random_tokens(config, rank, world_size) if random else stream_tokens(config, mesh)
+    dp = mesh[Dim.dp]
+    tokens = random_tokens(config, dp.rank, dp.size) if random else stream_tokens(config, mesh)
 
-    numbers = count(rank * config.runtime.micro_batch_size, config.runtime.micro_batch_size * world_size)
+    micro_batch_size = config.runtime.micro_batch_size
+    numbers = count(dp.rank * micro_batch_size, micro_batch_size * dp.size)
 
     def step(micro_batches: list[Tensor]) -> float:
         batches = [Batch(t[:, :-1], t[:, 1:], next(numbers) + arange(len(t))) for t in micro_batches]

@@ -27,8 +27,12 @@ class Timing(NamedTuple):
     peak_gib: float | None  # None on a CPU
 
 
-def random_tokens(config: Config, rank: int, world_size: int) -> Iterator[list[Tensor]]:
-    """Yield this rank's micro-batches of each step, [sequences, length + 1] each, with random tokens."""
+def random_tokens(config: Config, rank: int, ranks: int) -> Iterator[list[Tensor]]:
+    """Yield one rank's micro-batches of each step, [sequences, length + 1] each, with random tokens.
+
+    Args:
+        rank: among the `ranks` data-parallel ranks.
+    """
     generator = torch.Generator().manual_seed(rank)
     micro = config.runtime.micro_batch_size
     while True:
@@ -36,7 +40,7 @@ def random_tokens(config: Config, rank: int, world_size: int) -> Iterator[list[T
             torch.randint(
                 config.model.vocab_size, (micro, config.data.sequence_length + 1), generator=generator
             )
-            for _ in range(config.optim.batch_size // (micro * world_size))
+            for _ in range(config.optim.batch_size // (micro * ranks))
         ]
 
 

@@ -64,7 +64,7 @@ class ModelConfig:
     vocab_size: int = 4096  # token ids that the model knows; at least the tokenizer's pieces
     hidden_size: int = 192  # width of the residual stream
     num_hidden_layers: int = 4  # layers, dense and MoE
-    # kind of attention: mla (section 2.1), or mha, gqa or mqa (appendix D)
+    # kind of attention, such as mla (section 2.1); dsv2/model/attention/kinds.py lists the kinds
     attention: str = "mla"
     num_attention_heads: int = 4  # query heads
     # key and value heads; must be given for gqa and must be null otherwise
@@ -77,7 +77,8 @@ class ModelConfig:
     v_head_dim: int = 32  # width of a value head
     intermediate_size: int = 512  # width of the FFN in dense layers
     moe_intermediate_size: int = 96  # width of one expert
-    router: str = "softmax_topk"  # how a token's experts are chosen
+    # how a token's experts are chosen; dsv2/moe/routers/kinds.py lists the routers
+    router: str = "softmax_topk"
     n_routed_experts: int = 16  # routed experts per MoE layer
     n_shared_experts: int = 1  # experts per MoE layer that every token uses
     num_experts_per_tok: int = 4  # routed experts per token
@@ -95,7 +96,7 @@ class ModelConfig:
 
 @dataclass
 class OptimConfig:
-    name: str = "adamw"  # the optimizer; adamw is the only one so far
+    name: str = "adamw"  # the optimizer; dsv2/optimizers/rules.py lists them
     # precision of the master weights and of Adam's moments. bf16 needs ZeRO-1 and has no separate master
     # weights; weights and moments are then rounded stochastically
     states: Precision = Precision.fp32
@@ -120,7 +121,7 @@ class ParallelConfig:
     """The layout: how ranks share the work."""
 
     expert_parallel_size: int = 1  # ranks that share one copy of the routed experts
-    zero_stage: int = 1  # DeepSpeed ZeRO: 0, 1, 2 or 3
+    zero_stage: int = 1  # DeepSpeed ZeRO's stage; dsv2/parallel/zero/stages.py lists them
 
 
 @dataclass

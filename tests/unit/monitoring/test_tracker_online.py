@@ -128,7 +128,7 @@ def test_a_malformed_key_means_offline(tmp_path, monkeypatch, capfd):
     tracker = start(tmp_path, "auto")
     tracker.close()
     printed, errors = capfd.readouterr()
-    assert printed.startswith("W&B is offline (WANDB_API_KEY invalid: ")
+    assert printed.startswith("W&B is offline (AuthenticationError: WANDB_API_KEY invalid: ")
     assert (printed.count("\n"), errors) == (1, "")
 
 

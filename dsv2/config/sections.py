@@ -1,0 +1,65 @@
+"""Checks of the sections that no part of the model or the layout checks. Each raises UserError."""
+
+import math
+from dataclasses import fields
+
+from dsv2.config.rules import refuse, require_above_0, require_fraction, require_positive
+from dsv2.config.schema import CheckpointConfig, Config, EvalConfig, LoggingConfig, OptimConfig
+
+
+def check_run(config: Config) -> None:
+    """Check the fields outside any section."""
+    if not config.name or "/" in config.name or config.name.startswith("."):
+        refuse("name", repr(config.name), "must be a plain folder name, such as my-run")
+    if config.new_stage and config.resume in ("auto", "never"):
+        refuse("resume", config.resume, "must be the path of a checkpoint to start from with new_stage=true")
+    if config.stop_step is not None and config.stop_step < 1:
+        refuse("stop_step", config.stop_step, "must be at least 1, or null")
+    if config.data.sequence_length > config.model.max_position_embeddings:
+        refuse(
+            "data.sequence_length",
+            config.data.sequence_length,
+            f"must be at most model.max_position_embeddings={config.model.max_position_embeddings}",
+        )
+
+
+def check_schedule(optim: OptimConfig) -> None:
+    """Check the lengths, batch sizes and rates; the optimizer checks its own fields."""
+    require_positive("optim", optim, ["total_tokens", "batch_size", "batch_ramp_increment"])
+    require_positive("optim", optim, ["warmup_steps", "weight_decay", "batch_ramp_tokens"], least=0)
+    require_fraction("optim", optim, ["decay_factor"])
+    require_above_0("optim", optim, ["lr", "grad_clip"])
+    if optim.decay_at != sorted(set(optim.decay_at)) or not all(0 < f < 1 for f in optim.decay_at):
+        refuse("optim.decay_at", optim.decay_at, "must be rising shares of the tokens, such as [0.6, 0.9]")
+    start = optim.batch_size_start
+    if start is not None and not 1 <= start <= optim.batch_size:
+        refuse("optim.batch_size_start", start, f"must be from 1 to optim.batch_size={optim.batch_size}")
+    if start is None and optim.batch_ramp_tokens > 0:
+        refuse("optim.batch_size_start", None, "must be given when optim.batch_ramp_tokens is above 0")
+    if start is not None and optim.batch_ramp_tokens == 0:
+        refuse("optim.batch_ramp_tokens", 0, "must be above 0 when optim.batch_size_start is given")
+
+
+def check_logging(logging: LoggingConfig) -> None:
+    """Check the numbers of steps and windows, and every limit of an alert."""
+    counts = ["every", "maps_every", "alert_windows", "alert_spike_steps"]
+    require_positive("logging", logging, counts)
+    for field in fields(logging):
+        if not field.name.startswith("alert_") or field.name in counts:
+            continue
+        limit = getattr(logging, field.name)
+        if limit is not None and not 0 <= limit < math.inf:
+            right = "must be at least 0 and finite; 0 or null turns the alert off"
+            refuse(f"logging.{field.name}", limit, right)
+    if logging.alert_dead is not None and logging.alert_dead > 1:
+        refuse("logging.alert_dead", logging.alert_dead, "must be a share of the experts, at most 1")
+
+
+def check_eval(evaluation: EvalConfig) -> None:
+    require_positive("eval", evaluation, ["every", "sequences"])
+    require_positive("eval", evaluation, ["sample_tokens"], least=0)
+
+
+def check_checkpoint(checkpoint: CheckpointConfig) -> None:
+    require_positive("checkpoint", checkpoint, ["every"], least=0)
+    require_positive("checkpoint", checkpoint, ["keep"])
