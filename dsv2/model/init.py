@@ -1,7 +1,7 @@
 """Initial weights: N(0, initializer_range) for every matrix, 1 for every norm (appendix B.1).
 
-Every parameter, and every single expert, is drawn from its own generator, seeded by its name. So the
-start is the same on every layout of one kind of device, and a rank draws only the experts it holds.
+Every parameter, and every single expert, is drawn from its own generator, seeded by its name. So the initial
+weights are the same on every layout, on one kind of device. A rank draws only the experts it holds.
 """
 
 import zlib
@@ -13,21 +13,21 @@ from dsv2.moe.experts import RoutedExperts
 
 
 def _normal_(tensor: torch.Tensor, std: float, seed: int, name: str) -> None:
-    # The CPU's generator takes 32 bits of a seed, so both go through the hash.
+    # The CPU's generator uses 32 bits of a seed, so the run's seed and the name are hashed to 32 bits.
     generator = torch.Generator(tensor.device).manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
     tensor.copy_(torch.randn(tensor.shape, generator=generator, device=tensor.device) * std)
 
 
 @torch.no_grad()
 def init_weights(model: nn.Module, std: float, seed: int) -> None:
-    """Fill all parameters in place; they are drawn in fp32 on the parameter's device."""
+    """Fill all parameters in place. The values are drawn in fp32 on the parameter's device."""
     for module_name, module in model.named_modules():
         for name, parameter in module.named_parameters(prefix=module_name, recurse=False):
             if isinstance(module, nn.RMSNorm):
                 parameter.fill_(1.0)
             elif isinstance(module, RoutedExperts):
-                for local, weight in enumerate(parameter):
-                    _normal_(weight, std, seed, f"{name}.{module.first_expert + local}")
+                for index, weight in enumerate(parameter):
+                    _normal_(weight, std, seed, f"{name}.{module.first_expert + index}")
             else:
                 _normal_(parameter, std, seed, name)
 
@@ -35,8 +35,8 @@ def init_weights(model: nn.Module, std: float, seed: int) -> None:
 def materialize(model: nn.Module, dtype: torch.dtype, device: torch.device | str) -> None:
     """Allocate a model that was built on the meta device, in place; its parameters get `dtype`.
 
-    Buffers keep their own dtype. Those on the meta device become zeros; one that starts with other values is
-    built by its module with an explicit device.
+    Buffers keep their own dtype. A buffer on the meta device becomes zeros. A module whose buffer starts with
+    other values must build the buffer on an explicit device.
     """
     buffers = [
         (module, name, buffer)

@@ -1,4 +1,4 @@
-"""RMSNorm as modules: of a latent, and in the residual stream."""
+"""Two modules: RMSNorm of one tensor, such as a latent, and RMSNorm of the residual stream."""
 
 from torch import Tensor, nn
 
@@ -6,7 +6,7 @@ from dsv2.kernels.sets import REFERENCE, KernelSet
 
 
 class RMSNorm(nn.RMSNorm):
-    """x / rms(x) * weight over the last dimension."""
+    """Returns x / rms(x) * weight over the last dimension."""
 
     def __init__(self, width: int, eps: float, kernels: KernelSet = REFERENCE):
         super().__init__(width, eps=eps)
@@ -18,7 +18,7 @@ class RMSNorm(nn.RMSNorm):
 
 
 class ResidualNorm(RMSNorm):
-    """(x + change, its norm), or (x, its norm) without a change; the stream continues with the first."""
+    """Returns the residual stream x + change, or x without a change, and its RMSNorm."""
 
     def forward(self, x: Tensor, change: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self.kernels.add_rms_norm(x, change, self.weight, self.epsilon)

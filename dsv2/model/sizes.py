@@ -11,7 +11,7 @@ from typing import NamedTuple
 from dsv2.config.schema import ModelConfig
 from dsv2.model.attention.kinds import attention_kind
 from dsv2.moe.routers.kinds import router_of
-from dsv2.moe.sizes import Shapes, below, expert_parameters, shared_parameters, swiglu_parameters
+from dsv2.moe.sizes import Shapes, expert_parameters, shared_parameters, swiglu_parameters, with_prefix
 
 
 class ParameterCount(NamedTuple):
@@ -43,13 +43,13 @@ def outer_parameters(model: ModelConfig) -> Shapes:
 def layer_parameters(model: ModelConfig, dense: bool, ep_size: int = 1) -> Shapes:
     """Return one rank's parameters of one layer, by their names below `model.layers.N`."""
     shapes: Shapes = {"input_layernorm.weight": (model.hidden_size,)}
-    shapes |= below("self_attn", attention_kind(model).parameters(model))
+    shapes |= with_prefix("self_attn", attention_kind(model).parameters(model))
     shapes["post_attention_layernorm.weight"] = (model.hidden_size,)
     if dense:
-        return shapes | below("mlp", swiglu_parameters(model.hidden_size, model.intermediate_size))
-    shapes |= below("mlp.gate", router_of(model).parameters(model))
-    shapes |= below("mlp.experts", expert_parameters(model, ep_size))
-    return shapes | below("mlp.shared_experts", shared_parameters(model))
+        return shapes | with_prefix("mlp", swiglu_parameters(model.hidden_size, model.intermediate_size))
+    shapes |= with_prefix("mlp.gate", router_of(model).parameters(model))
+    shapes |= with_prefix("mlp.experts", expert_parameters(model, ep_size))
+    return shapes | with_prefix("mlp.shared_experts", shared_parameters(model))
 
 
 def _elements(shapes: Shapes) -> int:

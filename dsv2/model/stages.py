@@ -1,8 +1,8 @@
-"""A stage: consecutive layers of the decoder, perhaps with the embedding before or the head after them.
+"""A stage: consecutive layers of the decoder. The first stage also has the embedding, the last one the head.
 
 Every parameter keeps the name that it has in the whole model (`model.layers.17.mlp.gate.weight`). So
-checkpoints and Hugging Face folders do not depend on the number of stages. `cut` in model/sizes.py says which
-layers belong to which stage. model/transformer.py is the whole model as a single stage.
+checkpoints and Hugging Face folders do not depend on the number of stages. `cut` in model/sizes.py chooses
+the layers of each stage. model/transformer.py is the whole model as a single stage.
 """
 
 from typing import NamedTuple, cast
@@ -24,7 +24,7 @@ from dsv2.moe.stats import RoutingStats
 
 
 class Decoder(nn.Module):
-    """The part of `model.*` of the published weights that belongs to a stage."""
+    """Holds those parameters of one stage whose published names begin with `model.`."""
 
     def __init__(self, config: ModelConfig, layers: range, *, first: bool, last: bool, execution: Execution):
         super().__init__()
@@ -38,34 +38,34 @@ class Decoder(nn.Module):
 
 
 class OutputHead(nn.Linear):
-    """Logits; or, given labels, the loss itself: complete logits are the largest tensor of all."""
+    """Computes logits, or with labels the loss, so that fused kernels need not hold all logits at once."""
 
     def __init__(self, hidden_size: int, vocab_size: int, kernels: KernelSet):
         super().__init__(hidden_size, vocab_size, bias=False)
         self.kernels = kernels
 
     def forward(self, hidden: Tensor, labels_T: Tensor | None = None) -> Tensor:
-        """Return the logits of hidden states [..., D]; given labels, the mean cross-entropy of [T, D]."""
+        """Return the logits of hidden states [..., D]; with labels, the mean cross-entropy of [T, D]."""
         if labels_T is None:
             return super().forward(hidden)
         return self.kernels.head_loss(hidden, self.weight, labels_T)
 
 
 class StageOutput(NamedTuple):
-    x_BSD: Tensor  # the residual stream; of the last stage, after the last norm
-    losses: list[BalanceLosses]  # of each MoE layer of the stage
-    stats: list[RoutingStats]  # of each MoE layer of the stage
+    x_BSD: Tensor  # the residual stream; if this is the last stage, after the last norm
+    losses: list[BalanceLosses]  # one per MoE layer of the stage
+    stats: list[RoutingStats]  # one per MoE layer of the stage
 
 
 class Stage(nn.Module):
     """Consecutive layers.
 
     Args:
-        config: the whole model's.
+        config: the sizes and balance recipe of the whole model.
         layers: the numbers of this stage's layers.
         first: does the embedding belong to this stage?
         last: do the last norm and the output head belong to this stage?
-        execution: ranks, kernels and the like, which change no result.
+        execution: ranks, kernels and other settings that do not change the result.
     """
 
     def __init__(self, config: ModelConfig, layers: range, *, first: bool, last: bool, execution: Execution):
@@ -81,7 +81,7 @@ class Stage(nn.Module):
         return cast(list[DecoderLayer], list(self.model.layers.values()))
 
     def angles(self, positions: Tensor) -> Angles:
-        """Return RoPE's angles of tokens at these positions."""
+        """Return RoPE's angles at these positions."""
         config = self.config
         width = attention_kind(config).rotary_width(config)
         return rope_tables(positions, width, config.rope_theta, config.rope_scaling)
@@ -110,7 +110,7 @@ class Stage(nn.Module):
         return StageOutput(x_BSD, losses, stats)
 
     def with_balance(self, loss: Tensor, losses: list[BalanceLosses]) -> Tensor:
-        """Return the loss plus the layers' balance losses times their alphas: fp32 [] (section 2.2.3)."""
+        """Return `loss` plus the layers' balance losses, each times its alpha: fp32 [] (section 2.2.3)."""
         recipe = self.config.balance
         expert, device, comm = (torch.stack(parts).sum() for parts in zip(*losses, strict=True))
         return loss + recipe.alpha_expert * expert + recipe.alpha_device * device + recipe.alpha_comm * comm

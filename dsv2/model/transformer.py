@@ -16,18 +16,18 @@ from dsv2.moe.stats import RoutingStats
 
 
 class ModelOutput(NamedTuple):
-    loss: Tensor  # [] lm_loss plus the balance losses times their alphas: backward starts from it
+    loss: Tensor  # [] lm_loss plus the balance losses times their alphas; the backward pass starts here
     lm_loss: Tensor  # [] mean cross-entropy per token, nats
-    balance: BalanceLosses  # raw, one per MoE layer
+    balance: BalanceLosses  # before alpha, stacked over the MoE layers
     stats: RoutingStats  # stacked over the MoE layers
 
 
 class DeepseekV2(Stage):
-    """All layers, with an untied output head and the training loss.
+    """The whole model in one stage: all layers, an untied output head and the training loss.
 
     Args:
         config: sizes and balance recipe.
-        execution: ranks, kernels and the like, which change no result.
+        execution: ranks, kernels and other settings that do not change the result.
     """
 
     def __init__(self, config: ModelConfig, execution: Execution | None = None):
@@ -37,7 +37,7 @@ class DeepseekV2(Stage):
     def forward(
         self, input_ids_BS: Tensor, labels_BS: Tensor | None, sequence_ids_B: Tensor
     ) -> ModelOutput | Tensor:
-        """Return the training loss of B sequences; without labels, the fp32 logits [B, S, vocab]."""
+        """Return the training loss of B sequences, or without labels the fp32 logits [B, S, vocab]."""
         hidden_BSD, losses, stats = self.hidden_states(input_ids_BS, sequence_ids_B)
         if labels_BS is None:
             return self.lm_head(hidden_BSD).float()

@@ -12,16 +12,17 @@ from dsv2.parallel.mesh import MeshDim
 
 
 def exempt_sequences(sequence_ids_B: Tensor, fraction: float, seed: int) -> Tensor:
-    """Return bool [B]: whether the sequence is exempt, one of the `fraction` that never lose a token.
+    """Return bool [B]: whether the sequence is exempt. Exempt sequences never lose a token.
 
-    A hash of the sequence's position in the run's global order decides, so the choice is the same on
-    every layout and after a resume. The overflow of int64 products mixes the bits.
+    About `fraction` of all sequences are exempt. A hash of the sequence's position in the run's global order
+    decides, so the choice is the same on every layout and after a resume. The overflow of int64 products
+    mixes the bits.
     """
     offset = ((seed + 1) * 0x2545F4914F6CDD1D + 2**63) % 2**64 - 2**63  # wrapped as int64 would be
-    x = (sequence_ids_B + 1) * 0x9E3779B97F4A7C1 + offset
+    hash_B = (sequence_ids_B + 1) * 0x9E3779B97F4A7C1 + offset
     for multiplier in (0x7F4A7C159E3779B, 0x14F6CDD1D2545F49):
-        x = (x ^ ((x >> 29) & 0x7FFFFFFFF)) * multiplier
-    uniform_B = ((x >> 32) & 0xFFFFFF).double() / 2**24
+        hash_B = (hash_B ^ ((hash_B >> 29) & 0x7FFFFFFFF)) * multiplier
+    uniform_B = ((hash_B >> 32) & 0xFFFFFF).double() / 2**24
     return uniform_B < fraction
 
 
@@ -39,10 +40,10 @@ def kept_by_budget(
     # bincount would make the host wait for the device.
     load_G = torch.zeros(n_group, dtype=torch.int64, device=order.device)
     load_G.scatter_add_(0, groups_P, torch.ones_like(groups_P))
-    first_G = load_G.cumsum(0) - load_G
+    start_G = load_G.cumsum(0) - load_G
     position_P = torch.empty_like(order)
     position_P[order] = torch.arange(len(order), device=order.device)
-    return exempt_P | (position_P - first_G[groups_P] < budget)
+    return exempt_P | (position_P - start_G[groups_P] < budget)
 
 
 @torch.no_grad()
@@ -58,11 +59,11 @@ def keep_within_budget(
     """Return bool [T, K]: the pairs to keep, ranked over the tokens of all `ep` ranks. Collective.
 
     A group's budget is `capacity_factor` times the average load of a group over these tokens. Sequences are
-    put into their global order first, so that ties are decided alike on every layout.
+    first sorted into the run's global order. So ties are decided alike on every layout.
     """
     top_k = affinity_TK.shape[1]
     n_sequences = len(sequence_ids_B)
-    ids = ep.gather(sequence_ids_B).flatten()  # of the population: W x B sequences
+    ids = ep.gather(sequence_ids_B).flatten()  # of all W x B sequences
     order = ids.argsort(stable=True)
     affinity = ep.gather(affinity_TK).view(len(ids), -1)[order]  # one row per sequence, S x K pairs each
     groups = ep.gather(group_ids_TK).view(len(ids), -1)[order]

@@ -1,7 +1,7 @@
 """The MoE layer as a subclass of the type that DeepSpeed's engine recognises as a mixture of experts.
 
 Only training builds its model with this class (training/build.py): generation and export need no DeepSpeed.
-parallel/zero marks the experts' parameters once they have memory.
+parallel/zero marks the experts' parameters after they are allocated.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ from dsv2.moe.layer import MoELayer
 
 
 class _Recognised(AutoEPMoELayer):
-    """DeepSpeed's type without its constructor, which would build DeepSpeed's own layer."""
+    """DeepSpeed's type with an empty constructor. DeepSpeed's constructor would build another layer."""
 
     def __init__(self) -> None:
         nn.Module.__init__(self)

@@ -11,10 +11,10 @@ from dsv2.parallel.mesh import ALONE, MeshDim
 
 @dataclass(frozen=True)
 class Execution:
-    """How the layers run; every layer gets it. The default is one process with plain torch."""
+    """Settings that every layer gets. The default is one process with plain torch."""
 
     ep: MeshDim = ALONE  # ranks that share one copy of the routed experts
-    recompute: bool = False  # recompute each layer's activations in backward instead of keeping them
+    recompute: bool = False  # recompute each layer's activations in the backward pass instead of keeping them
     kernels: KernelSet = REFERENCE
-    moe_layer: Callable[..., Any] | None = None  # the class of the MoE layers; None: moe/layer.py's
+    moe_layer: Callable[..., Any] | None = None  # the class of the MoE layers; None: MoELayer of moe/layer.py
     clock: WaitClock = field(default_factory=WaitClock)  # times the experts' exchanges

@@ -1,4 +1,4 @@
-"""Feed-forward networks: the dense one, the shared one, and the stack of routed experts."""
+"""Feed-forward networks: the dense FFN, the shared experts, and the stack of routed experts."""
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ class RoutedExperts(nn.Module):
     """This rank's block of the routed experts, stacked along dim 0.
 
     Expert parallelism cuts dim 0 only, so a rank's share is one contiguous range of the whole
-    parameter. `first_expert` is the index, in the whole layer, of this rank's first expert.
+    parameter. `first_expert` is the index of this rank's first expert in the whole layer.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class RoutedExperts(nn.Module):
         self.n_experts = n_experts
         self.first_expert = first_expert
         self.n_local = n_local
-        self.w13 = nn.Parameter(torch.empty(n_local, 2 * width, hidden_size))  # gate above up, [E, 2 F, D]
+        self.w13 = nn.Parameter(torch.empty(n_local, 2 * width, hidden_size))  # [E, 2F, D], gate above up
         self.w2 = nn.Parameter(torch.empty(n_local, hidden_size, width))  # [E, D, F]
 
     def forward(

@@ -1,6 +1,6 @@
 """Bytes that the feed-forward networks keep for the backward pass and need at their peak. Imports no torch.
 
-Each function is a small table of the tensors that autograd keeps, so a change of a module changes one table.
+Each table lists the tensors that autograd keeps. If a module changes, only its table changes.
 `tests/unit/planner/test_activations.py` counts the real tensors.
 """
 
@@ -44,7 +44,9 @@ def moe_peak(run: MicroBatch) -> float:
     table = moe(run)
     freed = sum(size for name, size in table.items() if name.startswith(("experts", "sums")))
     shared = _swiglu_peak(run, _shared_width(run)) if run.model.n_shared_experts else 0
-    if run.fused:  # the rows' gradients exist too; with several ranks they are being sent, in two buffers
+    if (
+        run.fused
+    ):  # the rows' gradients exist too; with several ranks they are sent from one buffer to another
         shared += run.rows * run.row * (1 if run.ep_size == 1 else 2)
     routed = _fused_backward(run) if run.fused else _reference_backward(run, table)
     forward = _fused_forward(run) if run.fused else _reference_forward(run)
@@ -95,7 +97,7 @@ def _swiglu_peak(run: MicroBatch, width: int) -> float:
 
 
 def _expert_matrices(run: MicroBatch) -> float:
-    """Return the bytes of one of the three matrices of all experts of this rank."""
+    """Return the bytes that one of an expert's three matrices takes, over all experts of this rank."""
     model = run.model
     return (
         model.n_routed_experts // run.ep_size * model.hidden_size * model.moe_intermediate_size * run.itemsize
@@ -103,7 +105,7 @@ def _expert_matrices(run: MicroBatch) -> float:
 
 
 def _reference_experts(run: MicroBatch) -> Table:
-    """Return what dsv2/kernels/reference/experts.py keeps; `combine` of dispatch.py keeps almost nothing."""
+    """Return the tensors that dsv2/kernels/reference/experts.py keeps. `combine` keeps almost nothing."""
     width = run.pairs * run.model.moe_intermediate_size * run.itemsize
     return {
         "experts: indices": run.pairs * INT64,
@@ -160,7 +162,7 @@ def _reference_forward(run: MicroBatch) -> float:
 
 
 def _fused_experts(run: MicroBatch) -> Table:
-    """Return what dsv2/kernels/fused/experts.py or experts_cute.py keeps; `combine` keeps nothing."""
+    """Return what dsv2/kernels/fused/experts.py or experts_cute.py keeps. `combine` keeps nothing."""
     slots = run.rows * run.model.num_experts_per_tok
     return {
         "experts: indices": run.pairs * INT64 + slots * INT32,
@@ -183,14 +185,14 @@ def _fused_backward(run: MicroBatch) -> float:
     rows = run.rows * run.row
     peak = max(pairs + width + matrix, pairs + rows + 3 * matrix)
     peak += 0 if run.kernels.overwrites_gate_and_up else 2 * width
-    return peak + (0 if run.ep_size == 1 else rows)  # beside the received gradient
+    return peak + (0 if run.ep_size == 1 else rows)  # with several ranks, the received gradient exists too
 
 
 def _fused_forward(run: MicroBatch) -> float:
     """Return the peak of the fused forward pass.
 
-    The product, the outputs and their sums exist, besides the outputs of attention and of the shared experts.
-    With several ranks the received rows exist as well.
+    The product, the experts' outputs and their sums exist together. The outputs of attention and of the
+    shared experts are alive too, and so are the received rows if there are several ranks.
     """
     model = run.model
     rows = run.rows * run.row * (1 if run.ep_size == 1 else 2)

@@ -8,7 +8,8 @@ from dsv2.config.schema import ModelConfig
 def mean_ranks(model: ModelConfig, ep_size: int, limited: bool) -> float:
     """Return the mean number of ranks that hold a token's K experts.
 
-    With the limit, M of the G groups are open and the K experts lie anywhere in them.
+    Args:
+        limited: if True, the K experts lie in M of the G groups; otherwise they may be any experts.
     """
     experts = model.n_routed_experts
     top_k = model.num_experts_per_tok
@@ -17,10 +18,10 @@ def mean_ranks(model: ModelConfig, ep_size: int, limited: bool) -> float:
     per_rank = experts // ep_size
     per_group = experts // groups
     pool = open_groups * per_group
-    if per_rank <= per_group:  # a rank lies within one group, which is open with probability M / G
+    if per_rank <= per_group:  # all experts of a rank lie in one group, which is open with probability M / G
         missed_if_open = comb(pool - per_rank, top_k) / comb(pool, top_k)
         return ep_size * open_groups / groups * (1 - missed_if_open)
-    # A rank holds whole groups; how many of them are open is distributed hypergeometrically.
+    # A rank holds whole groups. The number of open ones among them has a hypergeometric distribution.
     held = groups // ep_size
     missed = 0.0
     for open_held in range(min(held, open_groups) + 1):

@@ -1,6 +1,6 @@
-"""Shapes of the feed-forward networks' parameters, from the configuration alone; no torch.
+"""Shapes of the feed-forward networks' parameters, from the configuration alone. Imports no torch.
 
-dsv2/moe/experts.py and dsv2/moe/layer.py build them; a test compares the names and shapes.
+dsv2/moe/experts.py and dsv2/moe/layer.py build the parameters. A test compares their names and shapes.
 """
 
 from dsv2.config.schema import ModelConfig
@@ -19,19 +19,19 @@ def swiglu_parameters(hidden: int, width: int) -> Shapes:
 
 def expert_parameters(model: ModelConfig, ep_size: int = 1) -> Shapes:
     """Return one rank's routed experts of one layer, stacked along the first dimension."""
-    held = model.n_routed_experts // ep_size
+    n_local = model.n_routed_experts // ep_size
     hidden = model.hidden_size
     width = model.moe_intermediate_size
-    return {"w13": (held, 2 * width, hidden), "w2": (held, hidden, width)}
+    return {"w13": (n_local, 2 * width, hidden), "w2": (n_local, hidden, width)}
 
 
 def shared_parameters(model: ModelConfig) -> Shapes:
-    """Return one layer's shared experts, which are one wide SwiGLU; empty without any."""
+    """Return one layer's shared experts, which are one wide SwiGLU; {} if there are none."""
     if model.n_shared_experts == 0:
         return {}
     return swiglu_parameters(model.hidden_size, model.n_shared_experts * model.moe_intermediate_size)
 
 
-def below(prefix: str, shapes: Shapes) -> Shapes:
+def with_prefix(prefix: str, shapes: Shapes) -> Shapes:
     """Return the same shapes under names that begin with `prefix`."""
     return {f"{prefix}.{name}": shape for name, shape in shapes.items()}

@@ -1,6 +1,6 @@
-"""What a kind of attention says about itself (`AttentionKind`) and what its module does (`AttentionModule`).
+"""The interface of a kind of attention: its spec (`AttentionKind`) and its module (`AttentionModule`).
 
-A kind is two files. NAME.py holds the spec: validation and the planner ask it, and it does not import torch.
+A kind is two files. NAME.py holds the spec, which validation and the planner use. It does not import torch.
 NAME_module.py holds the nn.Module that `build` returns. kinds.py lists all kinds.
 """
 
@@ -29,7 +29,7 @@ class AttentionKind(ABC):
         """Raise UserError for sizes that this kind cannot have."""
 
     def require_no_key_value_heads(self, model: ModelConfig) -> None:
-        """Refuse num_key_value_heads for a kind whose number of key and value heads is not free."""
+        """Refuse num_key_value_heads for a kind whose number of key and value heads is fixed."""
         if model.num_key_value_heads is not None:
             right = f"must be null with model.attention={self.name}"
             refuse("model.num_key_value_heads", model.num_key_value_heads, right)
@@ -43,27 +43,27 @@ class AttentionKind(ABC):
 
     @abstractmethod
     def rotary_width(self, model: ModelConfig) -> int:
-        """Return the number of dimensions of a head that RoPE rotates."""
+        """Return how many of a head's dimensions RoPE rotates."""
 
     @abstractmethod
     def score_width(self, model: ModelConfig) -> int:
-        """Return a head's key width plus its value width, which attention's FLOPs are proportional to."""
+        """Return a head's key width plus its value width. Attention's FLOPs are proportional to this sum."""
 
     @abstractmethod
     def cached_elements(self, model: ModelConfig) -> int:
-        """Return the elements that decoding caches per token and layer."""
+        """Return the number of elements that decoding caches per token and layer."""
 
     def latent_heads(self, model: ModelConfig) -> HeadWidths | None:
-        """Return the heads that the kernel set's `latent_attention` gets; None if it is never called."""
+        """Return the head widths that `latent_attention` gets; None if this kind never calls it."""
         return None
 
     @abstractmethod
     def kept_bytes(self, run: MicroBatch) -> Table:
-        """Return the tensors that the forward pass of one layer keeps for the backward pass."""
+        """Return the bytes of each tensor that one layer keeps for the backward pass."""
 
     @abstractmethod
     def peak_bytes(self, run: MicroBatch) -> float:
-        """Return the most bytes that one layer's backward pass needs beyond `kept_bytes`."""
+        """Return the peak bytes that one layer's backward pass needs beyond `kept_bytes`."""
 
     @abstractmethod
     def published(self, model: ModelConfig) -> dict[str, Any]:
@@ -85,14 +85,14 @@ class AttentionKind(ABC):
 class AttentionModule(Protocol):
     """The nn.Module of one layer's attention."""
 
-    projections: tuple[str, ...]  # methods without a module, which the profiler counts as projections
+    projections: tuple[str, ...]  # names of methods that the profiler counts as projections
 
     def __call__(self, x_BSD: "Tensor", angles: "Angles") -> "Tensor":
         """Return causal attention over whole sequences, [B, S, D]."""
         ...
 
     def cached(self, x_BSD: "Tensor", angles: "Angles") -> "tuple[Tensor, ...]":
-        """Return what decoding keeps of each token: any number of tensors [B, S, ...]."""
+        """Return what decoding keeps per token: any number of tensors [B, S, ...]."""
         ...
 
     def decode(
@@ -101,7 +101,7 @@ class AttentionModule(Protocol):
         """Return [B, 1, D] for one new token per sequence.
 
         Args:
-            kept: what `cached` returned for C positions, the new token's included.
-            visible_BC: bool, which positions the new token attends to.
+            kept: what `cached` returned for C positions, including the new token's.
+            visible_BC: bool; the positions that the new token attends to.
         """
         ...

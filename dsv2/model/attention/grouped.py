@@ -1,6 +1,6 @@
-"""MHA, GQA and MQA, which the paper compares MLA with (appendix D): sizes, checks and memory.
+"""MHA, GQA and MQA, with which the paper compares MLA (appendix D): sizes, checks and memory.
 
-All heads are qk_nope_head_dim wide, and RoPE rotates the whole head. grouped_module.py computes.
+All heads are qk_nope_head_dim wide, and RoPE rotates whole heads. grouped_module.py computes the attention.
 """
 
 from abc import abstractmethod
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Grouped(AttentionKind):
-    """Each key and value head serves as many query heads as every other."""
+    """Every key and value head serves the same number of query heads."""
 
     @abstractmethod
     def key_value_heads(self, model: ModelConfig) -> int:
@@ -31,7 +31,7 @@ class Grouped(AttentionKind):
                 "model.v_head_dim",
                 model.v_head_dim,
                 f"must be model.qk_nope_head_dim={model.qk_nope_head_dim} with model.attention={self.name}: "
-                "its heads have one width",
+                "keys and values have the same width",
             )
         if model.qk_nope_head_dim % 2:
             refuse(
@@ -64,23 +64,23 @@ class Grouped(AttentionKind):
         return 2 * self.key_value_heads(model) * model.qk_nope_head_dim
 
     def kept_bytes(self, run: MicroBatch) -> Table:
-        """Return queries, keys, values and output; keys and values are copied for every query head."""
+        """Return the bytes of each kept tensor. Keys and values are copied for every query head."""
         per_head = run.tokens * run.model.num_attention_heads
-        each = per_head * run.model.qk_nope_head_dim * run.itemsize
+        tensor_bytes = per_head * run.model.qk_nope_head_dim * run.itemsize
         return {
             "log-sum-exp": per_head * FP32,
-            "queries": each,
-            "keys": each,
-            "values": each,
-            "output": each,
+            "queries": tensor_bytes,
+            "keys": tensor_bytes,
+            "values": tensor_bytes,
+            "output": tensor_bytes,
         }
 
     def peak_bytes(self, run: MicroBatch) -> float:
-        """Return the gradients of queries, keys and values, and of the queries before rotation."""
+        """Return the bytes of the gradients of queries, keys, values, and of the queries before rotation."""
         return 4 * run.tokens * run.model.num_attention_heads * run.model.qk_nope_head_dim * run.itemsize
 
     def published(self, model: ModelConfig) -> dict[str, Any]:
-        right = "Hugging Face's DeepseekV2ForCausalLM has no such attention; it takes mla only"
+        right = "must be mla, the only attention of Hugging Face's DeepseekV2ForCausalLM"
         refuse("model.attention", self.name, right)
 
     def build(self, model: ModelConfig, kernels: "KernelSet") -> "GroupedQueryAttention":
@@ -90,7 +90,7 @@ class Grouped(AttentionKind):
 
 
 class MultiHead(Grouped):
-    """A key and a value head for every query head."""
+    """Every query head has its own key head and value head."""
 
     name = "mha"
 
@@ -99,12 +99,12 @@ class MultiHead(Grouped):
 
 
 class GroupedQuery(Grouped):
-    """num_key_value_heads key and value heads."""
+    """`num_key_value_heads` key heads, and as many value heads, serve all query heads in equal groups."""
 
     name = "gqa"
 
     def key_value_heads(self, model: ModelConfig) -> int:
-        assert model.num_key_value_heads is not None, "check() refuses this"
+        assert model.num_key_value_heads is not None, "check() refuses null"
         return model.num_key_value_heads
 
     def _check_key_value_heads(self, model: ModelConfig) -> None:
@@ -120,7 +120,7 @@ class GroupedQuery(Grouped):
 
 
 class MultiQuery(Grouped):
-    """One key head and one value head for all query heads."""
+    """One key head and one value head serve all query heads."""
 
     name = "mqa"
 

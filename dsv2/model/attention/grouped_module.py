@@ -13,7 +13,7 @@ from dsv2.model.rope import Angles, softmax_scale
 
 
 class GroupedQueryAttention(nn.Module):
-    """Causal attention of num_attention_heads query heads over `key_value_heads` key and value heads."""
+    """Computes causal attention of all query heads over `key_value_heads` key and value heads."""
 
     projections: tuple[str, ...] = ()
 
@@ -49,7 +49,7 @@ class GroupedQueryAttention(nn.Module):
         return self.o_proj(causal_attention(q_BSHN, k_BSHN, v_BSHN, self.scale).flatten(-2))
 
     def decode(self, x_B1D: Tensor, angles: Angles, kept: tuple[Tensor, ...], visible_BC: Tensor) -> Tensor:
-        """Return [B, 1, D] for one token per sequence; query heads of one key form a second dimension."""
+        """Return [B, 1, D] for one token per sequence. Query heads are grouped by their key head."""
         k_BCJN, v_BCJN = kept
         q_BHN = self._queries(x_B1D, angles).squeeze(1)
         q_BJ_queries_N = q_BHN.unflatten(1, (self.key_value_heads, self.queries_per_key))

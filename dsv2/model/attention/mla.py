@@ -75,16 +75,16 @@ class MultiHeadLatent(AttentionKind):
             "key/value latent": run.norm_bytes(model.kv_lora_rank) + (rotary_key if run.fused else 0),
             "queries": per_head * qk * run.itemsize,
             "keys": per_head * qk * run.itemsize,
-            # The values are a view of the up-projection, whose other half, k_nope, stays alive with them.
+            # The values are a view of the up-projection. So its other half, k_nope, is kept too.
             "values": per_head * (model.qk_nope_head_dim + model.v_head_dim) * run.itemsize,
             "output": per_head * model.v_head_dim * run.itemsize,
         }
 
     def peak_bytes(self, run: MicroBatch) -> float:
-        """Return the gradients of queries, keys and values, and of the projections they are cut from.
+        """Return the bytes of the gradients of queries, keys, values and the projections that contain them.
 
-        The fused kernels make the projections' gradients after the kept tensors are freed. They need the
-        output's gradient as well, and FlashAttention-4 sums the queries' gradient in fp32.
+        The fused kernels compute the projections' gradients after the kept tensors are freed. They also need
+        the output's gradient. FlashAttention-4 sums the queries' gradient in fp32.
         """
         model = run.model
         qk = model.qk_nope_head_dim + model.qk_rope_head_dim

@@ -15,7 +15,7 @@ from dsv2.model.rope import Angles, softmax_scale
 
 
 class MultiHeadLatentAttention(nn.Module):
-    """Causal attention whose keys and values come from one compressed latent per token."""
+    """Computes causal attention whose keys and values come from one compressed latent per token."""
 
     projections = ("down",)
 
@@ -27,19 +27,19 @@ class MultiHeadLatentAttention(nn.Module):
         self.rope_dim = config.qk_rope_head_dim
         self.v_dim = config.v_head_dim
         self.kv_lora_rank = config.kv_lora_rank
-        q_head = self.nope_dim + self.rope_dim
-        # Eq. 46: the scale counts both parts of the head.
-        self.scale = softmax_scale(q_head, config.rope_scaling)
+        q_width = self.nope_dim + self.rope_dim
+        # Eq. 46: the scale depends on the width of both parts of the head.
+        self.scale = softmax_scale(q_width, config.rope_scaling)
         hidden = config.hidden_size
         eps = config.rms_norm_eps
-        # Eqs. 37-39: W_DQ, then W_UQ and W_QR as one product; without compression both act on h itself.
+        # Eqs. 37-39: W_DQ, then W_UQ and W_QR as one matrix. Without compression it multiplies h itself.
         if config.q_lora_rank is None:
-            self.q_proj = nn.Linear(hidden, self.num_heads * q_head, bias=False)
+            self.q_proj = nn.Linear(hidden, self.num_heads * q_width, bias=False)
         else:
             self.q_a_proj = nn.Linear(hidden, config.q_lora_rank, bias=False)
             self.q_a_layernorm = RMSNorm(config.q_lora_rank, eps, kernels)
-            self.q_b_proj = nn.Linear(config.q_lora_rank, self.num_heads * q_head, bias=False)
-        # Eqs. 41 and 43: W_DKV and W_KR as one product; eqs. 42 and 45: W_UK and W_UV as one.
+            self.q_b_proj = nn.Linear(config.q_lora_rank, self.num_heads * q_width, bias=False)
+        # Eqs. 41 and 43: W_DKV and W_KR as one matrix. Eqs. 42 and 45: W_UK and W_UV as one matrix.
         self.kv_a_proj_with_mqa = nn.Linear(hidden, self.kv_lora_rank + self.rope_dim, bias=False)
         self.kv_a_layernorm = RMSNorm(self.kv_lora_rank, eps, kernels)
         kv_width = self.num_heads * (self.nope_dim + self.v_dim)
@@ -48,11 +48,11 @@ class MultiHeadLatentAttention(nn.Module):
 
     @property
     def _query_down(self) -> nn.Linear:
-        """Return the query's projection that acts on h: W_DQ, or the whole one without compression."""
+        """Return the matrix that multiplies h for the queries: W_DQ, or without compression the only one."""
         return self.q_proj if hasattr(self, "q_proj") else self.q_a_proj
 
     def _queries(self, down: Tensor) -> Tensor:
-        """Return eqs. 38-39 before rotation, [B, S, H, Q], from the result of `_query_down`."""
+        """Return the queries of eqs. 38-39 before rotation, [B, S, H, Q], from `_query_down`'s result."""
         q = down if hasattr(self, "q_proj") else self.q_b_proj(self.q_a_layernorm(down))
         return q.unflatten(-1, (self.num_heads, self.nope_dim + self.rope_dim))
 
@@ -62,12 +62,12 @@ class MultiHeadLatentAttention(nn.Module):
         return self.kv_a_layernorm(latent_BSZ), k_rope_BSR
 
     def cached(self, x_BSD: Tensor, angles: Angles) -> tuple[Tensor, Tensor]:
-        """Return c_kv after its norm [B, S, Z] and the rotated key [B, S, R], one for all heads (eq. 43)."""
+        """Return c_kv after its norm [B, S, Z] and the rotated key [B, S, R] of all heads (eq. 43)."""
         latent_BSZ, k_rope_BSR = self._latent(self.kv_a_proj_with_mqa(x_BSD))
         return latent_BSZ, apply_rope(k_rope_BSR.unsqueeze(2), *angles).squeeze(2)
 
     def down(self, x_BSD: Tensor) -> tuple[Tensor, ...]:
-        """Return both projections that act on h: the queries', and W_DKV with W_KR."""
+        """Return the two products of h: with the queries' matrix, and with W_DKV and W_KR."""
         return self.kernels.linears(x_BSD, self._query_down.weight, self.kv_a_proj_with_mqa.weight)
 
     def forward(self, x_BSD: Tensor, angles: Angles) -> Tensor:
@@ -79,9 +79,9 @@ class MultiHeadLatentAttention(nn.Module):
         return self.o_proj(out_BSHV.flatten(-2))
 
     def decode(self, x_B1D: Tensor, angles: Angles, kept: tuple[Tensor, ...], visible_BC: Tensor) -> Tensor:
-        """Return [B, 1, D] for one token per sequence, without making a key or value of any head (2.1.2).
+        """Return [B, 1, D] for one token per sequence, without computing keys or values of heads (2.1.2).
 
-        q_nope . (W_UK c) = (W_UK^T q_nope) . c, and W_UV moves past the sum over positions in the same way.
+        q_nope . (W_UK c) = (W_UK^T q_nope) . c. Likewise W_UV multiplies the sum over positions.
         """
         latent_BCZ, k_rope_BCR = kept
         q_nope_B1HN, q_rope_B1HR = self._queries(self._query_down(x_B1D)).split(
