@@ -22,10 +22,10 @@ def mean_ranks(model: ModelConfig, ep_size: int, limited: bool) -> float:
         missed_if_open = comb(pool - per_rank, top_k) / comb(pool, top_k)
         return ep_size * open_groups / groups * (1 - missed_if_open)
     # A rank holds whole groups. The number of open ones among them has a hypergeometric distribution.
-    held = groups // ep_size
-    missed = 0.0
-    for open_held in range(min(held, open_groups) + 1):
-        ways = comb(held, open_held) * comb(groups - held, open_groups - open_held)
-        chosen_elsewhere = comb(pool - open_held * per_group, top_k) / comb(pool, top_k)
+    groups_per_rank = groups // ep_size
+    missed = 0.0  # probability that a rank holds none of the token's experts
+    for n_open in range(min(groups_per_rank, open_groups) + 1):
+        ways = comb(groups_per_rank, n_open) * comb(groups - groups_per_rank, open_groups - n_open)
+        chosen_elsewhere = comb(pool - n_open * per_group, top_k) / comb(pool, top_k)
         missed += ways / comb(groups, open_groups) * chosen_elsewhere
     return ep_size * (1 - missed)

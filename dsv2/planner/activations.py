@@ -13,7 +13,7 @@ from dsv2.parallel.micro_batch import MicroBatch
 
 
 class Activations(NamedTuple):
-    """A rank needs these bytes for one micro-batch, in addition to its model states."""
+    """Holds the bytes that a rank needs for one micro-batch, in addition to its model states."""
 
     kept: float  # what the layers keep until their backward pass
     logits: float  # what the head needs in addition to `kept`

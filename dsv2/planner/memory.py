@@ -19,7 +19,7 @@ from dsv2.planner.parameters import rank_parameters
 
 
 class Memory(NamedTuple):
-    """One rank needs these bytes."""
+    """Holds the bytes that one rank needs."""
 
     states: States
     step_gradients: float  # the additional gradients that exist while a step accumulates

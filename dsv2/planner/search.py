@@ -18,7 +18,7 @@ MORE_GPUS = (2, 4, 8, 16, 32)  # if nothing fits, the search tries these multipl
 
 
 class Machines(NamedTuple):
-    """The job runs on these GPUs."""
+    """Describes the GPUs of a job."""
 
     gpus: int  # of all machines together
     gpu: Gpu
@@ -32,7 +32,7 @@ class Machines(NamedTuple):
 
 
 class Planned(NamedTuple):
-    """A layout comes with what it needs: memory per rank and time."""
+    """Holds a configuration, its machines, and the memory and time that it needs."""
 
     config: Config
     machines: Machines
@@ -41,6 +41,7 @@ class Planned(NamedTuple):
 
     @property
     def fits(self) -> bool:
+        """Return whether the peak is within the usable memory."""
         return self.memory.peak <= self.machines.usable
 
     def words(self) -> dict[str, object]:
@@ -57,9 +58,9 @@ class Planned(NamedTuple):
 
 
 def plan(config: Config, machines: Machines) -> Planned:
-    """Return the memory and time that this configuration needs.
+    """Return the configuration with the memory and time that it needs.
 
-    It must be valid for as many processes as there are GPUs.
+    The configuration must be valid for as many processes as there are GPUs.
     """
     gpus, gpu, per_node, mfu = machines
     return Planned(config, machines, memory(config, gpus), speed(config, gpus, gpu, per_node, mfu))

@@ -21,7 +21,7 @@ LINKS = 0.8  # assumed: the share of a link's data sheet rate that collectives r
 
 
 class Traffic(NamedTuple):
-    """The all-to-all of one training token sends these bytes from its rank, over all layers."""
+    """Holds what the all-to-all sends for one token of training, over all layers."""
 
     ranks: float  # mean number of ranks with the token's experts; the token's own rank may be one of them
     sent: float  # bytes to all other ranks
@@ -30,7 +30,7 @@ class Traffic(NamedTuple):
 
 
 class Speed(NamedTuple):
-    """A step and the whole run take this time."""
+    """Holds the time of a step and of the whole run."""
 
     step_s: float
     arithmetic_s: float
@@ -53,12 +53,12 @@ def traffic(config: Config, gpus_per_node: int) -> Traffic:
     row = bytes_per_row(model.hidden_size, model.num_experts_per_tok, itemsize, config.runtime.recompute)
     row *= model.num_hidden_layers - min(model.first_k_dense_replace, model.num_hidden_layers)
     ranks = router_of(model).mean_ranks(model, ep)
-    elsewhere = (ep - 1) / ep
+    share_elsewhere = (ep - 1) / ep
     return Traffic(
         ranks=ranks,
-        sent=row * ranks * elsewhere,
+        sent=row * ranks * share_elsewhere,
         between_machines=row * ranks * (1 - min(gpus_per_node, ep) / ep),
-        sent_unlimited=row * mean_ranks(model, ep, limited=False) * elsewhere,
+        sent_unlimited=row * mean_ranks(model, ep, limited=False) * share_elsewhere,
     )
 
 
