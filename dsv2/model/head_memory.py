@@ -5,7 +5,7 @@ from dsv2.parallel.micro_batch import FP32, INT64, MicroBatch, Table
 
 
 def head(run: MicroBatch) -> Table:
-    """Return the tensors that the last norm and the head keep.
+    """Return the bytes of each tensor that the last norm and the head keep.
 
     The head is that of dsv2/kernels/reference/head.py or of dsv2/kernels/fused/head.py.
     """

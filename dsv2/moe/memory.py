@@ -9,7 +9,7 @@ from dsv2.parallel.micro_batch import FP32, INT32, INT64, MicroBatch, Table
 
 
 def dense_ffn(run: MicroBatch) -> Table:
-    """Return the tensors that the dense FFN of dsv2/moe/experts.py and the norm before it keep."""
+    """Return the bytes of each tensor that a dense FFN and the norm before it keep."""
     model = run.model
     return {"norm": run.norm_bytes(model.hidden_size), "ffn": _swiglu(run, model.intermediate_size)}
 
@@ -20,7 +20,7 @@ def dense_peak(run: MicroBatch) -> float:
 
 
 def moe(run: MicroBatch) -> Table:
-    """Return the tensors that dsv2/moe/layer.py and the norm before it keep."""
+    """Return the bytes of each tensor that dsv2/moe/layer.py and the norm before it keep."""
     model = run.model
     norm = run.norm_bytes(model.hidden_size)
     if not run.fused and run.cast and not model.n_shared_experts:
@@ -44,9 +44,7 @@ def moe_peak(run: MicroBatch) -> float:
     table = moe(run)
     freed = sum(size for name, size in table.items() if name.startswith(("experts", "sums")))
     shared = _swiglu_peak(run, _shared_width(run)) if run.model.n_shared_experts else 0
-    if (
-        run.fused
-    ):  # the rows' gradients exist too; with several ranks they are sent from one buffer to another
+    if run.fused:  # the rows' gradients exist too; with several ranks they are sent, which takes two buffers
         shared += run.rows * run.row * (1 if run.ep_size == 1 else 2)
     routed = _fused_backward(run) if run.fused else _reference_backward(run, table)
     forward = _fused_forward(run) if run.fused else _reference_forward(run)
@@ -56,9 +54,9 @@ def moe_peak(run: MicroBatch) -> float:
 
 
 def held_orders(run: MicroBatch) -> float:
-    """Return the bytes of row orders that fused kernels hold through recomputation.
+    """Return the bytes of the row orders of one layer, which fused kernels keep in spite of recomputation.
 
-    Autograd does not save these tensors.
+    Autograd does not save these tensors, so recomputation does not free them.
     """
     if not run.fused:
         return 0
@@ -84,10 +82,10 @@ def _swiglu(run: MicroBatch, width: int) -> float:
 
 
 def _swiglu_peak(run: MicroBatch, width: int) -> float:
-    """Return the peak bytes of a SwiGLU's backward pass: the gradients of the product and of silu(gate).
+    """Return the peak bytes of a SwiGLU's backward pass.
 
-    The fused pass frees the product's gradient before the gradients of the input and of the third matrix
-    exist.
+    In the reference pass the gradients of the product and of silu(gate) exist together. The fused pass frees
+    the product's gradient before it computes the gradients of the input and of the other two matrices.
     """
     product = run.tokens * width * run.itemsize
     matrix = width * run.row
@@ -105,13 +103,13 @@ def _expert_matrices(run: MicroBatch) -> float:
 
 
 def _reference_experts(run: MicroBatch) -> Table:
-    """Return the tensors that dsv2/kernels/reference/experts.py keeps. `combine` keeps almost nothing."""
-    width = run.pairs * run.model.moe_intermediate_size * run.itemsize
+    """Return the bytes that dsv2/kernels/reference/experts.py keeps. `combine` keeps almost nothing."""
+    intermediate = run.pairs * run.model.moe_intermediate_size * run.itemsize
     return {
         "experts: indices": run.pairs * INT64,
         "experts: rows": run.pairs * run.row,
-        "experts: gate and up": 2 * width,
-        "experts: silu, product": 2 * width,
+        "experts: gate and up": 2 * intermediate,
+        "experts: silu, product": 2 * intermediate,
         # The slots, the order of their rows, and three numbers per bag.
         "sums: indices": (2 * run.pairs + 3 * run.rows) * INT64,
         "sums: in fp32": run.pairs * run.model.hidden_size * FP32,
@@ -162,7 +160,7 @@ def _reference_forward(run: MicroBatch) -> float:
 
 
 def _fused_experts(run: MicroBatch) -> Table:
-    """Return what dsv2/kernels/fused/experts.py or experts_cute.py keeps. `combine` keeps nothing."""
+    """Return the bytes that dsv2/kernels/fused/experts.py or experts_cute.py keeps; `combine` keeps none."""
     slots = run.rows * run.model.num_experts_per_tok
     return {
         "experts: indices": run.pairs * INT64 + slots * INT32,
@@ -179,12 +177,12 @@ def _fused_backward(run: MicroBatch) -> float:
     input's gradient exists together with those of both weights, the pairs and the rows. The gradients of gate
     and up overwrite gate and up, except in experts_cute.py.
     """
-    width = run.pairs * run.model.moe_intermediate_size * run.itemsize
+    intermediate = run.pairs * run.model.moe_intermediate_size * run.itemsize
     matrix = _expert_matrices(run)
     pairs = run.pairs * run.row
     rows = run.rows * run.row
-    peak = max(pairs + width + matrix, pairs + rows + 3 * matrix)
-    peak += 0 if run.kernels.overwrites_gate_and_up else 2 * width
+    peak = max(pairs + intermediate + matrix, pairs + rows + 3 * matrix)
+    peak += 0 if run.kernels.overwrites_gate_and_up else 2 * intermediate
     return peak + (0 if run.ep_size == 1 else rows)  # with several ranks, the received gradient exists too
 
 

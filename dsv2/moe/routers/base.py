@@ -27,7 +27,7 @@ class Router(ABC):
 
     @abstractmethod
     def parameters(self, model: ModelConfig) -> Shapes:
-        """Return the shape of every parameter of one layer's router, by its name below `mlp.gate`."""
+        """Return the shape of every parameter of one layer's router, by its name under `mlp.gate`."""
 
     @abstractmethod
     def mean_ranks(self, model: ModelConfig, ep_size: int) -> float:
@@ -35,7 +35,7 @@ class Router(ABC):
 
     @abstractmethod
     def kept_bytes(self, run: MicroBatch) -> Table:
-        """Return the tensors that the forward pass of one layer's router keeps for the backward pass."""
+        """Return the bytes of each tensor that one layer's router keeps for the backward pass."""
 
     @abstractmethod
     def published(self, model: ModelConfig) -> dict[str, Any]:
