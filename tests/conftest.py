@@ -1,8 +1,11 @@
+import os
+
 import pytest
 import torch
 
 # On a busy machine, threads that wait for each other made a tiny model 40 times slower.
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the programs that tests start
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.dist import traces
-from tests.dist.end_to_end import PYTHON, ROOT, TINY, kill_hard
+from tests.dist.end_to_end import OFFLINE, PYTHON, ROOT, TINY, kill_hard, run
 from tests.dist.pool import Pool
 
 
@@ -39,10 +39,10 @@ def pools() -> Iterator[Pools]:
 def train(pools: Pools) -> Callable[..., traces.Trace]:
     """What tests.dist.jobs:train did: train(world_size, steps, ep=..., stage=..., micro_batch=..., ...)."""
 
-    def run(world_size: int, steps: int, **layout: Any) -> traces.Trace:
+    def trace(world_size: int, steps: int, **layout: Any) -> traces.Trace:
         return traces.assemble(pools[world_size].run("tests.dist.jobs:train", steps=steps, **layout))
 
-    return run
+    return trace
 
 
 @pytest.fixture(scope="session")
@@ -74,6 +74,14 @@ def run_command(corpus: Path) -> Callable[..., list[str]]:
 def command(run_command: Callable[..., list[str]], tmp_path: Path) -> Callable[..., list[str]]:
     """The same, with its runs in tmp_path."""
     return functools.partial(run_command, tmp_path)
+
+
+@pytest.fixture(scope="session")
+def begun(run_command: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one process that stopped after step 12, with checkpoints of 8 and 12; copy it to change it."""
+    folder = tmp_path_factory.mktemp("begun")
+    run(run_command(folder, "run", "stop_step=12", OFFLINE))
+    return folder / "run"
 
 
 @pytest.fixture

@@ -36,12 +36,17 @@ TINY = [
     "eval.every=6",
     "eval.sample_tokens=4",
     "logging.every=2",
-    "logging.wandb=offline",
+    "logging.wandb=disabled",
     "checkpoint.every=4",
 ]
 STEPS = 24
 TWO = ["parallel.expert_parallel_size=2"]
-MANY = "optim.total_tokens=38400"  # 150 steps, for jobs that are to be interrupted on their way
+OFFLINE = "logging.wandb=offline"
+MANY, MANY_STEPS = (
+    "optim.total_tokens=20992",
+    82,
+)  # for jobs that are interrupted on their way and end like others
+ENDLESS = "optim.total_tokens=25600000"  # for a job that is there until it is told to stop
 
 
 def run(command: list[str], expect: int = 0, **options: object) -> str:

@@ -19,7 +19,10 @@ from data.prepared.manifest import load_manifest
 from data.prepared.shards import ShardWriter, read_tokens
 from data.streams.order import permuted_index
 from tests.dist.end_to_end import (
+    ENDLESS,
     MANY,
+    MANY_STEPS,
+    OFFLINE,
     PYTHON,
     ROOT,
     STEPS,
@@ -40,63 +43,70 @@ pytestmark = [
 ]
 
 
-def test_killed_run_resumes_to_the_bit_and_reads_back(command, started, tmp_path):
-    """Two processes, killed hard, then asked to stop; at the end all is as if nothing had happened."""
-    output = run(command("whole", *TWO, MANY, launcher=TORCHRUN))
+@pytest.fixture(scope="module")
+def whole(run_command, tmp_path_factory) -> tuple[Path, str]:
+    """A run of two processes that nobody interrupts, and what it printed."""
+    folder = tmp_path_factory.mktemp("whole")
+    output = run(run_command(folder, "whole", *TWO, MANY, OFFLINE, launcher=TORCHRUN))
+    return folder / "whole", output
+
+
+def test_a_whole_run_prints_keeps_and_logs(whole):
+    run_dir, output = whole
     assert "validation loss" in output
     assert "unigram entropy" in output
     assert "sample:" in output
+    assert sorted(scalars(run_dir, "train/loss")) == list(range(1, MANY_STEPS + 1))
+    assert [p.name for p in sorted((run_dir / "checkpoints").iterdir())] == ["step-00000080", "step-00000082"]
+    assert "n_routed_experts: 16" in (run_dir / "config.yaml").read_text()
+    # The offline W&B run holds what metrics.jsonl mirrors.
+    shown = read_wandb(run_dir, sessions=1)[0]
+    for name in ("train/loss_lm", "moe/aux_device", "vio/L01", "comm/devs_per_tok", "val/bpb"):
+        assert f'"{name}"' in shown, name
+    assert "n_routed_experts" in shown, "the configuration is logged"
+    pictures = [p.name for p in run_dir.glob("wandb/offline-run-*/files/media/images/map/*")]
+    for name in ("expert_load", "dev_load", "dev_recv"):
+        assert any(picture.startswith(f"{name}_") for picture in pictures), name
 
-    job = started(command("killed", *TWO, MANY, launcher=TORCHRUN))
+
+def test_killed_run_resumes_to_the_bit_and_reads_back(command, started, whole, tmp_path):
+    """Two processes, killed hard, then asked to stop; at the end all is as if nothing had happened."""
+    job_command = command("killed", *TWO, MANY, OFFLINE, launcher=TORCHRUN)
+    job = started(job_command)
     wait_for_step(tmp_path / "killed", 5)
     kill_hard(job)
     # Ctrl-C in a terminal reaches torchrun and its workers.
-    job = started(command("killed", *TWO, MANY, launcher=TORCHRUN))
-    wait_for_step(tmp_path / "killed", 60)
+    job = started(job_command)
+    wait_for_step(tmp_path / "killed", 20)
     for process in [*psutil.Process(job.pid).children(recursive=True), job]:
         process.send_signal(signal.SIGINT)
     job.wait(300)
     status = json.loads((tmp_path / "killed" / "status.json").read_text())
     assert status["state"] == "stopped"
-    assert 60 <= status["step"] < 150
-    output = run(command("killed", *TWO, MANY, launcher=TORCHRUN))
+    assert 20 <= status["step"] < MANY_STEPS
+    output = run(job_command)
     assert f"resumed after step {status['step']}" in output
 
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    undisturbed, killed = whole[0], tmp_path / "killed"
     for name in ("train/loss", "train/grad_norm", "val/loss", "val/bpb"):
-        want = scalars(whole, name)
+        want = scalars(undisturbed, name)
         # A job that is told to stop at a step due for evaluation leaves that out.
         got = {step: value for step, value in scalars(killed, name).items() if step != status["step"]}
         assert got == {step: value for step, value in want.items() if step != status["step"]}, name
-    assert sorted(scalars(whole, "train/loss")) == list(range(1, 151))
-    assert_same_bits(weights(killed, 150), weights(whole, 150))
+    assert_same_bits(weights(killed, MANY_STEPS), weights(undisturbed, MANY_STEPS))
     assert json.loads((killed / "status.json").read_text())["state"] == "finished"
-    assert [p.name for p in sorted((whole / "checkpoints").iterdir())] == ["step-00000148", "step-00000150"]
-    assert "n_routed_experts: 16" in (whole / "config.yaml").read_text()
-    _read_whole_wandb(whole)
     read_wandb(killed, sessions=3)
 
 
-def _read_whole_wandb(run_dir: Path) -> None:
-    """The offline W&B run holds what metrics.jsonl mirrors."""
-    shown = read_wandb(run_dir, sessions=1)[0]
-    for name in ("train/loss_lm", "moe/aux_device", "vio/L01", "comm/devs_per_tok", "val/bpb"):
-        assert f'"{name}"' in shown, name
-    assert "n_routed_experts" in shown, "the configuration is logged"
-    pictures = list(run_dir.glob("wandb/offline-run-*/files/media/images/map/*"))
-    assert {p.name.split("_1")[0] for p in pictures} >= {"expert_load", "dev_load", "dev_recv"}
-
-
-def test_signal_saves_and_exits_0_then_another_layout_continues(command, started, tmp_path):
-    """SIGTERM to one process, then to torchrun alone; EP 2 and ZeRO-3 finish what they began."""
-    run(command("whole", MANY))
+def test_signal_saves_and_exits_0_then_another_layout_continues(command, started, whole, tmp_path):
+    """SIGTERM to one process, then to torchrun alone, on EP 2 and ZeRO-3; one process finishes."""
     job = started(command("stopped", MANY, "checkpoint.every=0"))
     wait_for_step(tmp_path / "stopped", 2)
     job.send_signal(signal.SIGTERM)
     assert job.wait(300) == 0
     status = json.loads((tmp_path / "stopped" / "status.json").read_text())
     assert status["state"] == "stopped"
-    assert 2 <= status["step"] < 150
+    assert 2 <= status["step"] < MANY_STEPS - 20
     layout = [*TWO, MANY, "parallel.zero_stage=3", "runtime.micro_batch_size=1"]
     job = started(command("stopped", *layout, "checkpoint.every=0", launcher=TORCHRUN))
     wait_for_step(tmp_path / "stopped", status["step"] + 20)
@@ -104,21 +114,23 @@ def test_signal_saves_and_exits_0_then_another_layout_continues(command, started
     assert job.wait(300) == 1
     before, status = status, json.loads((tmp_path / "stopped" / "status.json").read_text())
     assert status["state"] == "stopped"
-    assert before["step"] + 20 <= status["step"] < 150
-    output = run(command("stopped", *layout, launcher=TORCHRUN))
+    assert before["step"] + 20 <= status["step"] < MANY_STEPS
+    output = run(command("stopped", MANY))
     assert f"resumed after step {status['step']}" in output
-    assert "note: changed since that checkpoint: checkpoint.every 0 -> " in output
-    losses, whole = scalars(tmp_path / "stopped", "train/loss"), scalars(tmp_path / "whole", "train/loss")
-    assert losses.keys() == whole.keys()
-    # 150 steps enlarge what another order of sums changes in the last bit.
-    np.testing.assert_allclose([losses[s] for s in whole], list(whole.values()), rtol=1e-4)
-    np.testing.assert_allclose([losses[s] for s in whole][:20], list(whole.values())[:20], rtol=2e-6)
+    (note,) = [line for line in output.splitlines() if "note: changed since that checkpoint: " in line]
+    assert "checkpoint.every 0 -> 4" in note
+    assert "parallel.zero_stage 3 -> " in note
+    losses, want = scalars(tmp_path / "stopped", "train/loss"), scalars(whole[0], "train/loss")
+    assert losses.keys() == want.keys()
+    # Many steps enlarge what another order of sums changes in the last bit.
+    np.testing.assert_allclose([losses[s] for s in want], list(want.values()), rtol=1e-4)
+    np.testing.assert_allclose([losses[s] for s in want][:20], list(want.values())[:20], rtol=2e-6)
 
 
-def test_nan_stops_names_the_step_and_saves_nothing(command, tmp_path):
-    run(command("nan", "stop_step=3"))
-    before = weights(tmp_path / "nan", 3)
-    command_line = command("nan", "optim.lr=1e30", "checkpoint.every=1", *TWO, launcher=TORCHRUN)
+def test_nan_stops_names_the_step_and_saves_nothing(command, begun, tmp_path):
+    copytree(begun, tmp_path / "nan")
+    before = weights(tmp_path / "nan", 12)
+    command_line = command("nan", "optim.lr=1e30", "checkpoint.every=1", OFFLINE, *TWO, launcher=TORCHRUN)
     output = run(command_line, expect=1)  # torchrun's own code; it prints those of its workers
     assert output.count("error: step ") == 1
     assert "exitcode  : 3" in output
@@ -129,16 +141,16 @@ def test_nan_stops_names_the_step_and_saves_nothing(command, tmp_path):
     assert saved[-1] < bad_step
     for step in saved:
         assert all(torch.isfinite(t).all() for t in weights(tmp_path / "nan", step).values())
-    assert_same_bits(weights(tmp_path / "nan", 3), before)
+    assert_same_bits(weights(tmp_path / "nan", 12), before)
 
 
 def test_a_second_job_in_the_same_folder_is_refused(command, tmp_path):
-    job = subprocess.Popen(command("busy", MANY), cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    job = subprocess.Popen(command("busy", ENDLESS), cwd=ROOT, stdout=subprocess.PIPE, text=True)
     try:
         assert job.stdout is not None
         while not job.stdout.readline().startswith("step"):
             assert job.poll() is None
-        output = run(command("busy", MANY), expect=2)
+        output = run(command("busy", ENDLESS), expect=2)
         assert output.startswith("error: name=busy: ")
         assert f"is in use by process {job.pid} of " in output
         assert len(output.splitlines()) == 1
@@ -194,24 +206,26 @@ def test_a_token_outside_the_vocabulary_is_told_by_the_rank_that_meets_it(comman
     assert 'train.py", line' not in output, "no traceback of ours"
 
 
-def test_full_disk_keeps_the_previous_checkpoint(command, tmp_path):
+def test_full_disk_keeps_the_previous_checkpoint(command, begun, tmp_path):
     """The kernel refuses to let any file grow: the run goes on, and ends with one message and code 1."""
-    run(command("full", "stop_step=3"))
-    good = tmp_path / "full" / "checkpoints" / "step-00000003"
-    before = weights(tmp_path / "full", 3)
+    copytree(begun, tmp_path / "full")
+    checkpoints = tmp_path / "full" / "checkpoints"
+    names = sorted(p.name for p in checkpoints.iterdir())
+    assert names[-1] == "step-00000012"
+    before = weights(tmp_path / "full", 12)
 
     def refuse_large_files() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
-    output = run(command("full", "logging.wandb=disabled"), expect=1, preexec_fn=refuse_large_files)
-    assert "step-00000004 could not be written" in output
+    output = run(command("full"), expect=1, preexec_fn=refuse_large_files)
+    assert "step-00000016 could not be written" in output
     assert "the run continues" in output
     assert "error: checkpoint" in output
     assert "step-00000024" in output
     assert "Traceback" not in output
-    assert sorted(p.name for p in good.parent.iterdir()) == [good.name]
-    assert_same_bits(weights(tmp_path / "full", 3), before)
-    assert "resumed after step 3" in run(command("full"))
+    assert sorted(p.name for p in checkpoints.iterdir()) == names
+    assert_same_bits(weights(tmp_path / "full", 12), before)
+    assert "resumed after step 12" in run(command("full"))
 
 
 def test_full_disk_for_metrics_and_status_does_not_end_the_run(command, tmp_path):
@@ -219,34 +233,33 @@ def test_full_disk_for_metrics_and_status_does_not_end_the_run(command, tmp_path
     run_dir = tmp_path / "run"
     (run_dir / "status.json").mkdir(parents=True)
     (run_dir / "metrics.jsonl").symlink_to("/dev/full")
-    output = run(command("run", "logging.wandb=disabled"))
+    output = run(command("run"))
     assert output.count("metrics.jsonl could not be written") == 1
     assert "status.json could not be written" in output
     assert (run_dir / "checkpoints" / f"step-{STEPS:08d}").exists()
 
 
-def test_start_from_another_runs_checkpoint(command, tmp_path):
+def test_start_from_another_runs_checkpoint(command, begun, tmp_path):
     """resume=PATH of another run starts this one; run again, it goes on from its own."""
-    run(command("one", "stop_step=8"))
-    source = tmp_path / "one" / "checkpoints" / "step-00000004"
-    output = run(command("other", f"resume={source}", "stop_step=6"))
-    assert "resumed after step 4" in output
+    source = begun / "checkpoints" / "step-00000008"
+    output = run(command("other", OFFLINE, f"resume={source}", "stop_step=10"))
+    assert "resumed after step 8" in output
     _, _, *overrides = command("other", f"resume={source}", "data.seed=9")
     found = run([PYTHON, "-m", "dsv2", "check", "1", *overrides], expect=2)  # before anything is started
     assert "error: the checkpoint is of other data: data.seed was 0, is 9; set" in found
-    assert "resumed after step 6" in run(command("other", f"resume={source}"))
-    assert min(scalars(tmp_path / "other", "train/loss")) == 5
+    assert "resumed after step 10" in run(command("other", OFFLINE, f"resume={source}"))
+    assert min(scalars(tmp_path / "other", "train/loss")) == 9
     ids = [
         json.loads((path / "state.json").read_text())["run"]["wandb_id"]
         for path in (source, tmp_path / "other" / "checkpoints" / f"step-{STEPS:08d}")
     ]
+    assert None not in ids
     assert ids[0] != ids[1], "another run is another W&B run"
 
 
-def test_long_context_stage(command, tmp_path):
+def test_long_context_stage(command, begun, tmp_path):
     """YaRN at twice the length: weights and moments come along; steps, tokens and data start anew."""
-    run(command("short", "stop_step=12"))
-    source = tmp_path / "short" / "checkpoints" / "step-00000012"
+    source = begun / "checkpoints" / "step-00000012"
     lr = 1e-4
     stage = ["experiment=long_context", "model=debug", "runtime=default", f"resume={source}"]
     stage += ["model.max_position_embeddings=64", "data.sequence_length=64", "optim.warmup_steps=0"]
@@ -254,7 +267,7 @@ def test_long_context_stage(command, tmp_path):
     stage += ["optim.total_tokens=4096", f"optim.lr={lr}", "optim.decay_at=[]", "checkpoint.every=1"]
     output = run(command("long", *stage, "stop_step=2"))
     assert f"started from the weights of {source}" in output
-    before, after = weights(tmp_path / "short", 12), weights(tmp_path / "long", 1)
+    before, after = weights(begun, 12), weights(tmp_path / "long", 1)
     assert before.keys() == after.keys()
     for name, tensor in after.items():
         if name.startswith("fp32/"):
@@ -272,7 +285,7 @@ def test_long_context_stage(command, tmp_path):
     assert state["run"]["data"]["consumed"] == 8 * 8
     assert state["run"]["data"]["fingerprint"]["sequence_length"] == 64
     # Twice the length and other frequencies cost little: the loss is far from where pretraining began.
-    short_losses, long_losses = scalars(tmp_path / "short", "train/loss"), scalars(long, "train/loss")
+    short_losses, long_losses = scalars(begun, "train/loss"), scalars(long, "train/loss")
     assert abs(long_losses[1] - short_losses[12]) < 0.25 * (short_losses[1] - short_losses[12])
 
     text = run([PYTHON, "-m", "dsv2", "generate", str(long), "--prompt", "alpha beta", "--max-tokens", "8"])
@@ -280,9 +293,9 @@ def test_long_context_stage(command, tmp_path):
     assert "\nalpha beta" in text
 
 
-def test_damaged_checkpoint_falls_back_and_resume_never_overwrites_nothing(command, tmp_path):
-    run(command("torn", "stop_step=6"))
-    newest = tmp_path / "torn" / "checkpoints" / "step-00000006"
+def test_damaged_checkpoint_falls_back_and_resume_never_overwrites_nothing(command, begun, tmp_path):
+    copytree(begun, tmp_path / "torn")
+    newest = tmp_path / "torn" / "checkpoints" / "step-00000012"
     data = newest / "__0_0.distcp"
     data.write_bytes(data.read_bytes()[:-100])
     output = run(command("torn", f"resume={newest}"), expect=2)
@@ -292,10 +305,10 @@ def test_damaged_checkpoint_falls_back_and_resume_never_overwrites_nothing(comma
     output = run(command("torn", "resume=never"), expect=2)
     assert "resume=never" in output
     assert "name=NAME" in output
-    output = run(command("torn", "stop_step=5"))
+    output = run(command("torn", "stop_step=9"))
     assert "warning:" in output
     assert "__0_0.distcp has" in output
-    assert "resumed after step 4" in output
+    assert "resumed after step 8" in output
 
 
 def test_streamed_dataset_stops_resumes_and_is_exact(command, corpus, tmp_path):

@@ -21,7 +21,7 @@ from dsv2.monitoring.metrics.base import When
 from dsv2.monitoring.metrics.producers import PRODUCERS
 from dsv2.monitoring.records import read_metrics
 from dsv2.training.schedule import plan_steps
-from tests.dist.end_to_end import TORCHRUN, TWO, run
+from tests.dist.end_to_end import OFFLINE, TORCHRUN, TWO, run
 
 pytestmark = pytest.mark.timeout(1800)
 BATCH, LENGTH, STEPS = 8, 32, 8
@@ -51,8 +51,9 @@ def declared(when: When) -> set[str]:
 def runs_dir(run_command, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The runs "1" and "2" of so many processes, a dispatch having 4 sequences in both; the record of "2"."""
     folder = tmp_path_factory.mktemp("metrics")
-    run(run_command(folder, "1", *OVERRIDES, "runtime.micro_batch_size=4", "logging.wandb=disabled"))
-    command = run_command(folder, "2", *OVERRIDES, *TWO, "runtime.micro_batch_size=2", launcher=TORCHRUN)
+    run(run_command(folder, "1", *OVERRIDES, "runtime.micro_batch_size=4"))
+    two = [*TWO, "runtime.micro_batch_size=2", OFFLINE]
+    command = run_command(folder, "2", *OVERRIDES, *two, launcher=TORCHRUN)
     script = command.index("train.py")
     command[script : script + 1] = ["-m", "tests.dist.recorded_train"]
     run(command, env=os.environ | {"RECORD": str(folder)})
