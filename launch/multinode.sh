@@ -10,22 +10,14 @@
 # HEAD need different values of RDZV_ID. runs_dir must be on a file system that all machines share.
 
 set -euo pipefail
-# shellcheck source=launch/common.sh
-source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 if [[ ${1:-} == --help || ${1:-} == -h ]]; then
-    usage "launch/${0##*/}"
+    sed -n '2,/^$/s/^# \{0,1\}//p' "launch/${0##*/}"
     exit 0
 fi
-[[ ${NNODES:-} =~ ^[1-9][0-9]*$ ]] || die "NNODES=${NNODES:-}: it must be the number of machines"
-[[ ${HEAD:-} =~ ^.+:[0-9]+$ ]] || die "HEAD=${HEAD:-}: it must be host:port of one of the machines"
-[[ ${NODE_RANK:-0} =~ ^[0-9]+$ ]] || die "NODE_RANK=$NODE_RANK: it must be a whole number, 0 on HEAD"
-
-processes=$(count_processes "$@")
-host=()
-if [[ -n ${NODE_RANK:-} ]]; then
-    # The c10d rendezvous knows no node rank; all it needs is which machine opens HEAD's port.
-    host=(--rdzv_conf="is_host=$([[ $NODE_RANK == 0 ]] && echo true || echo false)")
-fi
-run_torchrun "$processes" --nnodes="$NNODES" --nproc_per_node="$processes" \
-    --rdzv_backend=c10d --rdzv_endpoint="$HEAD" --rdzv_id="${RDZV_ID:-dsv2}" "${host[@]}" train.py "$@"
+[[ -n ${NNODES:-} ]] || { echo "error: NNODES: must be given, the number of machines" >&2; exit 2; }
+export NNODES HEAD NODE_RANK RDZV_ID
+PYTHON=python
+[[ -x .venv/bin/python ]] && PYTHON=.venv/bin/python
+exec "$PYTHON" -m dsv2 train "$@"

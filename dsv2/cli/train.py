@@ -9,9 +9,12 @@ train.py. NPROC sets the number of processes. CUDA_VISIBLE_DEVICES chooses the G
 threads per process; by default the cores are shared equally. The quickstart uses 1, 2, 4 or 8 GPUs, because
 that many can share its batch.
 
+NNODES=N HEAD=host:port starts this machine's part of a job on N machines; launch/multinode.sh explains these
+variables. The job's configuration is then checked by train.py alone.
+
 On Ctrl-C or SIGTERM train.py saves and ends with code 0. torchrun itself then always prints a SignalException
 and exits with 1. After 120 s (TORCH_ELASTIC_SHUTDOWN_TIMEOUT) it kills the processes that are still running.
-launch/multinode.sh and launch/slurm.sbatch start jobs on several machines.
+launch/slurm.sbatch starts jobs on several machines under SLURM.
 """
 
 import os
@@ -48,6 +51,38 @@ class Launch(NamedTuple):
     notes: list[str]  # a line for each choice that the user might not expect
 
 
+class Machines(NamedTuple):
+    """The machines of the job."""
+
+    count: int
+    options: list[str]  # torchrun's, by which the machines find one another
+
+
+def find_machines(environment: Mapping[str, str]) -> Machines:
+    """Read NNODES, HEAD, NODE_RANK and RDZV_ID; without NNODES the job is on this machine alone.
+
+    Raises:
+        UserError: one of them has a wrong value.
+    """
+    count = environment.get("NNODES")
+    if not count:
+        return Machines(1, ["--standalone"])
+    head = environment.get("HEAD", "")
+    rank = environment.get("NODE_RANK", "")
+    if not re.fullmatch(r"[1-9][0-9]*", count):
+        raise UserError(f"NNODES={count}: must be the number of machines, at least 1")
+    if not re.fullmatch(r".+:[0-9]+", head):
+        raise UserError(f"HEAD={head}: must be host:port, one of the machines and a free port on it")
+    if not re.fullmatch(r"[0-9]*", rank):
+        raise UserError(f"NODE_RANK={rank}: must be a whole number, 0 on HEAD")
+    name = environment.get("RDZV_ID") or "dsv2"
+    options = [f"--nnodes={count}", "--rdzv_backend=c10d", f"--rdzv_endpoint={head}", f"--rdzv_id={name}"]
+    if rank:
+        # The c10d rendezvous knows no node rank; all it needs is which machine opens HEAD's port.
+        options.append(f"--rdzv_conf=is_host={'true' if int(rank) == 0 else 'false'}")
+    return Machines(int(count), options)
+
+
 def count_gpus(overrides: list[str], environment: Mapping[str, str]) -> int:
     """Return the number of GPUs that train.py will use: 0 if an override says runtime.device=cpu."""
     if "runtime.device=cpu" in overrides or not shutil.which("nvidia-smi", path=environment.get("PATH")):
@@ -62,15 +97,15 @@ def count_gpus(overrides: list[str], environment: Mapping[str, str]) -> int:
     return sum(line.startswith("GPU ") for line in listed.splitlines())
 
 
-def plan_launch(overrides: list[str], environment: Mapping[str, str]) -> Launch:
-    """Choose the number of processes, and the overrides that follow from it.
+def plan_launch(overrides: list[str], environment: Mapping[str, str], machines: int = 1) -> Launch:
+    """Choose the number of processes on this machine, and the overrides that follow from it.
 
     Raises:
         UserError: NPROC is no positive whole number.
     """
     notes: list[str] = []
     appended: list[str] = []
-    quickstart = QUICKSTART in overrides
+    quickstart = QUICKSTART in overrides and machines == 1
     if text := environment.get("NPROC"):
         if not re.fullmatch(r"[1-9][0-9]*", text):
             raise UserError(f"NPROC={text}: must be a whole number, at least 1")
@@ -80,7 +115,7 @@ def plan_launch(overrides: list[str], environment: Mapping[str, str]) -> Launch:
         processes = max(n for n in (1, 2, 4, QUICKSTART_BATCH) if n <= gpus) if quickstart else gpus
         if processes < gpus:
             notes.append(f"quickstart: {processes} processes on {gpus} GPUs; NPROC=N starts N")
-    if processes == 1 and not any("parallel.expert_parallel_size=" in word for word in overrides):
+    if processes * machines == 1 and not any("parallel.expert_parallel_size=" in word for word in overrides):
         notes.append("one process: appending parallel.expert_parallel_size=1, whatever the experiment says")
         appended.append("parallel.expert_parallel_size=1")
     if quickstart and processes in (4, 8) and not any("runtime.micro_batch_size=" in w for w in overrides):
@@ -147,12 +182,14 @@ class Train(Verb):
         words: list[str] = options.words
         if "--cfg" in words or "-c" in words:  # train.py lets Hydra print the configuration
             become([sys.executable, script, *words], {})
-        launch = plan_launch(words, os.environ)
+        machines = find_machines(os.environ)
+        launch = plan_launch(words, os.environ, machines.count)
         for note in launch.notes:
             print(note, flush=True)
-        # A mistake is one line and exit code 2 here. torchrun would add its own report and exit with 1.
-        check(launch.processes, launch.overrides)
-        command = [torchrun(), "--standalone", f"--nproc_per_node={launch.processes}", script]
+        if machines.count == 1:
+            # A mistake is one line and exit code 2 here. torchrun would add its own report and exit with 1.
+            check(launch.processes, launch.overrides)
+        command = [torchrun(), *machines.options, f"--nproc_per_node={launch.processes}", script]
         command += launch.overrides
         variables = settings(launch.processes, os.environ)
         shown = [f"{name}={value}" for name, value in variables.items()]

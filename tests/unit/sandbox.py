@@ -8,10 +8,9 @@ ROOT = Path(__file__).parents[2]
 
 RECORD = '#!/bin/bash\nprintf "%s\\n" "${0##*/}" "$@" >>"$RECORDS/${0##*/}"\n'
 STANDINS = {
-    "torchrun": RECORD + 'env >"$RECORDS/env"\neval "${TORCHRUN_DOES:-}"\n',
-    "python": RECORD + 'exit "${CHECK_ENDS:-0}"\n',
+    "torchrun": RECORD + 'eval "${TORCHRUN_DOES:-}"\n',
+    "python": RECORD + 'env >"$RECORDS/env"\neval "${TRAIN_DOES:-}"\n',
     "nvidia-smi": '#!/bin/bash\nfor ((i = 0; i < ${GPUS:-0}; i++)); do echo "GPU $i: H100"; done\n',
-    "nproc": "#!/bin/bash\necho 8\n",
     "srun": RECORD + 'while [[ $1 == --* ]]; do shift; done\nexec "$@"\n',
     "scontrol": RECORD + '[[ $1 == requeue ]] || printf "node7\\nnode8\\nnode9\\n"\n',
     "scancel": RECORD + 'kill -TERM "$(<"$RECORDS/pid")"\n',

@@ -47,7 +47,7 @@ def start(box: Sandbox, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Starte
     monkeypatch.setattr(train.os, "sched_getaffinity", lambda pid: set(range(8)))
     monkeypatch.setattr(train.sys, "executable", str(box.root / ".venv/bin/python"))
     monkeypatch.chdir(REPO)
-    for name in [*train.settings(1, {}), "NPROC", "CUDA_VISIBLE_DEVICES", "GPUS"]:
+    for name in [*train.settings(1, {}), "NPROC", "CUDA_VISIBLE_DEVICES", "GPUS", "NNODES"]:
         monkeypatch.delenv(name, raising=False)
 
     def run(*words: str, **variables: str) -> Started:
@@ -156,6 +156,37 @@ def test_no_torchrun_is_a_mistake_in_words(tmp_path, monkeypatch):
     monkeypatch.setattr(train.sys, "executable", str(tmp_path / "python"))
     with pytest.raises(UserError, match=f"^torchrun: not found beside {tmp_path}/python; run `make train`"):
         train.torchrun()
+
+
+@pytest.mark.parametrize(
+    ("variables", "options"),
+    [
+        ({}, ["--rdzv_id=dsv2"]),
+        ({"NODE_RANK": "0"}, ["--rdzv_id=dsv2", "--rdzv_conf=is_host=true"]),
+        ({"NODE_RANK": "2", "RDZV_ID": "7"}, ["--rdzv_id=7", "--rdzv_conf=is_host=false"]),
+    ],
+)
+def test_one_of_several_machines(start, capsys, variables, options):
+    several = {"NNODES": "3", "HEAD": "node0:29500", "NPROC": "1"}
+    started = start(QUICKSTART, **several, **variables)
+    rendezvous = ["--nnodes=3", "--rdzv_backend=c10d", "--rdzv_endpoint=node0:29500", *options]
+    assert arguments(started) == [*rendezvous, "--nproc_per_node=1", "train.py", QUICKSTART]
+    assert started.checked is None, "this machine does not know how many processes the others start"
+    assert "expert_parallel_size" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"NNODES": "0", "HEAD": "a:1"}, "NNODES=0: must be the number of machines"),
+        ({"NNODES": "2"}, "HEAD=: must be host:port"),
+        ({"NNODES": "2", "HEAD": "node0"}, "HEAD=node0: must be host:port"),
+        ({"NNODES": "2", "HEAD": "a:1", "NODE_RANK": "b"}, "NODE_RANK=b: must be a whole number"),
+    ],
+)
+def test_wrong_variables_of_several_machines_are_refused(variables, message):
+    with pytest.raises(UserError, match=f"^{message}"):
+        train.find_machines(variables)
 
 
 @pytest.mark.parametrize(
