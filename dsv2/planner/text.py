@@ -72,7 +72,7 @@ def _verdict(planned: Planned) -> list[str]:
 
 
 def _advice(planned: Planned) -> str:
-    """Return the smallest change that makes a layout fit, or that there is none, as part of a sentence."""
+    """Say which smallest change makes a layout fit, or that no layout fits."""
     fitting = smallest_change(planned)
     if fitting is None:
         gpus = planned.machines.gpus * MORE_GPUS[-1]
@@ -87,7 +87,7 @@ def _advice(planned: Planned) -> str:
 def _work_lines(planned: Planned) -> list[str]:
     config = planned.config
     machines = planned.machines
-    sent = traffic(config, machines.gpus_per_node)
+    all_to_all = traffic(config, machines.gpus_per_node)
     lines = [
         "work per token",
         f"  arithmetic  {flops_per_token(config.model, config.data.sequence_length) / 1e9:.1f} GFLOP",
@@ -96,12 +96,15 @@ def _work_lines(planned: Planned) -> list[str]:
         return [*lines, "  all-to-all  none"]
     model = config.model
     lines.append(
-        f"  all-to-all  {sent.sent / MIB:.2f} MiB sent, {sent.between_machines / MIB:.2f} MiB of it to other "
-        f"machines; a token reaches {sent.ranks:.2f} ranks"
+        f"  all-to-all  {all_to_all.sent / MIB:.2f} MiB sent, "
+        f"{all_to_all.between_machines / MIB:.2f} MiB of it to other machines; "
+        f"a token reaches {all_to_all.ranks:.2f} ranks"
     )
     if model.topk_group < model.n_group:
         limit = f"{model.topk_group} of {model.n_group} groups"
-        lines.append(f"              without the limit to {limit}: {sent.sent_unlimited / MIB:.2f} MiB sent")
+        lines.append(
+            f"              without the limit to {limit}: {all_to_all.sent_unlimited / MIB:.2f} MiB sent"
+        )
     return lines
 
 
