@@ -9,7 +9,7 @@ __all__ = ["CheckpointError", "Diverged", "PeerLost", "UserError"]
 
 
 class Diverged(Exception):
-    """The loss or the gradient is no longer a number; the message names the step. Exit code 3."""
+    """The loss, the gradient or a weight is no longer a number; the message names the step. Exit code 3."""
 
 
 class CheckpointError(Exception):

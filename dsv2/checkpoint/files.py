@@ -1,8 +1,8 @@
 """A checkpoint as files: are they complete, and do they hold the bytes that were written?
 
-`state.json`, written last, lists every file's size and CRC-32. `check` compares the sizes whenever a
-checkpoint is opened. Reading all bytes takes time, so a run compares checksums only before it resumes
-(`damaged_file`).
+`state.json`, written last, has its own CRC-32, and every other file's size and CRC-32. `check` compares its
+own CRC-32 and the sizes whenever a checkpoint is opened. Reading all bytes takes time, so `damaged_file`
+compares the other files' CRC-32s only before their content is used.
 """
 
 import json
@@ -16,6 +16,16 @@ from dsv2.errors import UserError
 
 FORMAT = "dsv2-checkpoint-1"
 STATE_FILE = "state.json"
+STATE_FIELDS = {"format", "run", "adam_step", "config", "files", "crc32", "state_crc32"}
+
+
+def state_text(content: dict[str, Any]) -> str:
+    """Return the text of state.json: the content and its CRC-32."""
+    return json.dumps(content | {"state_crc32": _state_crc32(content)}, indent=1)
+
+
+def _state_crc32(content: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
 
 def check(path: Path, option: str | None = None) -> dict[str, Any]:
@@ -42,6 +52,14 @@ def check(path: Path, option: str | None = None) -> dict[str, Any]:
         raise UserError(f"{option}: {STATE_FILE} cannot be read ({error})") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{option}: {STATE_FILE} is not of the format {FORMAT}")
+    if unknown := sorted(content.keys() - STATE_FIELDS):
+        raise UserError(f"{option}: {STATE_FILE} has the unknown field {unknown[0]!r}; use a newer dsv2")
+    # Checkpoints of earlier versions have no checksum of state.json.
+    if (written := content.pop("state_crc32", None)) not in (None, _state_crc32(content)):
+        raise UserError(
+            f"{option}: {STATE_FILE} does not hold what was written (its checksum is not {written}); use an "
+            "older checkpoint"
+        )
     for name, size in content.get("files", {"every file": 1}).items():
         file = path / name
         actual_size = file.stat().st_size if file.exists() else None
@@ -83,6 +101,12 @@ def complete_checkpoints(folder: Path) -> list[Path]:
         except UserError:
             continue
     return complete
+
+
+def last_good(folder: Path) -> str:
+    """Return a clause that names the newest whole checkpoint in the folder, or says that there is none."""
+    whole = complete_checkpoints(folder)
+    return f"the last good checkpoint is {whole[0]}" if whole else "there is no checkpoint yet"
 
 
 def checksum(file: Path) -> int:

@@ -4,13 +4,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
+from torch.distributed.checkpoint import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from data.streams.sources import source_of
 from data.tokenizers.base import Tokenizer
 from data.tokenizers.load import load_tokenizer
-from dsv2.checkpoint.files import check
+from dsv2.checkpoint.files import check, damaged_file
+from dsv2.checkpoint.safe_reader import SafeReader
 from dsv2.config.compose import from_plain
 from dsv2.config.schema import Config
 from dsv2.errors import UserError
@@ -45,9 +46,15 @@ class CheckpointReader:
 
     def __init__(self, path: Path):
         self.path = path
-        self.config = from_plain(check(path)["config"])
-        self._reader = FileSystemReader(path)
-        self._metadata = self._reader.read_metadata()
+        content = check(path)
+        if problem := damaged_file(path, content["files"], content.get("crc32", {})):
+            raise UserError(f"checkpoint {path}: {problem}; use an older one")
+        self.config = from_plain(content["config"])
+        self._reader = SafeReader(path)
+        try:
+            self._metadata = self._reader.read_metadata()
+        except Exception as error:  # whatever unpickling strange bytes may raise
+            raise UserError(f"checkpoint {path}: cannot be read ({error}); use an older one") from None
         self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
 
     def tensor(self, name: str, numel: int, kind: str = "fp32") -> Tensor:

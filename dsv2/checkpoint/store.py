@@ -32,6 +32,7 @@ from dsv2.checkpoint.files import (
     damaged_file,
     find_checkpoint,
     newest_first,
+    state_text,
     sync_folder,
 )
 from dsv2.checkpoint.state import Found, Loaded, RunState
@@ -258,9 +259,16 @@ class CheckpointStore:
             raise UserError(
                 f"checkpoint {path}: cannot be read ({_root_cause(error)}); use an older one"
             ) from error
-        rng = torch.load(path / "rng.pt", weights_only=True)  # the host's: nothing draws on a GPU after init
-        if len(rng) == everyone.size:
-            torch.set_rng_state(rng[everyone.rank])
+        try:
+            # The host's: nothing draws on a GPU after init.
+            rng = torch.load(path / "rng.pt", weights_only=True)
+            if len(rng) == everyone.size:
+                torch.set_rng_state(rng[everyone.rank])
+        except Exception as error:  # whatever strange bytes may raise
+            reason = _in_words(error)
+            raise UserError(
+                f"checkpoint {path}: rng.pt cannot be read ({reason}); use an older one"
+            ) from None
         return content
 
 
@@ -308,6 +316,6 @@ def _write_state(partial: Path, content: dict[str, Any], checksums: dict[str, in
     remaining = {path.name: checksum(path) for path in partial.iterdir() if path.name not in checksums}
     sizes = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
     with open(partial / STATE_FILE, "w") as file:
-        json.dump(content | {"files": sizes, "crc32": checksums | remaining}, file, indent=1)
+        file.write(state_text(content | {"files": sizes, "crc32": checksums | remaining}))
         file.flush()
         os.fsync(file.fileno())

@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.distributed_c10d import ProcessGroup
 
+from dsv2.checkpoint.safe_reader import SafeReader
 from dsv2.optimizers.base import Shard
 
 
@@ -92,7 +93,7 @@ def read(shards: Iterable[Shard], folder: Path, group: ProcessGroup | None) -> N
     """
     dcp.load(
         _ranges(shards),
-        storage_reader=dcp.FileSystemReader(folder),
+        storage_reader=SafeReader(folder),
         planner=_LoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
         process_group=group,
     )

@@ -30,7 +30,7 @@ class ExitCode(enum.IntEnum):
     ok = 0, "done; or training stopped by SIGTERM, SIGINT or stop_step after saving"
     error = 1, "something failed that is not your mistake, such as a full disk"
     mistake = 2, "a mistake in the configuration, the data, a file or the command line"
-    diverged = 3, "the loss or the gradient is no longer a number"
+    diverged = 3, "the loss, the gradient or a weight is no longer a number"
     interrupted = 130, "interrupted before there was anything to save"
 
 

@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any
 
 from data.streams.sources import source_of
+from dsv2.checkpoint.files import last_good
 from dsv2.checkpoint.state import Loaded, RunState
 from dsv2.config.compose import to_yaml
 from dsv2.config.schema import Config
@@ -100,8 +101,8 @@ class Monitor:
         step = plan.step + 1
         if not math.isfinite(result.loss) or not math.isfinite(result.grad_norm) or result.grad_norm < 0:
             raise Diverged(
-                f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}; stopped, nothing saved. "
-                f"The last good checkpoint is in {self.config.run_dir / 'checkpoints'}; try a lower optim.lr"
+                f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}; this step is not saved, "
+                f"{last_good(self.config.run_dir / 'checkpoints')}; try a lower optim.lr"
             )
         self._step = step
         metrics = self._step_metrics(plan, result, now - self._last_mark)

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from data.streams.base import Batch
+from dsv2.checkpoint.files import last_good
 from dsv2.checkpoint.state import Found, Loaded, RunState
 from dsv2.checkpoint.store import CheckpointStore
 from dsv2.config.schema import OptimConfig, ParallelConfig, RuntimeConfig
+from dsv2.errors import Diverged
 from dsv2.model.transformer import DeepseekV2, ModelOutput
 from dsv2.moe.balance import BalanceLosses
 from dsv2.moe.stats import RoutingStats
@@ -62,9 +64,23 @@ class Engine:
         return self.deepspeed.module
 
     def save(self, store: CheckpointStore, state: RunState) -> Path:
-        """Save a checkpoint and return its folder. Collective; for errors see `CheckpointStore.save`."""
+        """Save a checkpoint and return its folder. Collective; for other errors see `CheckpointStore.save`.
+
+        Raises:
+            Diverged: on every rank, if a weight or a state is not a finite number on any rank.
+        """
+        if self.mesh[Dim.world].agree(not self._is_finite()):
+            raise Diverged(
+                f"step {state.step}: the update made weights or optimizer states infinite or NaN; this step "
+                f"is not saved, {last_good(store.folder)}; try a lower optim.lr"
+            )
         steps = float(self.sharded.steps_done)
         return store.save(self.sharded.shards(), state, optimizer_steps=steps, mesh=self.mesh)
+
+    def _is_finite(self) -> bool:
+        """Return whether all weights, optimizer states and buffers of this rank are finite numbers."""
+        tensors = [tensor for shard in self.sharded.shards() for tensor in shard.tensors.values()]
+        return bool(torch.stack([tensor.isfinite().all() for tensor in tensors]).all())
 
     def load(self, store: CheckpointStore, found: Found) -> Loaded:
         """Load weights, optimizer, buffers and random state. Collective; see `CheckpointStore.load`."""

@@ -10,7 +10,7 @@ import torch.distributed.checkpoint as dcp
 from hypothesis import HealthCheck, settings
 
 from dsv2.__main__ import VERBS
-from dsv2.checkpoint.files import FORMAT
+from dsv2.checkpoint.files import FORMAT, checksum
 from dsv2.cli.base import main
 from dsv2.config import compose
 from dsv2.config.schema import BalanceConfig, Config, ModelConfig, RopeScalingConfig
@@ -116,6 +116,7 @@ def save_checkpoint(path: Path, model: DeepseekV2, config: Config) -> Path:
         "adam_step": 7,
         "config": compose.to_plain(config),
         "files": {file.name: file.stat().st_size for file in path.iterdir()},
+        "crc32": {file.name: checksum(file) for file in path.iterdir()},
     }
     (path / "state.json").write_text(json.dumps(content))
     return path

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from data.config import DataConfig
-from dsv2.checkpoint.files import find_checkpoint
+from dsv2.checkpoint.files import checksum, find_checkpoint
 from dsv2.checkpoint.reader import CheckpointReader
 from dsv2.config.schema import Config
 from dsv2.errors import UserError
@@ -93,6 +93,11 @@ def test_damaged_bytes(tmp_path):
     path, _ = make(tmp_path / "step-00000007")
     data = path / "__0_0.distcp"
     data.write_bytes(bytes(data.stat().st_size))
+    with pytest.raises(UserError, match=r"checkpoint .*: __0_0.distcp does not hold what was written"):
+        load_model(path)
+    content = json.loads((path / "state.json").read_text())
+    content["crc32"][data.name] = checksum(data)  # someone wrote such a file
+    (path / "state.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match=r"checkpoint .*: fp32/\S+ cannot be read .*; use an older one"):
         load_model(path)
 

@@ -161,7 +161,7 @@ def test_divergence_alerts_and_is_a_failure(run_dir, loss, grad_norm):
     tracker = Recorder()
     with pytest.raises(Diverged) as caught, monitor(run_dir, tracker=tracker) as watch:
         feed(watch, [result(), result(loss=loss, grad_norm=grad_norm), result()])
-    assert str(caught.value).startswith(f"step 2: loss {loss}, gradient norm {grad_norm}; stopped")
+    assert str(caught.value).startswith(f"step 2: loss {loss}, gradient norm {grad_norm}; this step is not")
     assert tracker.alerts == [("monitored diverged", str(caught.value))]
     assert tracker.exit_codes == [1]
     assert json.loads((run_dir / "status.json").read_text())["state"] == "failed"
