@@ -11,6 +11,8 @@ SHELL := bash
 PYTHON ?= python3
 ARGS ?=
 BIN := .venv/bin
+# Two files at a time. They begin in the order of their names: tests/dist comes first, and takes longest.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 STAMP := .venv/installed
 
 .PHONY: help train test test-all lint format clean
@@ -23,10 +25,10 @@ train: $(STAMP)
 	$(BIN)/python -m dsv2 train experiment=quickstart $(ARGS)
 
 test: format
-	$(BIN)/python -m pytest -m "not full" $(ARGS)
+	$(PYTEST) -m "not full" $(ARGS)
 
 test-all: format
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 lint: format
 	$(BIN)/pyright

@@ -49,8 +49,9 @@ def test_make_train_installs_prepares_and_trains(make):
 
 def test_make_test_checks_format_and_lint_first(make):
     lint = ["ruff check .", "ruff format --check ."]
-    assert make("test")[1] == ["pip", *lint, "python -m pytest -m not full"]
-    assert make("test-all")[1] == [*lint, "python -m pytest"]
+    tests = "python -m pytest -n 2 --dist loadfile --no-loadscope-reorder"
+    assert make("test")[1] == ["pip", *lint, f"{tests} -m not full"]
+    assert make("test-all")[1] == [*lint, tests]
     assert make("lint")[1][-1].strip() == "pyright"
 
 

@@ -1,0 +1,134 @@
+"""train.py as a user runs it, killed, interrupted or asked to stop."""
+
+import json
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+
+from tests.dist.end_to_end import (
+    MANY,
+    MANY_STEPS,
+    OFFLINE,
+    ROOT,
+    TORCHRUN,
+    TWO,
+    assert_same_bits,
+    kill_hard,
+    read_wandb,
+    run,
+    scalars,
+    wait_for_step,
+    weights,
+)
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),  # `weights` wants it so
+    pytest.mark.timeout(1800),
+]
+
+
+@pytest.fixture(scope="module")
+def whole(run_command, tmp_path_factory) -> tuple[Path, str]:
+    """A run of two processes that nobody interrupts, and what it printed."""
+    folder = tmp_path_factory.mktemp("whole")
+    output = run(run_command(folder, "whole", *TWO, MANY, OFFLINE, launcher=TORCHRUN))
+    return folder / "whole", output
+
+
+def test_a_whole_run_prints_keeps_and_logs(whole):
+    run_dir, output = whole
+    assert "validation loss" in output
+    assert "unigram entropy" in output
+    assert "sample:" in output
+    assert sorted(scalars(run_dir, "train/loss")) == list(range(1, MANY_STEPS + 1))
+    assert [p.name for p in sorted((run_dir / "checkpoints").iterdir())] == ["step-00000080", "step-00000082"]
+    assert "n_routed_experts: 16" in (run_dir / "config.yaml").read_text()
+    # The offline W&B run holds what metrics.jsonl mirrors.
+    shown = read_wandb(run_dir, sessions=1)[0]
+    for name in ("train/loss_lm", "moe/aux_device", "vio/L01", "comm/devs_per_tok", "val/bpb"):
+        assert f'"{name}"' in shown, name
+    assert "n_routed_experts" in shown, "the configuration is logged"
+    pictures = [p.name for p in run_dir.glob("wandb/offline-run-*/files/media/images/map/*")]
+    for name in ("expert_load", "dev_load", "dev_recv"):
+        assert any(picture.startswith(f"{name}_") for picture in pictures), name
+
+
+def test_killed_run_resumes_to_the_bit_and_reads_back(command, started, whole, tmp_path):
+    """Two processes, killed hard, then asked to stop; at the end all is as if nothing had happened."""
+    job_command = command("killed", *TWO, MANY, OFFLINE, launcher=TORCHRUN)
+    job = started(job_command)
+    wait_for_step(tmp_path / "killed", 5)
+    kill_hard(job)
+    # Ctrl-C in a terminal reaches torchrun and its workers.
+    job = started(job_command)
+    wait_for_step(tmp_path / "killed", 20)
+    for process in [*psutil.Process(job.pid).children(recursive=True), job]:
+        process.send_signal(signal.SIGINT)
+    job.wait(300)
+    status = json.loads((tmp_path / "killed" / "status.json").read_text())
+    assert status["state"] == "stopped"
+    assert 20 <= status["step"] < MANY_STEPS
+    output = run(job_command)
+    assert f"resumed after step {status['step']}" in output
+
+    undisturbed, killed = whole[0], tmp_path / "killed"
+    for name in ("train/loss", "train/grad_norm", "val/loss", "val/bpb"):
+        want = scalars(undisturbed, name)
+        # A job that is told to stop at a step due for evaluation leaves that out.
+        got = {step: value for step, value in scalars(killed, name).items() if step != status["step"]}
+        assert got == {step: value for step, value in want.items() if step != status["step"]}, name
+    assert_same_bits(weights(killed, MANY_STEPS), weights(undisturbed, MANY_STEPS))
+    assert json.loads((killed / "status.json").read_text())["state"] == "finished"
+    read_wandb(killed, sessions=3)
+
+
+def test_signal_saves_and_exits_0_then_another_layout_continues(command, started, whole, tmp_path):
+    """SIGTERM to one process, then to torchrun alone, on EP 2 and ZeRO-3; one process finishes."""
+    job = started(command("stopped", MANY, "checkpoint.every=0"))
+    wait_for_step(tmp_path / "stopped", 2)
+    job.send_signal(signal.SIGTERM)
+    assert job.wait(300) == 0
+    status = json.loads((tmp_path / "stopped" / "status.json").read_text())
+    assert status["state"] == "stopped"
+    assert 2 <= status["step"] < MANY_STEPS - 20
+    layout = [*TWO, MANY, "parallel.zero_stage=3", "runtime.micro_batch_size=1"]
+    job = started(command("stopped", *layout, "checkpoint.every=0", launcher=TORCHRUN))
+    wait_for_step(tmp_path / "stopped", status["step"] + 20)
+    job.send_signal(signal.SIGTERM)  # as a scheduler does; torchrun passes it on and reports it by its code
+    assert job.wait(300) == 1
+    before, status = status, json.loads((tmp_path / "stopped" / "status.json").read_text())
+    assert status["state"] == "stopped"
+    assert before["step"] + 20 <= status["step"] < MANY_STEPS
+    output = run(command("stopped", MANY))
+    assert f"resumed after step {status['step']}" in output
+    (note,) = [line for line in output.splitlines() if "note: changed since that checkpoint: " in line]
+    assert "checkpoint.every 0 -> 4" in note
+    assert "parallel.zero_stage 3 -> " in note
+    losses, want = scalars(tmp_path / "stopped", "train/loss"), scalars(whole[0], "train/loss")
+    assert losses.keys() == want.keys()
+    # Many steps enlarge what another order of sums changes in the last bit.
+    np.testing.assert_allclose([losses[s] for s in want], list(want.values()), rtol=1e-4)
+    np.testing.assert_allclose([losses[s] for s in want][:20], list(want.values())[:20], rtol=2e-6)
+
+
+def test_interrupted_before_training(command, tmp_path):
+    def heed_interrupts() -> None:  # a shell's background jobs, these tests maybe, are started to ignore them
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    job = subprocess.Popen(command("early"), cwd=ROOT, preexec_fn=heed_interrupts, **pipes)
+    while not (tmp_path / "early" / ".lock-owner").exists():
+        assert job.poll() is None
+        time.sleep(0.01)
+    job.send_signal(signal.SIGINT)
+    output = job.communicate(timeout=300)[0]
+    assert (job.returncode, output) == (
+        130,
+        "error: interrupted before training began; nothing was changed\n",
+    )
