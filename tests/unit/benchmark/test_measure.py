@@ -35,8 +35,14 @@ def configuration(*overrides: str) -> Config:
         (["--steps", "0"], "--steps 0: must be at least 1"),
         (["--warmup", "-1"], "--warmup -1: must be at least 0"),
         (["--rounds", "0"], "--rounds 0: must be at least 1"),
-        (["--out", "/nowhere/row.json"], "--out /nowhere/row.json: there is no such folder"),
-        (["--profile", "/nowhere/t.json"], "--profile /nowhere/t.json: there is no such folder"),
+        (
+            ["--out", "/nowhere/row.json"],
+            "--out /nowhere/row.json: cannot be written (No such file or directory)",
+        ),
+        (
+            ["--profile", "/nowhere/t.json"],
+            "--profile /nowhere/t.json: cannot be written (No such file or directory)",
+        ),
         (["model=nope"], "model=nope: there is no such option"),
         (["model.hiden_size=3"], "did you mean model.hidden_size?"),
         (["--against", "megatron"], "there is no peer 'megatron'; one of transformers, deepspeed_autoep"),
