@@ -187,8 +187,8 @@ def test_a_moment_that_never_moves(name):
         ),
         (
             [("model.attention", "mha"), ("model.v_head_dim", 16)],
-            "model.v_head_dim=16: must be model.qk_nope_head_dim=32 with model.attention=mha: its heads have "
-            "one width",
+            "model.v_head_dim=16: must be model.qk_nope_head_dim=32 with model.attention=mha: keys and "
+            "values have the same width",
         ),
         (
             [
