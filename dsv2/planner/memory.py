@@ -12,6 +12,7 @@ from dsv2.kernels.specs import find_spec
 from dsv2.moe.routers.kinds import router_of
 from dsv2.optimizers.rules import find_optimizer
 from dsv2.parallel.micro_batch import micro_batch
+from dsv2.parallel.plan import ParallelPlan
 from dsv2.parallel.zero.base import FP32, Job, States
 from dsv2.parallel.zero.stages import find_stage
 from dsv2.planner.activations import Activations, activations
@@ -51,7 +52,7 @@ def memory(config: Config, world_size: int, gpu: bool = True) -> Memory:
     ep_size = config.parallel.expert_parallel_size
     stage = find_stage(config.parallel.zero_stage, runtime.precision)
     job = Job(
-        parameters=rank_parameters(config.model, world_size, ep_size),
+        parameters=rank_parameters(config.model, ParallelPlan.of(config.parallel, world_size)),
         optimizer=find_optimizer(optim.name),
         weight_bytes=2 if runtime.precision is Precision.bf16 else FP32,
         state_bytes=2 if optim.states is Precision.bf16 else FP32,

@@ -13,6 +13,7 @@ from dsv2.moe.reach import mean_ranks
 from dsv2.moe.routers.kinds import router_of
 from dsv2.moe.traffic import bytes_per_row
 from dsv2.parallel.gpus import Gpu
+from dsv2.parallel.plan import Dim, ParallelPlan
 from dsv2.parallel.zero.stages import find_stage
 from dsv2.planner.parameters import rank_parameters
 
@@ -73,17 +74,18 @@ def _ring_bandwidth(gpu: Gpu, members: int, stride: int, gpus_per_node: int) -> 
 def _states_seconds(config: Config, world_size: int, gpu: Gpu, gpus_per_node: int) -> float:
     """Return the seconds per step for reducing gradients and then gathering weights."""
     parallel = config.parallel
-    ep = parallel.expert_parallel_size
+    layout = ParallelPlan.of(parallel, world_size)
+    dp_size = layout.sizes[Dim.dp]
     itemsize = 2 if config.runtime.precision is Precision.bf16 else 4
-    micro_batches = config.optim.batch_size // (config.runtime.micro_batch_size * world_size)
-    parameters = rank_parameters(config.model, world_size, ep)
+    micro_batches = config.optim.batch_size // (config.runtime.micro_batch_size * dp_size)
+    parameters = rank_parameters(config.model, layout)
     bytes_per_element = find_stage(parallel.zero_stage, config.runtime.precision).traffic(
         micro_batches, itemsize
     )
     seconds = 0.0
     for elements, members, stride in (
-        (parameters.dense, world_size, 1),
-        (parameters.experts.elements, world_size // ep, ep),
+        (parameters.dense, dp_size, 1),
+        (parameters.experts.elements, layout.sizes[Dim.edp], layout.ep),
     ):
         share_sent = (members - 1) / members
         bandwidth = _ring_bandwidth(gpu, members, stride, gpus_per_node)

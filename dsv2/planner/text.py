@@ -3,6 +3,7 @@
 from dsv2.config.schema import Config, Precision
 from dsv2.formats import short
 from dsv2.model.sizes import count_parameters, flops_per_token
+from dsv2.parallel.plan import ParallelPlan
 from dsv2.planner.memory import Memory
 from dsv2.planner.parameters import rank_parameters
 from dsv2.planner.search import MORE_GPUS, USABLE, Machines, Planned, changes, plan, smallest_change
@@ -32,8 +33,7 @@ def _title(planned: Planned) -> str:
 def _parameter_line(planned: Planned) -> str:
     model = planned.config.model
     counts = count_parameters(model)
-    parallel = planned.config.parallel
-    held = rank_parameters(model, planned.machines.gpus, parallel.expert_parallel_size)
+    held = rank_parameters(model, ParallelPlan.of(planned.config.parallel, planned.machines.gpus))
     return (
         f"parameters  {short(counts.total)}, {short(counts.active)} active per token; a rank computes with "
         f"{short(held.elements)} ({short(held.dense)} and {short(held.experts.elements)} of routed experts)"

@@ -7,6 +7,7 @@ import torch
 
 from dsv2.model.sizes import count_parameters
 from dsv2.model.transformer import DeepseekV2
+from dsv2.parallel.plan import ParallelPlan
 from dsv2.planner.parameters import rank_parameters
 from tests.unit.helpers import compose_config, tiny_config
 
@@ -32,15 +33,15 @@ def test_every_tensor_is_in_its_group(name):
     for parameter_name, p in model.named_parameters():
         group = experts if ".experts." in parameter_name else (decay if p.ndim > 1 else no_decay)
         group.append(p.numel())
-    groups = rank_parameters(MODELS[name], world_size=1, ep_size=1)
+    groups = rank_parameters(MODELS[name], ParallelPlan(world=1, ep=1))
     assert [sorted(g.sizes) for g in groups] == [sorted(decay), sorted(no_decay), sorted(experts)]
     assert groups.elements == count_parameters(MODELS[name]).total
 
 
 @pytest.mark.parametrize("ep", [2, 4])
 def test_expert_parallelism_cuts_the_experts_alone(ep):
-    whole = rank_parameters(MODELS["tiny"], 8, 1)
-    cut = rank_parameters(MODELS["tiny"], 8, ep)
+    whole = rank_parameters(MODELS["tiny"], ParallelPlan(world=8, ep=1))
+    cut = rank_parameters(MODELS["tiny"], ParallelPlan(world=8, ep=ep))
     assert cut.decay == whole.decay
     assert cut.no_decay == whole.no_decay
     assert cut.experts.sizes == [size // ep for size in whole.experts.sizes]
@@ -50,6 +51,6 @@ def test_expert_parallelism_cuts_the_experts_alone(ep):
 def test_of_the_experts_a_layer_s_two_tensors_stand_together():
     """What ZeRO-3 gathers at once is read off the first two."""
     model = replace(MODELS["tiny"], num_hidden_layers=5)
-    sizes = rank_parameters(model, 1, 1).experts.sizes
+    sizes = rank_parameters(model, ParallelPlan(world=1, ep=1)).experts.sizes
     assert len(sizes) == 2 * 4
     assert sum(sizes[:2]) == 12 * 3 * 20 * 7

@@ -10,6 +10,7 @@ from dsv2.config.schema import Config, OptimConfig, ParallelConfig, Precision, R
 from dsv2.model.sizes import flops_per_token
 from dsv2.moe.reach import mean_ranks
 from dsv2.parallel.gpus import GPUS, Gpu
+from dsv2.parallel.plan import ParallelPlan
 from dsv2.planner.parameters import rank_parameters
 from dsv2.planner.speed import ARITHMETIC, LINKS, speed, traffic
 from tests.unit.helpers import compose_config, tiny_config
@@ -86,7 +87,7 @@ def test_arithmetic_and_all_to_all_of_a_step():
 def test_gradients_and_weights_of_a_step(stage, moved):
     """4 micro-batches on 4 ranks of 2 machines, EP 2: dense tensors over both, experts over one a machine."""
     one = config(2, stage)
-    held = rank_parameters(one.model, 4, 2)
+    held = rank_parameters(one.model, ParallelPlan(world=4, ep=2))
     dense = held.dense * 3 / 4 / min(4e6, 2 * 1e6)
     experts = held.experts.elements * 1 / 2 / 1e6
     got = speed(one, 4, SLOW, gpus_per_node=2, mfu=None)
@@ -95,7 +96,7 @@ def test_gradients_and_weights_of_a_step(stage, moved):
 
 def test_one_machine_uses_its_own_links():
     got = speed(config(2, 1), 4, SLOW, gpus_per_node=4, mfu=None)
-    held = rank_parameters(tiny_config(), 4, 2)
+    held = rank_parameters(tiny_config(), ParallelPlan(world=4, ep=2))
     rows = held.dense * 3 / 4 + held.experts.elements / 2
     assert got.states_s == pytest.approx((2 * 4 + 2) * rows / 4e6 / LINKS)
 
