@@ -1,6 +1,7 @@
 """What several test files share: property settings and configurations."""
 
 import json
+import resource
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -94,6 +95,12 @@ def compose_config(*overrides: str) -> Config:
 def run_verb(verb: str, *words: object) -> int:
     """Run `python -m dsv2 VERB ...` in this process; return its exit code."""
     return main([verb, *map(str, words)], VERBS)
+
+
+def cpu_seconds_of_children() -> float:
+    """CPU time of the finished processes that this one started; a busy machine does not change it."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def wandb_history(printed: str) -> dict[int, dict[str, Any]]:
