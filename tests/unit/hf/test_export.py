@@ -287,9 +287,9 @@ def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert re.search(r"__0_0.distcp has \d+ bytes of \d+", refused(capsys, path, out))
     data.unlink()
     assert "__0_0.distcp is missing; use an older checkpoint" in refused(capsys, path, out)
-    data.write_bytes(bytes(len(whole)))  # found only when it is read, after some files were written
+    data.write_bytes(bytes(len(whole)))
     said = refused(capsys, path, out, "--tokenizer", tmp_path / "moved.model")
-    assert "cannot be read" in said
+    assert "__0_0.distcp does not hold what was written" in said
     assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "large.model", "moved.model", "saved"]
 
 
