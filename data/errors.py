@@ -3,6 +3,8 @@
 import argparse
 from typing import NoReturn
 
+GO_ON = "run the same command again to continue"  # after a failure or an interruption
+
 
 class UserError(ValueError):
     """A mistake in a configuration, a file or a command line.

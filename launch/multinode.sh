@@ -17,7 +17,4 @@ if [[ ${1:-} == --help || ${1:-} == -h ]]; then
     exit 0
 fi
 [[ -n ${NNODES:-} ]] || { echo "error: NNODES: must be given, the number of machines" >&2; exit 2; }
-export NNODES HEAD NODE_RANK RDZV_ID
-PYTHON=python
-[[ -x .venv/bin/python ]] && PYTHON=.venv/bin/python
-exec "$PYTHON" -m dsv2 train "$@"
+exec launch/local.sh "$@"  # which reads these variables

@@ -17,13 +17,11 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from data.corpora.base import Corpus
 from data.corpora.kinds import CORPORA
-from data.errors import Parser, UserError
+from data.errors import GO_ON, Parser, UserError
 from data.prepare.corpus import prepare
 from data.prepare.settings import Settings
 from data.prepared.manifest import MANIFEST, Manifest
 
-AFTER_A_FAILURE = "correct the cause and run the same command again to continue"
-AFTER_AN_INTERRUPT = "interrupted; run the same command again to continue"
 KINDS = {corpus.kind: corpus for corpus in CORPORA}
 
 
@@ -101,10 +99,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:  # such as a full disk, or a file that may not be read
-        print(f"error: {error}; {AFTER_A_FAILURE}", file=sys.stderr)
+        print(f"error: {error}; correct the cause and {GO_ON}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"error: {AFTER_AN_INTERRUPT}", file=sys.stderr)
+        print(f"error: interrupted; {GO_ON}", file=sys.stderr)
         return 130
     return 0
 

@@ -35,6 +35,15 @@ def run_tokenizer(config: Config, file: str | None) -> Tokenizer:
     return tokenizer
 
 
+def saved_config(path: Path) -> Config:
+    """Return the configuration of the run that wrote the checkpoint. Its tensors are not read.
+
+    Raises:
+        UserError: `path` is no whole checkpoint, or its configuration does not fit this version.
+    """
+    return from_plain(check(path)["config"])
+
+
 class CheckpointReader:
     """A whole checkpoint, read one tensor at a time.
 

@@ -8,6 +8,7 @@ Every source has its own options: see `python -m dsv2 prepare SOURCE --help`.
 
 from argparse import ArgumentParser, Namespace
 
+from data.errors import GO_ON
 from dsv2.cli.base import ExitCode, Verb, print_error
 
 
@@ -15,7 +16,7 @@ class Prepare(Verb):
     name = "prepare"
     help = "turn text into a folder of tokens to train on"
     text = __doc__
-    interrupted = "interrupted; run the same command again to continue"
+    interrupted = f"interrupted; {GO_ON}"
 
     def arguments(self, parser: ArgumentParser) -> None:
         from data.prepare.command import add_arguments
@@ -26,11 +27,11 @@ class Prepare(Verb):
         return self.parser().parse_args(words)
 
     def run(self, options: Namespace) -> int:
-        from data.prepare.command import AFTER_A_FAILURE, run
+        from data.prepare.command import run
 
         try:
             run(options)
         except OSError as error:  # such as a full disk, or a file that may not be read
-            print_error(f"{error}; {AFTER_A_FAILURE}")
+            print_error(f"{error}; correct the cause and {GO_ON}")
             return ExitCode.error
         return ExitCode.ok

@@ -11,6 +11,7 @@ interrupted study: finished runs are kept. Their checkpoints are removed, becaus
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
+from data.errors import GO_ON
 from dsv2.cli.base import Verb
 from dsv2.errors import UserError
 
@@ -19,7 +20,7 @@ class Study(Verb):
     name = "study"
     help = "train several variants of a model and compare them in a table"
     text = __doc__
-    interrupted = "interrupted; run the same command again to continue"
+    interrupted = f"interrupted; {GO_ON}"
 
     def arguments(self, parser: ArgumentParser) -> None:
         from dsv2.studies.arms import STUDIES

@@ -180,7 +180,9 @@ class Train(Verb):
     def run(self, options: Namespace) -> NoReturn:
         script = "train.py" if Path.cwd() == ROOT else str(ROOT / "train.py")
         words: list[str] = options.words
-        if "--cfg" in words or "-c" in words:  # train.py lets Hydra print the configuration
+        if any(
+            word.split("=")[0] in ("--cfg", "-c") for word in words
+        ):  # train.py lets Hydra print the configuration
             become([sys.executable, script, *words], {})
         machines = find_machines(os.environ)
         launch = plan_launch(words, os.environ, machines.count)

@@ -3,6 +3,7 @@
 import difflib
 import re
 from collections.abc import Collection
+from enum import Enum
 from typing import NoReturn
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -86,7 +87,7 @@ def check_command_line(overrides: list[str], read_by_hydra: bool = False) -> Non
             )
 
 
-def _refuse_removal(override: str, key: str) -> NoReturn:
+def _refuse_removal(override: str | None, key: str) -> NoReturn:
     """Every field and group is needed, so none can be removed with `~`."""
     if key in GROUPS or key in field_types():
         raise UserError(f"{override}: must be set to a value; nothing of the configuration can be removed")
@@ -146,9 +147,11 @@ def explain(error: Exception, overrides: list[str]) -> UserError:
     override = next((o for o in overrides if _names(o, key)), None)
     if key not in field_types():
         return UserError(unknown_key(key, override))
-    expected = type_text(field_types()[key])
-    if " | " in expected:
-        return UserError(f"{override or key}: must be one of {expected.replace(' | ', ', ')}")
+    hint_type = field_types()[key]
+    if isinstance(hint_type, type) and issubclass(hint_type, Enum):
+        values = ", ".join(member.value for member in hint_type)
+        return UserError(f"{override or key}: must be one of {values}")
+    expected = type_text(hint_type)
     hint = ""
     if expected == "int" and override and re.fullmatch(r"[\d.]+e\+?\d+", value := override.split("=", 1)[1]):
         hint = f"; write it out: {key}={float(value):_.0f}"

@@ -46,7 +46,7 @@ def export(
     from safetensors import SafetensorError
 
     from dsv2.checkpoint.files import find_checkpoint
-    from dsv2.checkpoint.reader import CheckpointReader, run_tokenizer
+    from dsv2.checkpoint.reader import CheckpointReader, run_tokenizer, saved_config
     from dsv2.hf.fields import check_exportable, published_config
     from dsv2.hf.names import model_outline
     from dsv2.hf.tokenizer import write_tokenizer
@@ -55,10 +55,12 @@ def export(
         raise UserError(f"--shard-gb {shard_gb}: must be above 0")
     if out.exists():
         raise UserError(f"{out} already exists: remove it, or give another folder")
-    reader = CheckpointReader(find_checkpoint(checkpoint))
-    model = reader.config.model
+    path = find_checkpoint(checkpoint)
+    run_config = saved_config(path)
+    model = run_config.model
     check_exportable(model)
-    pieces = run_tokenizer(reader.config, tokenizer)
+    pieces = run_tokenizer(run_config, tokenizer)
+    reader = CheckpointReader(path)
     config = published_config(model, pieces.bos_id, pieces.eos_id, DTYPES[dtype])
     partial = out.with_name(f"{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed

@@ -98,14 +98,14 @@ def answer(arguments: Namespace) -> None:
     import torch
 
     from dsv2.checkpoint.files import find_checkpoint
-    from dsv2.checkpoint.reader import CheckpointReader, run_tokenizer
+    from dsv2.checkpoint.reader import run_tokenizer, saved_config
     from dsv2.inference.model import load_model
     from dsv2.inference.sampling import Sampling, generate
 
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: there is no GPU here; use --device cpu")
     path = find_checkpoint(arguments.checkpoint)
-    config = CheckpointReader(path).config
+    config = saved_config(path)
     tokenizer = run_tokenizer(config, arguments.tokenizer)
     prompts = encode_prompts(arguments.prompt, tokenizer, config, arguments.max_tokens)
     on_gpu = arguments.device == "cuda" or (arguments.device == "auto" and torch.cuda.is_available())

@@ -42,10 +42,8 @@ TINY = [
 STEPS = 24
 TWO = ["parallel.expert_parallel_size=2"]
 OFFLINE = "logging.wandb=offline"
-MANY, MANY_STEPS = (
-    "optim.total_tokens=20992",
-    82,
-)  # for jobs that are interrupted on their way and end like others
+MANY_STEPS = 82  # for jobs that are interrupted on their way and end like others
+MANY = f"optim.total_tokens={MANY_STEPS * 256}"
 ENDLESS = "optim.total_tokens=25600000"  # for a job that is there until it is told to stop
 
 

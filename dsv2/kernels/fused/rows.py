@@ -93,8 +93,8 @@ def sort_slots(keys: Tensor, n_keys: int, n_rows: int) -> tuple[RowMap, Tensor, 
         keys: [T, slots per token].
 
     Returns:
-        The first `n_rows` slots by key; each slot's row, -1 for absent ones, int32 [T, slots per token]; and
-        where each key's rows end, int32 [n_keys].
+        The first `n_rows` slots by key. Each slot's row, int32 [T, slots per token], -1 if absent. The end of
+        each key's rows, int32 [n_keys].
     """
     n_slots = keys.numel()
     blocks = triton.cdiv(n_slots, SORTED)

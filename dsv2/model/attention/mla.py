@@ -98,7 +98,7 @@ class MultiHeadLatent(AttentionKind):
     def published(self, model: ModelConfig) -> dict[str, Any]:
         names = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
         fields = {name: getattr(model, name) for name in names}
-        return fields | {"num_key_value_heads": model.num_attention_heads, "attention_bias": False}
+        return fields | self.published_defaults(model)
 
     def published_defaults(self, model: ModelConfig) -> dict[str, Any]:
         return {"num_key_value_heads": model.num_attention_heads, "attention_bias": False}

@@ -190,7 +190,7 @@ def test_wrong_variables_of_several_machines_are_refused(variables, message):
 
 
 @pytest.mark.parametrize(
-    "words", [["--cfg", "job", "model=lite"], ["-c", "job"], ["model=lite", "--cfg", "job"]]
+    "words", [["--cfg", "job", "model=lite"], ["-c", "job"], ["model=lite", "--cfg", "job"], ["--cfg=job"]]
 )
 def test_a_question_to_hydra_goes_to_train_py(box, start, capsys, words):
     started = start(*words)
