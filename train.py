@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import hydra
 from omegaconf import DictConfig
 
+from data.output import make_printing_safe
 from dsv2.cli.base import EXPECTED, ExitCode, exit_code
 from dsv2.cli.failure import end
 from dsv2.config.compose import check_shown, register_schema, to_config
@@ -120,6 +121,8 @@ def command_line(composed: DictConfig) -> None:
             train(config)
     except COMPOSITION_ERRORS as error:
         end(explain(error, sys.argv[1:]), ExitCode.mistake)
+    except OSError as error:  # such as a full disk, or a file that may not be read or written
+        end(error, ExitCode.error)
     except KeyboardInterrupt:  # during training, Ctrl-C sets a flag and does not raise
         end(UserError("interrupted before training began; nothing was changed"), ExitCode.interrupted)
     except EXPECTED as error:
@@ -128,6 +131,7 @@ def command_line(composed: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    make_printing_safe()
     register_schema()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra raises composition errors instead of printing them
     try:

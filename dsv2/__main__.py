@@ -2,6 +2,7 @@
 
 import sys
 
+from data.output import make_printing_safe
 from dsv2.cli.base import Verb, main
 from dsv2.cli.benchmark import Benchmark
 from dsv2.cli.cache import Cache
@@ -30,4 +31,5 @@ VERBS: tuple[Verb, ...] = (
 )
 
 if __name__ == "__main__":
+    make_printing_safe(BrokenPipeError)
     sys.exit(main(sys.argv[1:], VERBS))

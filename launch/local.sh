@@ -5,7 +5,9 @@
 # Example:  launch/local.sh experiment=quickstart name=first optim.lr=3e-4
 
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# Nothing changes the working folder, so a relative path means the same here and for train.py.
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 PYTHON=python
-[[ -x .venv/bin/python ]] && PYTHON=.venv/bin/python
+[[ -x $root/.venv/bin/python ]] && PYTHON=$root/.venv/bin/python
+export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 exec "$PYTHON" -m dsv2 train "$@"

@@ -10,11 +10,9 @@
 # HEAD need different values of RDZV_ID. runs_dir must be on a file system that all machines share.
 
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-
 if [[ ${1:-} == --help || ${1:-} == -h ]]; then
-    sed -n '2,/^$/s/^# \{0,1\}//p' "launch/${0##*/}"
+    sed -n '2,/^$/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
     exit 0
 fi
 [[ -n ${NNODES:-} ]] || { echo "error: NNODES: must be given, the number of machines" >&2; exit 2; }
-exec launch/local.sh "$@"  # which reads these variables
+exec "$(dirname "${BASH_SOURCE[0]}")/local.sh" "$@"  # which reads these variables

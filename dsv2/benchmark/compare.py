@@ -39,7 +39,7 @@ def run_turn(arguments: list[str]) -> dict[str, Any]:
         program = [sys.executable, "-m", "dsv2", "benchmark", "--out", str(out)]
         done = subprocess.run([*program, *arguments], capture_output=True, text=True)
         if done.returncode == 0:
-            return json.loads(out.read_text()) | {"printed": done.stdout}
+            return json.loads(out.read_text(encoding="utf-8")) | {"printed": done.stdout}
     return {"error": what_failed(done.stderr) or f"exit code {done.returncode}"}
 
 

@@ -34,7 +34,7 @@ def check_options(options: Namespace) -> None:
 def _require_writable(option: str, file: Path) -> None:
     """Refuse a file that cannot be written before the measurement, not after it."""
     try:
-        with file.open("a"):
+        with file.open("ab"):
             return
     except OSError as error:
         raise UserError(f"{option} {file}: cannot be written ({error.strerror})") from None
@@ -225,5 +225,5 @@ def benchmark(options: Namespace) -> int:
     if rank == 0:
         print(text, flush=True)
         if options.out:
-            Path(options.out).write_text(json.dumps(result) + "\n")
+            Path(options.out).write_text(json.dumps(result) + "\n", encoding="utf-8")
     return int(any(contender["errors"] for contender in result.get("contenders", ())))

@@ -97,7 +97,7 @@ class Breakdown:
 
 def read(file: Path) -> Breakdown:
     """Return the breakdown of a trace that `record` wrote."""
-    return breakdown(json.loads(file.read_text(errors="replace"))["traceEvents"])
+    return breakdown(json.loads(file.read_text(encoding="utf-8", errors="replace"))["traceEvents"])
 
 
 def breakdown(trace: list[dict[str, Any]]) -> Breakdown:

@@ -41,7 +41,7 @@ def check(path: Path, option: str | None = None) -> dict[str, Any]:
     if not path.is_dir():
         raise UserError(f"{option}: there is no such folder; must be a checkpoint or a run's folder")
     try:
-        content = json.loads((path / STATE_FILE).read_text())
+        content = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
         if inside := complete_checkpoints(path):
             raise UserError(f"{option}: holds checkpoints; give one of them, such as {inside[0]}") from None

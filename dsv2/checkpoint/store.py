@@ -315,7 +315,7 @@ def _write_state(partial: Path, content: dict[str, Any], checksums: dict[str, in
     """Write state.json. `checksums` covers the files that the ranks wrote; this adds the remaining files."""
     remaining = {path.name: checksum(path) for path in partial.iterdir() if path.name not in checksums}
     sizes = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
-    with open(partial / STATE_FILE, "w") as file:
+    with open(partial / STATE_FILE, "w", encoding="utf-8") as file:
         file.write(state_text(content | {"files": sizes, "crc32": checksums | remaining}))
         file.flush()
         os.fsync(file.fileno())

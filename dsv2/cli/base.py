@@ -134,10 +134,15 @@ def main(words: list[str], verbs: Sequence[Verb]) -> int:
     try:
         verb = find(words[0], verbs)
         interrupted = verb.interrupted
-        return verb.run(verb.parse(words[1:]))
+        code = verb.run(verb.parse(words[1:]))
+        sys.stdout.flush()  # so that a full disk is reported here and not ignored at the end
+        return code
     except KeyboardInterrupt:
         print_error(interrupted)
         return ExitCode.interrupted
     except EXPECTED as error:
         print_error(error)
         return exit_code(error)
+    except OSError as error:  # such as a full disk, or a file that may not be read or written
+        print_error(error)
+        return ExitCode.error

@@ -39,7 +39,7 @@ def _write_error_file(file: Path, error: BaseException) -> None:
     # failure the earliest, even if other processes fail within the same second.
     content = {"message": str(error), "timestamp": int(time.time()) - 1}
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(content))
+    file.write_text(json.dumps(content), encoding="utf-8")
 
 
 def end(error: BaseException, code: int, together: bool = False) -> NoReturn:

@@ -122,7 +122,7 @@ def options_of(group: str) -> list[str]:
 def option_text(group: str, option: str) -> str:
     """Return the first sentence of the comment that an option's file begins with."""
     lines = []
-    for line in (CONF / group / f"{option}.yaml").read_text().splitlines():
+    for line in (CONF / group / f"{option}.yaml").read_text(encoding="utf-8").splitlines():
         if not line.startswith("#"):
             break
         if "@package" not in line:

@@ -18,7 +18,7 @@ class Precision(enum.Enum):
 
 
 class WandbMode(enum.Enum):
-    auto = "auto"  # online if logged in, else offline; never a prompt
+    auto = "auto"  # as WANDB_MODE says, else online if logged in, else offline; never a prompt
     offline = "offline"
     disabled = "disabled"  # metrics.jsonl only
 
@@ -137,8 +137,9 @@ class RuntimeConfig:
 
 @dataclass
 class LoggingConfig:
-    wandb: WandbMode = WandbMode.auto  # auto: online if logged in, else offline; disabled: metrics.jsonl only
-    project: str = "dsv2"  # the W&B project
+    # auto: as WANDB_MODE says, else online if logged in, else offline; disabled: metrics.jsonl only
+    wandb: WandbMode = WandbMode.auto
+    project: str | None = None  # the W&B project; null: WANDB_PROJECT, or dsv2
     entity: str | None = None  # the owner of the W&B project; null: the account's own
     every: int = 10  # length of a window of routing statistics, optimizer steps
     maps_every: int = 100  # optimizer steps between pictures of a window's routing

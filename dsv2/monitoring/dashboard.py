@@ -63,7 +63,7 @@ def write_spec(file: Path, project: str) -> None:
     """
     text = json.dumps(spec_of(build("", project)), indent=1) + "\n"
     try:
-        file.write_text(text)
+        file.write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(f"--spec {file}: cannot be written ({error.strerror})") from None
 

@@ -57,15 +57,15 @@ class Monitor:
         self._stats: RoutingStats | None = None  # this window's sums on this rank
         self._window_steps = 0
         self._wait_ms = 0.0
-        # A finished run is only evaluated again. It stays finished, whatever happens to that evaluation.
-        self._was_finished = read_status(config.run_dir) == self._status("finished")
+        # A finished run stays finished, whatever happens to another evaluation or while it is printed.
+        self._is_finished = read_status(config.run_dir) == self._status("finished")
 
     def __enter__(self) -> "Monitor":
-        if self.mesh.is_main and not self._was_finished:
+        if self.mesh.is_main and not self._is_finished:
             save_config(self.config.run_dir, to_yaml(self.config), resumed=self._first.step > 0)
         for line in self._opening_lines():
             self._print(line)
-        self._write_status("finished" if self._was_finished else "running")
+        self._write_status("finished" if self._is_finished else "running")
         self._loop_start = time.perf_counter()
         self._last_mark = self._loop_start
         return self
@@ -74,7 +74,7 @@ class Monitor:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is not None:
-            self._write_status("finished" if self._was_finished else "failed")
+            self._write_status("finished" if self._is_finished else "failed")
             if isinstance(error, Diverged):
                 self.tracker.alert(f"{self.config.name} diverged", str(error))
             return
@@ -161,6 +161,10 @@ class Monitor:
     def evaluation(self, step: int, evaluation: Evaluation) -> None:
         """Report an evaluation. Its time does not count for the next step."""
         self.tracker.log(self._values(When.evaluation, evaluation), step=step)
+        self._print_evaluation(step, evaluation)
+        self._last_mark = time.perf_counter()
+
+    def _print_evaluation(self, step: int, evaluation: Evaluation) -> None:
         self._print(
             console.eval_line(
                 step=step,
@@ -169,7 +173,6 @@ class Monitor:
                 bits_per_byte=evaluation.bpb,
             )
         )
-        self._last_mark = time.perf_counter()
 
     def saved(self, problem: str | None = None) -> None:
         """Report a saved checkpoint, or why saving failed. Its time does not count for the next step."""
@@ -181,7 +184,10 @@ class Monitor:
 
     def final(self, evaluation: Evaluation, sample: str | None) -> None:
         """Report the last evaluation, the loss that token frequencies alone would give, and a sample."""
-        self.evaluation(self._total_steps, evaluation)
+        self.tracker.log(self._values(When.evaluation, evaluation), step=self._total_steps)
+        self._is_finished = True
+        self._write_status("finished")
+        self._print_evaluation(self._total_steps, evaluation)
         if (unigram := source_of(self.config.data).unigram_nats(self.config.data)) is not None:
             self._print(
                 f"validation loss {evaluation.loss:.3f} nats per token; token frequencies alone would give "

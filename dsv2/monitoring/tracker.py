@@ -8,6 +8,7 @@ step. Readers then discard maps that an earlier session wrote after the checkpoi
 """
 
 import math
+import os
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +21,7 @@ from dsv2.config.schema import Config, WandbMode
 from dsv2.monitoring.pictures import heat_map
 from dsv2.monitoring.records import MAPS_FILE, METRICS_FILE, RecordWriter
 from dsv2.monitoring.wandb_run import WandbRun, offline_hint, start_wandb
+from dsv2.monitoring.wandb_settings import wandb_mode
 
 
 class Tracker:
@@ -118,7 +120,7 @@ def open_tracker(config: Config, *, wandb_id: str | None, is_main: bool) -> Trac
         return Tracker(run_dir, is_main=False, run=None, wandb_id=wandb_id)
     run_dir.mkdir(parents=True, exist_ok=True)
     run = None
-    if config.logging.wandb is not WandbMode.disabled:
+    if wandb_mode(config.logging, os.environ) is not WandbMode.disabled:
         wandb_id = wandb_id or secrets.token_hex(4)
         run = start_wandb(config, wandb_id)
     return Tracker(run_dir, is_main=True, run=run, wandb_id=wandb_id)

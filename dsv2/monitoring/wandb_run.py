@@ -8,6 +8,7 @@ has. Offline, each session has its own folder `RUN_DIR/wandb/offline-run-TIME-ID
 RUN_DIR/wandb` shows them all, and `wandb sync RUN_DIR/wandb` uploads them into one run.
 """
 
+import os
 import shlex
 import sys
 from collections.abc import Callable, Mapping
@@ -19,6 +20,7 @@ import numpy as np
 from dsv2.config.compose import to_plain
 from dsv2.config.schema import Config, WandbMode
 from dsv2.monitoring.records import METRICS_FILE
+from dsv2.monitoring.wandb_settings import wandb_mode, wandb_project
 
 if TYPE_CHECKING:
     from wandb import Run, Settings  # importing wandb takes 0.8 s, so only the functions below do
@@ -75,7 +77,7 @@ def start_wandb(config: Config, wandb_id: str) -> WandbRun | None:
 
     def start(mode: Literal["online", "offline"]) -> WandbRun:
         run = wandb.init(
-            project=logging.project,
+            project=wandb_project(logging.project, os.environ),
             entity=logging.entity,
             name=config.name,
             config=to_plain(config),
@@ -90,7 +92,7 @@ def start_wandb(config: Config, wandb_id: str) -> WandbRun | None:
         return WandbRun(run, run_dir)
 
     why_offline = "as configured"
-    if logging.wandb is WandbMode.auto:
+    if wandb_mode(logging, os.environ) is WandbMode.auto:
         why_offline = "not logged in"
         try:
             wandb.setup(settings=_settings())  # before the login, which would print

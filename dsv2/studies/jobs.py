@@ -76,7 +76,7 @@ def is_finished(job: Job) -> bool:
 def run(job: Job, gpu: str | None) -> int:
     """Train the run on that GPU, or on the CPU for None; return the exit code. Output goes to RUN_DIR.log."""
     environment = os.environ if gpu is None else {**os.environ, "CUDA_VISIBLE_DEVICES": gpu}
-    with job.run_dir.with_name(f"{job.run_dir.name}.log").open("w") as log:
+    with job.run_dir.with_name(f"{job.run_dir.name}.log").open("w", encoding="utf-8") as log:
         command = [sys.executable, str(ROOT / "train.py"), *job.overrides]
         return subprocess.run(
             command, stdout=log, stderr=subprocess.STDOUT, env=environment, check=False

@@ -25,8 +25,8 @@ def run_study(study: str, *, seeds: int, at_once: int, out: Path, overrides: lis
     out.mkdir(parents=True, exist_ok=True)
     failed = _run_all(missing, at_once, finished_before=len(finished))
     result = summary(study, planned, overrides, at_once)
-    (out / "table.json").write_text(json.dumps(result, indent=1) + "\n")
-    (out / "table.md").write_text(markdown(result))
+    (out / "table.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    (out / "table.md").write_text(markdown(result), encoding="utf-8")
     print(f"{out / 'table.md'}\n\n{markdown(result)}")
     if failed:
         print(f"error: {len(failed)} of {len(planned)} runs failed: {', '.join(failed)}", file=sys.stderr)

@@ -28,7 +28,7 @@ def claim(run_dir: Path) -> FileLock:
         lock.acquire()
         # In a separate file, because taking the lock empties the lock file. This write also shows whether the
         # disk has room.
-        (run_dir / OWNER).write_text(f"process {os.getpid()} of {socket.gethostname()}\n")
+        (run_dir / OWNER).write_text(f"process {os.getpid()} of {socket.gethostname()}\n", encoding="utf-8")
     except Timeout:
         raise UserError(
             f"name={run_dir.name}: {run_dir} is in use by {_owner(run_dir)}; wait for it to end, or choose "
@@ -53,7 +53,7 @@ def let_go(lock: FileLock, run_dir: Path) -> None:
 
 def _owner(run_dir: Path) -> str:
     try:
-        return (run_dir / OWNER).read_text().strip()
+        return (run_dir / OWNER).read_text(encoding="utf-8").strip()
     except OSError:
         return "another job"
 
@@ -62,7 +62,7 @@ def save_config(run_dir: Path, yaml: str, *, resumed: bool) -> None:
     """Write the resolved configuration to the folder. A resumed run keeps an earlier, different file."""
     run_dir.mkdir(parents=True, exist_ok=True)
     target = run_dir / "config.yaml"
-    if resumed and target.exists() and target.read_text() != yaml:
+    if resumed and target.exists() and target.read_text(encoding="utf-8") != yaml:
         count = len(list(run_dir.glob("config.*.yaml")))
         target.rename(run_dir / f"config.{count}.yaml")
-    target.write_text(yaml)
+    target.write_text(yaml, encoding="utf-8")

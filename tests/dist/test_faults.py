@@ -1,5 +1,6 @@
 """train.py as a user runs it, and what goes wrong: numbers, files, disks and folders."""
 
+import os
 import resource
 import signal
 import subprocess
@@ -105,12 +106,14 @@ def test_full_disk_keeps_the_previous_checkpoint(command, begun, tmp_path):
     assert "resumed after step 12" in run(command("full"))
 
 
-def test_full_disk_for_metrics_and_status_does_not_end_the_run(command, tmp_path):
+def test_neither_a_full_disk_for_metrics_and_status_nor_the_terminal_ends_the_run(command, tmp_path):
     """Every byte for metrics.jsonl is refused by the kernel, and status.json cannot be made."""
-    run_dir = tmp_path / "run"
+    run_dir = tmp_path / "где" / "run"  # its name is printed, and Latin-1 has no such letters
     (run_dir / "status.json").mkdir(parents=True)
     (run_dir / "metrics.jsonl").symlink_to("/dev/full")
-    output = run(command("run"))
+    where = f"runs_dir='{run_dir.parent}'"
+    output = run(command("run", where), env={**os.environ, "PYTHONIOENCODING": "latin-1"})
+    assert r"\u0433\u0434\u0435" in output
     assert output.count("metrics.jsonl could not be written") == 1
     assert "status.json could not be written" in output
     assert (run_dir / "checkpoints" / f"step-{STEPS:08d}").exists()

@@ -67,6 +67,21 @@ def test_local_is_the_verb_train_of_the_repository_s_own_python_if_there_is_one(
     assert box.recorded("python") == ([] if own else words)
 
 
+@pytest.mark.parametrize(("script", "env"), [("local.sh", {}), ("multinode.sh", {"NNODES": "1"})])
+def test_relative_paths_stay_relative_to_the_callers_folder(box, tmp_path, script, env):
+    """As for train.py; the repository is found all the same."""
+    box.program(box.root / ".venv/bin/python", '#!/bin/bash\npwd\necho "$PYTHONPATH"\n')
+    done = subprocess.run(
+        [str(box.root / "launch" / script)],
+        cwd=tmp_path,
+        env=box.env(PYTHONPATH="mine", **env),
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert done.stdout == f"{tmp_path}\n{box.root}:mine\n"
+
+
 def test_local_becomes_python_so_signals_and_exit_code_pass(box):
     does = 'trap "exit 9" TERM; echo $$ >"$RECORDS/pid"; for ((i = 0; i < 400; i++)); do sleep 0.05; done'
     box.program(box.root / ".venv/bin/python", f"#!/bin/bash\n{does}\n")

@@ -214,6 +214,26 @@ def test_one_assignment_per_line_and_few_positional_arguments(path):
     assert long_calls(tree) == []
 
 
+def text_without_encoding(tree: ast.AST) -> list[int]:
+    """Lines that read or write text in whatever encoding the machine's locale has."""
+    found = []
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call) or any(keyword.arg == "encoding" for keyword in node.keywords):
+            continue
+        function = ast.unparse(node.func).rpartition(".")
+        modes = [argument.value for argument in node.args if isinstance(argument, ast.Constant)]
+        is_binary = any(isinstance(mode, str) and re.fullmatch("[rwa]b", mode) for mode in modes)
+        is_text = function[2] in ("read_text", "write_text") and function[0]
+        if is_text or (function[2] == "open" and function[0] != "os" and not is_binary):
+            found.append(node.lineno)
+    return found
+
+
+@pytest.mark.parametrize("path", PYTHON, ids=relative)
+def test_files_do_not_depend_on_the_locale(path):
+    assert text_without_encoding(ast.parse(path.read_text())) == []
+
+
 def test_the_checks_find_what_they_look_for():
     assert tuple_assignments(ast.parse("a, b = 1, 2\nc, d = pair\ne = 1, 2")) == [1]
     assert long_calls(ast.parse("f(1, 2, 3, 4, 5, 6)\nf(1, 2, 3, 4, 5, x=6)\ntl.f(1, 2, 3, 4, 5, 6)")) == [1]
@@ -221,6 +241,8 @@ def test_the_checks_find_what_they_look_for():
     assert len(long_sentences(iter([long_text]))) == 1
     assert phrases(iter([Text("x", "It uses six experts a token.")])) == ["x: 'experts a token'; write: per"]
     assert phrases(iter([Text("x", "It uses six experts per token.")])) == []
+    calls = 'p.read_text()\nopen(p)\np.open("w")\np.open("ab")\nos.open(p, 0)\np.read_text(encoding="utf-8")'
+    assert text_without_encoding(ast.parse(calls)) == [1, 2, 3]
 
 
 def test_error_messages_are_found_with_placeholders_as_words(tmp_path, monkeypatch):

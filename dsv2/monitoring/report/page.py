@@ -161,7 +161,7 @@ def build_page(run: Run) -> str:
     return f"""<!doctype html>
 <html lang="en">
 <head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{name}</title><style>{(ASSETS / "report.css").read_text()}</style></head>
+<title>{name}</title><style>{(ASSETS / "report.css").read_text(encoding="utf-8")}</style></head>
 <body><nav><div><strong>{name}</strong>{links}
 <label><input type="checkbox" id="smooth" checked> smooth</label></div></nav>
 <main><h1>{name}</h1><span class="badge {html.escape(state)}">{html.escape(state)}</span>
@@ -176,7 +176,7 @@ active per token &middot; {html.escape(str(run.folder))}</p>
 faintly behind it; the mouse shows them too.</footer>
 </main>
 <script type="application/json" id="data">{data}</script>
-<script>{(ASSETS / "report.js").read_text()}</script></body></html>
+<script>{(ASSETS / "report.js").read_text(encoding="utf-8")}</script></body></html>
 """
 
 

@@ -79,7 +79,7 @@ def read_run(folder: Path) -> Run:
     if not newest.is_file():
         raise UserError(f"{newest}: no such file; is {folder} the directory of a run?")
     older = sorted(folder.glob("config.*.yaml"), key=lambda path: path.stat().st_mtime, reverse=True)
-    texts = {path.name: path.read_text() for path in [newest, *older]}
+    texts = {path.name: path.read_text(encoding="utf-8") for path in [newest, *older]}
     plain = OmegaConf.to_container(OmegaConf.create(texts[newest.name]))
     return Run(
         folder=folder,

@@ -21,6 +21,7 @@ from dsv2.monitoring.monitor import Monitor
 from dsv2.monitoring.records import read_metrics
 from dsv2.monitoring.tracker import Tracker, open_tracker
 from dsv2.parallel.mesh import Mesh, MeshDim
+from dsv2.training.evaluate import Evaluation
 from dsv2.training.results import StepResult
 from dsv2.training.schedule import StepPlan, plan_steps
 from tests.unit.helpers import tiny_config
@@ -208,6 +209,27 @@ def test_a_finished_run_stays_finished_whatever_happens_to_another_evaluation(ru
     assert text == kept["status.json"]
     assert {name: (run_dir / name).read_text() for name in kept} == kept
     assert list(run_dir.glob("config.*.yaml")) == []
+
+
+def test_finished_is_written_before_anything_is_printed(run_dir, monkeypatch):
+    """Whatever the terminal does to the lines, the run has ended well."""
+    statuses = []
+
+    def record(text: str) -> None:
+        statuses.append(json.loads((run_dir / "status.json").read_text())["state"])
+        raise RuntimeError("the terminal is gone")
+
+    def session() -> None:
+        with monitor(run_dir) as watch:
+            feed(watch, [result() for _ in range(7)])
+            monkeypatch.setattr(watch, "_print", record)
+            watch.final(Evaluation(loss=2.0, bpb=1.0), sample="text")
+
+    with pytest.raises(RuntimeError, match="gone"):
+        session()
+    assert statuses == ["finished"]
+    assert json.loads((run_dir / "status.json").read_text())["state"] == "finished"
+    assert read_metrics(run_dir)[-1]["val/loss"] == 2.0
 
 
 @pytest.mark.parametrize("before", ["failed", "running", None, "finished at another length"])
