@@ -14,6 +14,10 @@ class UserError(ValueError):
     """
 
 
+class Unreadable(Exception):
+    """A file or folder exists, or may exist, and cannot be read now. Nothing was changed. Exit code 1."""
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser whose complaints are UserErrors."""
 

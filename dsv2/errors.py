@@ -1,11 +1,12 @@
 """The exceptions that end a run with one message instead of a traceback.
 
-`UserError` is defined in `data`, which imports nothing from dsv2. This module exports the same class.
+`UserError` and `Unreadable` are defined in `data`, which imports nothing from dsv2. This module exports the
+same classes.
 """
 
-from data.errors import UserError
+from data.errors import Unreadable, UserError
 
-__all__ = ["CheckpointError", "Diverged", "PeerLost", "UserError"]
+__all__ = ["CheckpointError", "Diverged", "PeerLost", "Unreadable", "UserError"]
 
 
 class Diverged(Exception):

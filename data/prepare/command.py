@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from data.corpora.base import Corpus
 from data.corpora.kinds import CORPORA
-from data.errors import GO_ON, Parser, UserError
+from data.errors import GO_ON, Parser, Unreadable, UserError
 from data.prepare.corpus import prepare
 from data.prepare.settings import Settings
 from data.prepared.manifest import MANIFEST, Manifest
@@ -98,6 +98,9 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except Unreadable as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except OSError as error:  # such as a full disk, or a file that may not be read
         print(f"error: {error}; correct the cause and {GO_ON}", file=sys.stderr)
         return 1

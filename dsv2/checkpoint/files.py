@@ -5,6 +5,7 @@ own CRC-32 and the sizes whenever a checkpoint is opened. Reading all bytes take
 compares the other files' CRC-32s only before their content is used.
 """
 
+import itertools
 import json
 import os
 import zlib
@@ -12,11 +13,21 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from dsv2.errors import UserError
+from data.reading import is_folder, is_plain_name, names_in, read_text, reading, size_of
+from dsv2.checkpoint.state import RunState
+from dsv2.errors import Unreadable, UserError
 
 FORMAT = "dsv2-checkpoint-1"
 STATE_FILE = "state.json"
-STATE_FIELDS = {"format", "run", "adam_step", "config", "files", "crc32", "state_crc32"}
+_FIELDS: dict[str, type | tuple[type, ...]] = {  # of state.json, and their types
+    "format": str,
+    "run": dict,
+    "adam_step": (int, float),
+    "config": dict,
+    "files": dict,  # name -> bytes
+    "crc32": dict,  # name -> CRC-32
+}
+_MAY_LACK = {"files", "crc32"}  # `check` says which file is missing; earlier versions wrote no checksums
 
 
 def state_text(content: dict[str, Any]) -> str:
@@ -36,23 +47,24 @@ def check(path: Path, option: str | None = None) -> dict[str, Any]:
 
     Raises:
         UserError: `path` is missing, is no checkpoint, or is incomplete; the message names the file.
+        Unreadable: the file system refuses to read `path`.
     """
     option = option or f"checkpoint {path}"
-    if not path.is_dir():
+    if not is_folder(path):
         raise UserError(f"{option}: there is no such folder; must be a checkpoint or a run's folder")
     try:
-        content = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+        content = json.loads(read_text(path / STATE_FILE))
     except FileNotFoundError:
         if inside := complete_checkpoints(path):
             raise UserError(f"{option}: holds checkpoints; give one of them, such as {inside[0]}") from None
         raise UserError(
             f"{option}: no {STATE_FILE}; it is no dsv2 checkpoint, or writing it was interrupted"
         ) from None
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         raise UserError(f"{option}: {STATE_FILE} cannot be read ({error})") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{option}: {STATE_FILE} is not of the format {FORMAT}")
-    if unknown := sorted(content.keys() - STATE_FIELDS):
+    if unknown := sorted(content.keys() - _FIELDS.keys() - {"state_crc32"}):
         raise UserError(f"{option}: {STATE_FILE} has the unknown field {unknown[0]!r}; use a newer dsv2")
     # Checkpoints of earlier versions have no checksum of state.json.
     if (written := content.pop("state_crc32", None)) not in (None, _state_crc32(content)):
@@ -60,13 +72,29 @@ def check(path: Path, option: str | None = None) -> dict[str, Any]:
             f"{option}: {STATE_FILE} does not hold what was written (its checksum is not {written}); use an "
             "older checkpoint"
         )
+    _check_fields(content, option)
     for name, size in content.get("files", {"every file": 1}).items():
-        file = path / name
-        actual_size = file.stat().st_size if file.exists() else None
+        actual_size = size_of(path / name)
         if actual_size != size:
             problem = "is missing" if actual_size is None else f"has {actual_size} bytes of {size}"
             raise UserError(f"{option}: {name} {problem}; use an older checkpoint")
     return content
+
+
+def _check_fields(content: dict[str, Any], option: str) -> None:
+    """Refuse fields of a wrong kind, so that nobody else must expect them."""
+    for name, kind in _FIELDS.items():
+        if name in _MAY_LACK and name not in content:
+            continue
+        if not isinstance(value := content.get(name), kind):
+            raise UserError(f"{option}: {STATE_FILE} has {name}={value!r}; use an older checkpoint")
+    try:
+        RunState.of(content["run"])
+    except UserError as error:
+        raise UserError(f"{option}: {STATE_FILE} {error}") from None
+    for name in (*content.get("files", {}), *content.get("crc32", {})):
+        if not is_plain_name(name):
+            raise UserError(f"{option}: {STATE_FILE} names a file outside: {name}")
 
 
 def find_checkpoint(path: Path, option: str | None = None) -> Path:
@@ -77,8 +105,9 @@ def find_checkpoint(path: Path, option: str | None = None) -> Path:
 
     Raises:
         UserError: `path` is no checkpoint, or is a run's folder without a whole one.
+        Unreadable: the file system refuses to read `path`.
     """
-    if not (path / "checkpoints").is_dir():
+    if not is_folder(path / "checkpoints"):
         check(path, option)
         return path
     if checkpoints := complete_checkpoints(path / "checkpoints"):
@@ -87,8 +116,13 @@ def find_checkpoint(path: Path, option: str | None = None) -> Path:
 
 
 def newest_first(folder: Path) -> list[Path]:
-    """Return the checkpoints in the folder, newest first, whole or not, except those set aside."""
-    return sorted((p for p in folder.glob("step-*") if not p.suffix), reverse=True)
+    """Return the checkpoints in the folder, newest first, whole or not, except those set aside.
+
+    Raises:
+        Unreadable: the folder cannot be listed. It may hold checkpoints.
+    """
+    names = [name for name in names_in(folder) if name.startswith("step-") and not Path(name).suffix]
+    return [folder / name for name in reversed(names)]
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
@@ -105,7 +139,10 @@ def complete_checkpoints(folder: Path) -> list[Path]:
 
 def last_good(folder: Path) -> str:
     """Return a clause that names the newest whole checkpoint in the folder, or says that there is none."""
-    whole = complete_checkpoints(folder)
+    try:
+        whole = complete_checkpoints(folder)
+    except Unreadable as error:
+        return str(error)
     return f"the last good checkpoint is {whole[0]}" if whole else "there is no checkpoint yet"
 
 
@@ -119,15 +156,26 @@ def checksum(file: Path) -> int:
 
 
 def damaged_file(path: Path, names: Iterable[str], checksums: dict[str, int]) -> str | None:
-    """Describe the first file whose bytes are not those that were written. None if every file is intact."""
+    """Describe the first file whose bytes are not those that were written. None if every file is intact.
+
+    Raises:
+        Unreadable: the file system refuses to read a file, which may be intact.
+    """
     for name in names:
         try:
-            actual = checksum(path / name)
-        except OSError as error:
-            return f"{name} cannot be read ({error.strerror or error})"
+            with reading(path / name):
+                actual = checksum(path / name)
+        except FileNotFoundError as error:
+            return f"{name} cannot be read ({error.strerror})"
         if actual != checksums.get(name):
             return f"{name} does not hold what was written (its checksum differs)"
     return None
+
+
+def free_name(path: Path) -> Path:
+    """Return the path, with a number at its end if the name is taken: another was set aside earlier."""
+    names = (path.with_name(f"{path.name}{count or ''}") for count in itertools.count())
+    return next(name for name in names if not os.path.lexists(name))
 
 
 def sync_folder(folder: Path) -> None:

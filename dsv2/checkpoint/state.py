@@ -1,8 +1,10 @@
 """What a checkpoint holds besides tensors, and the results of finding and of loading a checkpoint."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from dsv2.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -13,6 +15,25 @@ class RunState:
     tokens: int = 0  # tokens seen
     data: dict[str, Any] | None = None  # the stream's state
     wandb_id: str | None = None
+
+    @classmethod
+    def of(cls, content: dict[str, Any]) -> "RunState":
+        """Return the state for a result of `dataclasses.asdict`. A field that it lacks gets its default.
+
+        Raises:
+            UserError: a field does not exist, or has another type.
+        """
+        if unknown := sorted(content.keys() - {field.name for field in fields(cls)}):
+            raise UserError(f"has the unknown field 'run.{unknown[0]}'; use a newer dsv2")
+        state = cls(**content)
+        counts = all(type(n) is int and n >= 0 for n in (state.step, state.tokens))
+        if (
+            not counts
+            or not isinstance(state.data, dict | None)
+            or not isinstance(state.wandb_id, str | None)
+        ):
+            raise UserError(f"has run={content!r}; use an older checkpoint")
+        return state
 
     def after(self, step: int, tokens: int) -> "RunState":
         """Return the state after `step` steps and `tokens` tokens in all."""

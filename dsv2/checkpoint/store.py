@@ -31,15 +31,16 @@ from dsv2.checkpoint.files import (
     complete_checkpoints,
     damaged_file,
     find_checkpoint,
+    free_name,
     newest_first,
     state_text,
     sync_folder,
 )
 from dsv2.checkpoint.state import Found, Loaded, RunState
 from dsv2.config.changes import differences
-from dsv2.config.compose import to_plain
+from dsv2.config.compose import check_saved, to_plain
 from dsv2.config.schema import Config
-from dsv2.errors import CheckpointError, UserError
+from dsv2.errors import CheckpointError, Unreadable, UserError
 from dsv2.optimizers.base import Shard
 from dsv2.parallel.mesh import Mesh
 from dsv2.parallel.plan import Dim
@@ -114,7 +115,10 @@ class CheckpointStore:
                 shutil.rmtree(partial, ignore_errors=True)
             raise CheckpointError(f"checkpoint {target} could not be written: {reason}") from None
         if mesh.is_main:
-            older = [path for path in complete_checkpoints(self.folder) if path != target]
+            try:
+                older = [path for path in complete_checkpoints(self.folder) if path != target]
+            except Unreadable:  # nothing is deleted before the folder can be read again
+                older = []
             for path in older[self.keep - 1 :]:
                 shutil.rmtree(path, ignore_errors=True)
         return target
@@ -129,6 +133,8 @@ class CheckpointStore:
             stop_step: the run is to stop after this step.
 
         Raises:
+            Unreadable: the file system refuses to read the folder or a checkpoint. Nothing older is used,
+                because the run would later write over what it could not read.
             UserError: the path has no whole checkpoint, or names one of this run that is not its newest.
                 `never` was given although the run has checkpoints. The run has checkpoints, but none is
                 whole. The checkpoint is another model's, or has reached `stop_step`.
@@ -183,7 +189,7 @@ class CheckpointStore:
         return bool(self.settings.get("new_stage")) and not self._is_own(path)
 
     def _state(self, path: Path, content: dict[str, Any]) -> RunState:
-        state = RunState() if self._begins_stage(path) else RunState(**content["run"])
+        state = RunState() if self._begins_stage(path) else RunState.of(content["run"])
         return state if self._is_own(path) else replace(state, wandb_id=None)
 
     def _found(self, path: Path, content: dict[str, Any], warnings: list[str], older: list[Path]) -> Found:
@@ -193,6 +199,7 @@ class CheckpointStore:
         """
         stage = self._begins_stage(path)
         may_change = {"balance", "max_position_embeddings"} | ({"rope_scaling"} if stage else set())
+        check_saved(content["config"], f"the configuration of checkpoint {path}")
         # A checkpoint of an older version has fewer fields: the defaults stand for the missing ones.
         saved = to_plain(Config())["model"] | content["config"]["model"]
         for key, value in self.settings["model"].items():
@@ -213,16 +220,18 @@ class CheckpointStore:
 
         Raises:
             UserError: the checkpoint is damaged, and there is no older one.
+            Unreadable: the file system refuses to read the checkpoint, which may be intact.
         """
         path = found.path
         older = list(found.older)
         warnings = list(found.warnings)
         while problem := self._damage(path, mesh):
-            if not older:
-                raise UserError(problem)
+            if not older or isinstance(problem, Unreadable):
+                raise problem
+            aside = free_name(path.with_suffix(".damaged"))
             if mesh.is_main:
-                path.rename(path.with_suffix(".damaged"))
-            warnings.append(f"{problem}; set aside as {path.name}.damaged")
+                path.rename(aside)
+            warnings.append(f"{problem}; set aside as {aside.name}")
             path = older.pop(0)
         content = self._read(path, shards, mesh)
         return Loaded(
@@ -233,23 +242,31 @@ class CheckpointStore:
             optimizer_steps=content["adam_step"],
         )
 
-    def _damage(self, path: Path, mesh: Mesh) -> str | None:
-        """Describe the damage to a checkpoint, or return None. The ranks share the reading. Collective."""
+    def _damage(self, path: Path, mesh: Mesh) -> UserError | Unreadable | None:
+        """Return why a checkpoint cannot be loaded, or None. The ranks share the reading. Collective."""
         problem = None
         everyone = mesh[Dim.world]
         try:
             content = check(path)
             names = sorted(content["files"])[everyone.rank :: everyone.size]
             if found := damaged_file(path, names, content.get("crc32", {})):
-                problem = f"checkpoint {path}: {found}; use an older one"
-        except UserError as error:
-            problem = str(error)
+                problem = UserError(f"checkpoint {path}: {found}; use an older one")
+        except (UserError, Unreadable) as error:
+            problem = error
         return next(filter(None, everyone.objects(problem)), None)
 
     def _read(self, path: Path, shards: Iterable[Shard], mesh: Mesh) -> dict[str, Any]:
-        content = check(path)
         everyone = mesh[Dim.world]
-        if len(set(everyone.objects(json.dumps(content)))) > 1:
+        try:
+            content = check(path)
+            text = json.dumps(content)
+        except (UserError, Unreadable) as error:
+            content = {}
+            text = error
+        texts = everyone.objects(text)
+        for error in (text for text in texts if not isinstance(text, str)):
+            raise error
+        if len(set(texts)) > 1:
             raise UserError(
                 f"checkpoint {path}: differs between machines; runs_dir must be on a shared file system"
             )

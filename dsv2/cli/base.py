@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data.errors import Parser
-from dsv2.errors import CheckpointError, Diverged, PeerLost, UserError
+from dsv2.errors import CheckpointError, Diverged, PeerLost, Unreadable, UserError
 
 
 class ExitCode(enum.IntEnum):
@@ -38,6 +38,7 @@ EXIT_CODES: dict[type[BaseException], ExitCode] = {
     UserError: ExitCode.mistake,
     CheckpointError: ExitCode.error,
     Diverged: ExitCode.diverged,
+    Unreadable: ExitCode.error,
     PeerLost: ExitCode.error,  # the process that failed has printed the reason
     KeyboardInterrupt: ExitCode.interrupted,
 }

@@ -1,12 +1,20 @@
 """Compose conf/ and overrides into a `Config`, and convert a `Config` to plain values and back."""
 
+import dataclasses
+import enum
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from data.reading import read_text
 from dsv2.config.fields import CONF, field_types
 from dsv2.config.mistakes import COMPOSITION_ERRORS, check_command_line, explain, unknown_key
 from dsv2.config.renamed import with_new_names
@@ -83,30 +91,87 @@ def _check_keys(composed: DictConfig) -> None:
 
 def to_plain(config: Config) -> dict[str, Any]:
     """Return the configuration as plain dicts, lists, numbers and strings."""
-    plain = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
-    assert isinstance(plain, dict)
-    return plain  # type: ignore[return-value]
+    return _plain(dataclasses.asdict(config))
 
 
-def from_plain(plain: dict[str, Any]) -> Config:
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return value.name if isinstance(value, enum.Enum) else value
+
+
+def from_plain(plain: dict[str, Any], what: str = "a saved configuration") -> Config:
     """Return the typed configuration for a result of `to_plain`; a field that it lacks gets its default.
+
+    A saved configuration may come from someone else. Its texts are taken literally: `${oc.env:NAME}` stays
+    these characters, and nothing of this machine's environment enters the configuration.
+
+    Args:
+        what: names the saved configuration in errors.
 
     Raises:
         UserError: a field does not exist, or a value has the wrong type.
     """
-    try:
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), with_new_names(plain)))
-    except OmegaConfBaseException as error:
-        raise UserError(
-            f"a saved configuration does not fit this version: {str(error).splitlines()[0]}"
-        ) from error
+    with _saved(what):
+        config = OmegaConf.to_object(_merged(plain))
     assert isinstance(config, Config)
     return config
 
 
+def check_saved(plain: dict[str, Any], what: str) -> None:
+    """Refuse what `from_plain` refuses, except a missing data.path."""
+    with _saved(what):
+        _merged(plain)
+
+
+def _merged(plain: dict[str, Any]) -> Any:
+    return OmegaConf.merge(OmegaConf.structured(Config), _literal(with_new_names(plain)))
+
+
+@contextmanager
+def _saved(what: str) -> Iterator[None]:
+    """Turn OmegaConf's complaints about a saved configuration into one line."""
+    try:
+        yield
+    except OmegaConfBaseException as error:
+        field = f"{error.full_key}: " if error.full_key else ""
+        raise UserError(f"{what} does not fit this version: {field}{str(error).splitlines()[0]}") from error
+
+
+def _literal(value: Any) -> Any:
+    """Return a copy in which OmegaConf finds no interpolation in any text."""
+    if isinstance(value, dict):
+        return {name: _literal(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_literal(item) for item in value]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
+
+
+def read_saved(path: Path) -> Config:
+    """Return the configuration in a run's config.yaml.
+
+    Raises:
+        UserError: the file is missing or no YAML, has a tag that would create an object, or does not fit.
+        Unreadable: the file system refuses to read the file.
+    """
+    try:
+        plain = yaml.safe_load(read_text(path))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; is {path.parent} the directory of a run?") from None
+    except (ValueError, yaml.YAMLError) as error:
+        raise UserError(
+            f"{path}: is not the configuration of a run ({' '.join(str(error).split())})"
+        ) from None
+    if not isinstance(plain, dict):
+        raise UserError(f"{path}: is not the configuration of a run")
+    return from_plain(plain, str(path))
+
+
 def to_yaml(config: Config) -> str:
     """Return the configuration as YAML."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    return yaml.safe_dump(to_plain(config), sort_keys=False, allow_unicode=True)
 
 
 def _keys(node: DictConfig, prefix: str = "") -> list[str]:

@@ -20,6 +20,8 @@ def with_new_names(plain: dict[str, Any]) -> dict[str, Any]:
     for old, new in FIELDS.items():
         old_section, old_name = old.split(".")
         new_section, new_name = new.split(".")
-        if old_name in renamed.get(old_section, {}):
-            renamed.setdefault(new_section, {})[new_name] = renamed[old_section].pop(old_name)
+        section = renamed.get(old_section)
+        target = renamed.setdefault(new_section, {})
+        if isinstance(section, dict) and isinstance(target, dict) and old_name in section:
+            target[new_name] = section.pop(old_name)
     return renamed

@@ -15,7 +15,7 @@ from dsv2.checkpoint.files import last_good
 from dsv2.checkpoint.state import Loaded, RunState
 from dsv2.config.compose import to_yaml
 from dsv2.config.schema import Config
-from dsv2.errors import Diverged
+from dsv2.errors import Diverged, Unreadable, UserError
 from dsv2.model.sizes import count_parameters
 from dsv2.moe.stats import RoutingStats
 from dsv2.monitoring import console
@@ -46,6 +46,7 @@ class Monitor:
         self._first = state  # where this session begins
         self._loaded = loaded
         self._step = state.step  # steps done
+        self._saved_step = state.step  # of the newest checkpoint
         self._total_steps = count_steps(
             config.optim, config.data.sequence_length, step=state.step, tokens=state.tokens
         )
@@ -58,7 +59,7 @@ class Monitor:
         self._window_steps = 0
         self._wait_ms = 0.0
         # A finished run stays finished, whatever happens to another evaluation or while it is printed.
-        self._is_finished = read_status(config.run_dir) == self._status("finished")
+        self._is_finished = self._earlier_status() == self._status("finished", state.step)
 
     def __enter__(self) -> "Monitor":
         if self.mesh.is_main and not self._is_finished:
@@ -74,7 +75,10 @@ class Monitor:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is not None:
-            self._write_status("finished" if self._is_finished else "failed")
+            if self._is_finished:
+                self._write_status("finished")
+            else:  # the steps after the newest checkpoint are lost
+                self._write_status("failed", self._saved_step)
             if isinstance(error, Diverged):
                 self.tracker.alert(f"{self.config.name} diverged", str(error))
             return
@@ -177,6 +181,7 @@ class Monitor:
     def saved(self, problem: str | None = None) -> None:
         """Report a saved checkpoint, or why saving failed. Its time does not count for the next step."""
         if problem is None:
+            self._saved_step = self._step
             self._write_status("running")
         else:
             self._print(f"warning: {problem}; the run continues")
@@ -236,13 +241,19 @@ class Monitor:
         if self.mesh.is_main:
             print(text, flush=True)
 
-    def _status(self, state: str) -> dict[str, Any]:
-        return {"state": state, "step": self._step, "total_steps": self._total_steps}
+    def _earlier_status(self) -> dict[str, Any]:
+        try:
+            return read_status(self.config.run_dir)
+        except (UserError, Unreadable):  # the file is replaced at once, so a damaged one stops no run
+            return {}
 
-    def _write_status(self, state: str) -> None:
+    def _status(self, state: str, step: int) -> dict[str, Any]:
+        return {"state": state, "step": step, "total_steps": self._total_steps}
+
+    def _write_status(self, state: str, step: int | None = None) -> None:
         if not self.mesh.is_main:
             return
         try:
-            write_status(self.config.run_dir, self._status(state))
+            write_status(self.config.run_dir, self._status(state, self._step if step is None else step))
         except OSError as error:  # a full disk must not end a run
             self._print(f"warning: status.json could not be written: {error}")

@@ -1,11 +1,15 @@
 """RUN_DIR/status.json, for scripts that requeue a run: `{"state": ..., "step": ..., "total_steps": ...}`.
 
-The state is `running`, `stopped`, `finished` or `failed`.
+The state is `running`, `stopped`, `finished` or `failed`. A run that failed names the step of its newest
+checkpoint, because the steps after it are lost.
 """
 
 import json
 from pathlib import Path
 from typing import Any
+
+from data.reading import read_text
+from dsv2.errors import UserError
 
 STATUS = "status.json"
 
@@ -22,8 +26,22 @@ def write_status(run_dir: Path, status: dict[str, Any]) -> None:
 
 
 def read_status(run_dir: Path) -> dict[str, Any]:
-    """Return the file's content; {} if it is missing or cannot be read."""
+    """Return the file's content; {} if there is none.
+
+    Raises:
+        UserError: the file does not hold what `write_status` wrote.
+        Unreadable: the file system refuses to read the file.
+    """
+    path = run_dir / STATUS
     try:
-        return json.loads((run_dir / STATUS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        content = json.loads(read_text(path))
+    except FileNotFoundError:
         return {}
+    except ValueError as error:
+        raise UserError(f"{path}: is no JSON ({error}); remove the file") from None
+    kinds = {"state": str, "step": int, "total_steps": int}
+    if not isinstance(content, dict) or not all(
+        isinstance(value, kinds.get(name, object)) for name, value in content.items()
+    ):
+        raise UserError(f"{path}: is not the status of a run; remove the file")
+    return content

@@ -1,5 +1,6 @@
 """What the monitor reports of steps, with a second rank that mirrors the first."""
 
+import errno
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,12 +14,13 @@ import torch
 from data.config import DataConfig
 from dsv2.checkpoint.state import Loaded, RunState
 from dsv2.config.schema import Config, LoggingConfig, OptimConfig, WandbMode
-from dsv2.errors import Diverged
+from dsv2.errors import Diverged, Unreadable, UserError
 from dsv2.moe.balance import BalanceLosses
 from dsv2.moe.stats import RoutingStats
 from dsv2.monitoring.metrics.routing import routing_values
 from dsv2.monitoring.monitor import Monitor
 from dsv2.monitoring.records import read_metrics
+from dsv2.monitoring.status import read_status
 from dsv2.monitoring.tracker import Tracker, open_tracker
 from dsv2.parallel.mesh import Mesh, MeshDim
 from dsv2.training.evaluate import Evaluation
@@ -274,3 +276,41 @@ def test_a_target_that_was_passed_is_printed(run_dir, capsys, tokens, is_printed
         pass
     line = f"note: optim.total_tokens=280: this run has already trained on more, {tokens} tokens\n"
     assert (line in capsys.readouterr().out) is is_printed
+
+
+def test_a_failed_run_names_the_step_of_its_newest_checkpoint(run_dir):
+    """The last save failed: the steps since the one before it are in no checkpoint."""
+
+    def session() -> None:
+        with monitor(run_dir) as watch:
+            feed(watch, [result(), result()])
+            watch.saved()
+            feed(watch, [result()])
+            raise OSError("full")
+
+    with pytest.raises(OSError, match="full"):
+        session()
+    status = json.loads((run_dir / "status.json").read_text())
+    assert status == {"state": "failed", "step": 2, "total_steps": 7}
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", '{"state": ["<b>"]}', '{"step": "20"}', "\udcff"])
+def test_a_damaged_status_is_one_message_and_stops_no_run(run_dir, text):
+    run_dir.mkdir(exist_ok=True)
+    (run_dir / "status.json").write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(UserError, match=r"status.json: is no"):
+        read_status(run_dir)
+    with monitor(run_dir):
+        pass
+    assert read_status(run_dir) == {"state": "stopped", "step": 0, "total_steps": 7}
+
+
+def test_a_status_that_cannot_be_read_is_not_missing(run_dir, monkeypatch):
+    """A study would otherwise train a finished run again."""
+
+    def refuse(path: Path, **_: Any) -> str:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    with pytest.raises(Unreadable, match=r"status.json: cannot be read \(Input/output error\)"):
+        read_status(run_dir)
