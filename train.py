@@ -20,7 +20,13 @@ from dsv2.config.compose import check_shown, register_schema, to_config
 from dsv2.config.mistakes import COMPOSITION_ERRORS, check_command_line, explain
 from dsv2.config.schema import Config
 from dsv2.errors import CheckpointError, Diverged, UserError
-from dsv2.parallel.environment import launched_ranks, local_processes, without_warnings_logged
+from dsv2.parallel.environment import (
+    launched_ranks,
+    local_processes,
+    stop_with_launcher,
+    without_warnings_logged,
+)
+from dsv2.parallel.progress import Part
 from dsv2.training.out_of_memory import memory_explained
 from dsv2.training.rundir import claim
 from dsv2.training.start import find_device, find_start
@@ -73,6 +79,7 @@ def train(config: Config) -> None:
     ):
         state = replace(state, wandb_id=tracker.wandb_id)
         for plan in plan_steps(config.optim, config.data.sequence_length, state.step, state.tokens):
+            mesh.progress.enter(Part.data, plan.step + 1)
             batches = share_of_step(stream, plan.batch_size, config.runtime.micro_batch_size, mesh)
             result = engine.train_step(batches, plan.lr)
             state = state.after(plan.step + 1, plan.tokens_after)
@@ -98,6 +105,7 @@ def save(store: "CheckpointStore", engine: "Engine", state: "RunState", *, must_
     Raises:
         CheckpointError: saving failed and `must_succeed` is True.
     """
+    engine.mesh.progress.enter(Part.save)
     try:
         engine.save(store, state)
     except CheckpointError as error:
@@ -133,6 +141,7 @@ def command_line(composed: DictConfig) -> None:
 if __name__ == "__main__":
     make_printing_safe()
     register_schema()
+    stop_with_launcher()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra raises composition errors instead of printing them
     try:
         check_command_line(sys.argv[1:], read_by_hydra=True)

@@ -1,8 +1,9 @@
-"""How a process of train.py ends with an error: one line per machine on stderr, and torchrun's error file.
+"""How a process of train.py ends with an error: one line per machine on stderr, and the launcher's error file.
 
-torchrun gives each process of a machine its own error file, in folders beside each other. The first process
-that fails prints the error, writes its file for torchrun's report, and leaves a mark in the common folder.
-Processes that fail later find the mark and stay silent: they found the same error, or they lost that process.
+The launcher (`python -m dsv2 train`, or torchrun) gives each process of a machine its own error file, in folders
+beside each other. The first process that fails prints the error, writes its file for torchrun's report, and
+leaves a mark with its exit code in the common folder. Processes that fail later find the mark and stay silent:
+they found the same error, or they lost that process.
 """
 
 import json
@@ -17,21 +18,32 @@ from filelock import FileLock
 from dsv2.cli.base import print_error
 
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
+MARK = "told"
 
 
-def tell(error: BaseException) -> None:
-    """Print the error unless another process of this machine has printed one. Without torchrun, print it."""
+def tell(error: BaseException, code: int) -> None:
+    """Print the error unless another process of this machine has printed one. Without a launcher, print it."""
     if not (file := os.environ.get(ERROR_FILE)):
         print_error(error)
         return
-    mark = Path(file).parents[1] / "told"  # .../attempt_0/told beside .../attempt_0/RANK/error.json
+    mark = Path(file).parents[1] / MARK  # .../attempt_0/told beside .../attempt_0/RANK/error.json
     mark.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{mark}.lock"):  # whoever waits here leaves only after the error is printed
         if mark.exists():
             return
         print_error(error)
         _write_error_file(Path(file), error)
-        mark.touch()
+        mark.write_text(str(int(code)))
+
+
+def told_code(folder: Path) -> int | None:
+    """Return the exit code of the process that has printed an error; None if none has.
+
+    Args:
+        folder: the parent of the folders with the processes' error files.
+    """
+    mark = folder / MARK
+    return int(mark.read_text()) if mark.exists() else None
 
 
 def _write_error_file(file: Path, error: BaseException) -> None:
@@ -48,7 +60,7 @@ def end(error: BaseException, code: int, together: bool = False) -> NoReturn:
     If all processes fail `together`, they leave together. If one exits while another still communicates with
     it, the other one aborts.
     """
-    tell(error)
+    tell(error, code)
     if together:
         from dsv2.parallel.start import end_process_group
 

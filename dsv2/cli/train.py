@@ -4,16 +4,16 @@
     NPROC=1 python -m dsv2 train experiment=quickstart
     python -m dsv2 train --cfg job model=lite          prints the composed configuration, without training
 
-The command checks the configuration, the data and the checkpoint. Then it becomes torchrun, which starts
-train.py. NPROC sets the number of processes. CUDA_VISIBLE_DEVICES chooses the GPUs. OMP_NUM_THREADS sets the
-threads per process; by default the cores are shared equally. The quickstart uses 1, 2, 4 or 8 GPUs, because
-that many can share its batch.
+The command checks the configuration, the data and the checkpoint. Then it starts the processes of train.py.
+NPROC sets their number. CUDA_VISIBLE_DEVICES chooses the GPUs. OMP_NUM_THREADS sets the threads per process; by
+default the cores are shared equally. The quickstart uses 1, 2, 4 or 8 GPUs, because that many can share its
+batch.
 
 NNODES=N HEAD=host:port starts this machine's part of a job on N machines; launch/multinode.sh explains these
 variables. The job's configuration is then checked by train.py alone.
 
-On Ctrl-C or SIGTERM train.py saves and ends with code 0. torchrun itself then always prints a SignalException
-and exits with 1. After 120 s (TORCH_ELASTIC_SHUTDOWN_TIMEOUT) it kills the processes that are still running.
+Ctrl-C or SIGTERM lets train.py finish its step, save and end with code 0. Processes that have not ended after
+120 s (TORCH_ELASTIC_SHUTDOWN_TIMEOUT) are killed. A second Ctrl-C kills them at once, without saving.
 launch/slurm.sbatch starts jobs on several machines under SLURM.
 """
 
@@ -26,18 +26,20 @@ import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 from dsv2.cli.base import Verb
 from dsv2.cli.check import check
+from dsv2.cli.machines import find_machines
+from dsv2.cli.ranks import run_ranks
 from dsv2.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = "experiment=quickstart"
 QUICKSTART_BATCH = 8  # sequences
 WITHOUT_GPU = 2  # processes
-# torchrun's own default, 30 s, is too short to save a large model after a signal.
-SHUTDOWN_TIMEOUT = 120
+PATIENCE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"  # torchrun's name for it
+SHUTDOWN_TIMEOUT = 120  # seconds; torchrun's own default, 30, is too short to save a large model after a signal
 # By default glibc gives a freed tensor's memory back, and the kernel clears it page by page for the next
 # tensor. That takes a tenth of a small model's time on the CPU. These values keep blocks of up to 32 MiB.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(256 << 20)}
@@ -49,38 +51,6 @@ class Launch(NamedTuple):
     processes: int
     overrides: list[str]  # the user's overrides, then the appended ones
     notes: list[str]  # a line for each choice that the user might not expect
-
-
-class Machines(NamedTuple):
-    """The machines of the job."""
-
-    count: int
-    options: list[str]  # torchrun's, by which the machines find one another
-
-
-def find_machines(environment: Mapping[str, str]) -> Machines:
-    """Read NNODES, HEAD, NODE_RANK and RDZV_ID; without NNODES the job is on this machine alone.
-
-    Raises:
-        UserError: one of them has a wrong value.
-    """
-    count = environment.get("NNODES")
-    if not count:
-        return Machines(1, ["--standalone"])
-    head = environment.get("HEAD", "")
-    rank = environment.get("NODE_RANK", "")
-    if not re.fullmatch(r"[1-9][0-9]*", count):
-        raise UserError(f"NNODES={count}: must be the number of machines, at least 1")
-    if not re.fullmatch(r".+:[0-9]+", head):
-        raise UserError(f"HEAD={head}: must be host:port, one of the machines and a free port on it")
-    if not re.fullmatch(r"[0-9]*", rank):
-        raise UserError(f"NODE_RANK={rank}: must be a whole number, 0 on HEAD")
-    name = environment.get("RDZV_ID") or "dsv2"
-    options = [f"--nnodes={count}", "--rdzv_backend=c10d", f"--rdzv_endpoint={head}", f"--rdzv_id={name}"]
-    if rank:
-        # The c10d rendezvous knows no node rank; all it needs is which machine opens HEAD's port.
-        options.append(f"--rdzv_conf=is_host={'true' if int(rank) == 0 else 'false'}")
-    return Machines(int(count), options)
 
 
 def count_gpus(overrides: list[str], environment: Mapping[str, str]) -> int:
@@ -127,33 +97,21 @@ def plan_launch(overrides: list[str], environment: Mapping[str, str], machines: 
 
 def settings(processes: int, environment: Mapping[str, str]) -> dict[str, str]:
     """Return the environment variables of the job: the user's values, or defaults."""
-    # torchrun's own default is 1 thread per process, which leaves cores idle.
     threads = max(1, len(os.sched_getaffinity(0)) // processes)
-    defaults = {"OMP_NUM_THREADS": str(threads), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SHUTDOWN_TIMEOUT)}
+    defaults = {"OMP_NUM_THREADS": str(threads), PATIENCE: str(SHUTDOWN_TIMEOUT)}
     return {name: environment.get(name) or value for name, value in (defaults | MALLOC).items()}
 
 
-def torchrun() -> str:
-    """Return the path of torchrun: beside this Python, else on PATH.
+def patience_s(variables: Mapping[str, str]) -> float:
+    """Return how many seconds the processes have to end after a signal.
 
     Raises:
-        UserError: torchrun is in neither place.
+        UserError: the variable is no positive number.
     """
-    beside = Path(sys.executable).with_name("torchrun")
-    if beside.exists():
-        return os.path.relpath(beside) if beside.is_relative_to(Path.cwd()) else str(beside)
-    if on_path := shutil.which("torchrun"):
-        return on_path
-    raise UserError(
-        f"torchrun: not found beside {sys.executable}; run `make train`, or activate an environment"
-    )
-
-
-def become(command: list[str], variables: dict[str, str]) -> NoReturn:
-    """Replace this process by the command. Signals then reach torchrun, which passes them on to train.py."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os.execvpe(command[0], command, {**os.environ, **variables})
+    text = variables[PATIENCE]
+    if not re.fullmatch(r"[0-9]*[1-9][0-9]*", text):
+        raise UserError(f"{PATIENCE}={text}: must be a whole number of seconds, at least 1")
+    return float(text)
 
 
 class Train(Verb):
@@ -177,23 +135,21 @@ class Train(Verb):
         # An override such as --optim.lr=1 is left to the configuration, whose message names the field.
         return Namespace(words=words)
 
-    def run(self, options: Namespace) -> NoReturn:
+    def run(self, options: Namespace) -> int:
         script = "train.py" if Path.cwd() == ROOT else str(ROOT / "train.py")
         words: list[str] = options.words
-        if any(
-            word.split("=")[0] in ("--cfg", "-c") for word in words
-        ):  # train.py lets Hydra print the configuration
-            become([sys.executable, script, *words], {})
+        command = [sys.executable, script]
+        if any(word.split("=")[0] in ("--cfg", "-c") for word in words):
+            return subprocess.run([*command, *words], check=False).returncode  # Hydra prints the configuration
         machines = find_machines(os.environ)
         launch = plan_launch(words, os.environ, machines.count)
+        variables = settings(launch.processes, os.environ)
+        patience = patience_s(variables)
         for note in launch.notes:
             print(note, flush=True)
         if machines.count == 1:
-            # A mistake is one line and exit code 2 here. torchrun would add its own report and exit with 1.
-            check(launch.processes, launch.overrides)
-        command = [torchrun(), *machines.options, f"--nproc_per_node={launch.processes}", script]
+            check(launch.processes, launch.overrides)  # a mistake is told before any process starts
         command += launch.overrides
-        variables = settings(launch.processes, os.environ)
         shown = [f"{name}={value}" for name, value in variables.items()]
-        print("+", " ".join(shown), shlex.join(command))
-        become(command, variables)
+        print("+", " ".join(shown), shlex.join(command), f"({launch.processes} processes)", flush=True)
+        return run_ranks(command, launch.processes, machines, variables, patience)

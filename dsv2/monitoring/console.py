@@ -100,11 +100,14 @@ def end_lines(
     dashboard: str,
 ) -> list[str]:
     """Return the last lines; `finished` is False if a signal or stop_step ended the run early."""
-    how = "finished" if finished else "stopped (the same command continues from here)"
-    if not finished and step == stop_step:
-        how = f"stopped at stop_step={step} (continue with a later one, or with null)"
+    where = f"step {step}/{total_steps}, {fmt_time(seconds)}"
+    if not finished:
+        how = "stopped (the same command continues from here)"
+        if step == stop_step:
+            how = f"stopped at stop_step={step} (continue with a later one, or with null)"
+        return [f"{how}: {where}, {run_dir}"]
     return [
-        f"{how}: step {step}/{total_steps}, {fmt_time(seconds)}",
+        f"finished: {where}",
         f"  files   {run_dir}",
         f"  watch   {dashboard}",
     ]

@@ -25,6 +25,7 @@ from dsv2.monitoring.metrics.producers import PRODUCERS
 from dsv2.monitoring.status import read_status, write_status
 from dsv2.monitoring.tracker import Tracker
 from dsv2.parallel.mesh import Mesh
+from dsv2.parallel.progress import Part
 from dsv2.training.evaluate import Evaluation
 from dsv2.training.results import StepResult
 from dsv2.training.rundir import save_config
@@ -102,6 +103,7 @@ class Monitor:
             Diverged: the loss or the gradient norm is not a finite number.
         """
         now = time.perf_counter()
+        self.mesh.progress.enter(Part.report)
         step = plan.step + 1
         if not math.isfinite(result.loss) or not math.isfinite(result.grad_norm) or result.grad_norm < 0:
             raise Diverged(

@@ -1,7 +1,9 @@
-"""Read what torchrun tells a process through its environment; keep imports quiet. Imports no torch."""
+"""What a process of train.py shares with its launcher, `python -m dsv2 train` or torchrun. Imports no torch."""
 
+import ctypes
 import logging
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -14,6 +16,29 @@ def launched_ranks() -> tuple[int, int]:
 def local_processes() -> int:
     """Return the number of the job's processes on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def is_first_of_machine() -> bool:
+    """Return whether this process speaks for the job's processes of this machine."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def is_on_one_machine() -> bool:
+    """Return whether all processes of the job are on this machine."""
+    return launched_ranks()[1] == local_processes()
+
+
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
+
+
+def stop_with_launcher() -> None:
+    """Have the kernel send this process SIGTERM if its launcher dies, so that the job saves and ends.
+
+    SIGKILL gives a launcher no time to pass anything on. A process without a launcher is left alone: its
+    parent is a shell that may be closed.
+    """
+    if "LOCAL_RANK" in os.environ:
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 @contextmanager

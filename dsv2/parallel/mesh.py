@@ -17,6 +17,7 @@ from torch import Tensor
 from dsv2.errors import PeerLost
 from dsv2.parallel.clock import WaitClock
 from dsv2.parallel.plan import Dim, ParallelPlan
+from dsv2.parallel.progress import Progress
 
 T = TypeVar("T")
 
@@ -158,6 +159,7 @@ class Mesh:
         self.device = device
         self.plan = plan or ParallelPlan()
         self.clock = WaitClock()  # of the experts' exchanges
+        self.progress = Progress()  # of this rank
         self._dims = {dim: dims.get(dim.value, ALONE) for dim in Dim}
         assert {dim: self[dim].size for dim in Dim} == self.plan.sizes
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from dsv2.parallel.environment import is_on_one_machine
 from dsv2.parallel.mesh import ALONE, Mesh, MeshDim
 from dsv2.parallel.plan import Dim, ParallelPlan
 from dsv2.parallel.zero.deepspeed_engine import expert_groups, start_deepspeed
@@ -43,6 +44,10 @@ def _init_process_group(device: torch.device, rank: int, world_size: int) -> Non
         dist.init_process_group(backend, store=store, rank=0, world_size=1, device_id=bound)
         os.environ["LOCAL_RANK"] = "0"  # DeepSpeed requires it
     else:
+        if is_on_one_machine():
+            # gloo and NCCL listen on these interfaces, and ask no password.
+            for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+                os.environ.setdefault(variable, "lo")
         dist.init_process_group(backend, timeout=timedelta(minutes=30), device_id=bound)
     assert dist.get_rank() == rank
     assert dist.get_world_size() == world_size

@@ -25,6 +25,7 @@ from dsv2.moe.stats import RoutingStats
 from dsv2.optimizers.rules import find_optimizer
 from dsv2.parallel.mesh import Mesh, peers_watched
 from dsv2.parallel.plan import Dim
+from dsv2.parallel.progress import Part
 from dsv2.parallel.zero.stages import find_stage
 from dsv2.training.results import StepResult
 
@@ -98,6 +99,7 @@ class Engine:
         sums: Tensor | None = None
         stats: RoutingStats | None = None
         for index, batch in enumerate(micro_batches):
+            self.mesh.progress.enter(Part.compute)
             output: ModelOutput = self.sharded.forward(*self._inputs(batch))
             self.sharded.backward(output.loss / count, last=index == count - 1)
             losses = torch.cat((torch.stack((output.loss.detach(), output.lm_loss)), *output.balance))
@@ -105,6 +107,7 @@ class Engine:
             stats = output.stats if stats is None else stats.plus(output.stats)
         assert sums is not None, "a step has at least one micro-batch"
         assert stats is not None
+        self.mesh.progress.enter(Part.optimizer)
         grad_norm = self.sharded.step(lr)
         self._after_step(stats)
         # In fp64, so that equal losses stay equal. A pipeline stage has zeros for what other stages compute.

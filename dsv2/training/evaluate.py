@@ -10,6 +10,7 @@ from data.streams.base import Batch
 from data.streams.sources import source_of
 from dsv2.config.schema import Config
 from dsv2.parallel.plan import Dim
+from dsv2.parallel.progress import Part
 from dsv2.training.engine import Engine
 
 
@@ -40,6 +41,7 @@ class Evaluator:
         size = self.config.runtime.micro_batch_size
         sums = torch.zeros(3, dtype=torch.float64, device=mesh.device)  # nats, labels, bytes
         for start in range(0, len(self.sequences), size * ranks.size):
+            mesh.progress.enter(Part.evaluation)
             indices_B = start + ranks.rank * size + np.arange(size)
             counts_B = indices_B < len(self.sequences)
             tokens = torch.from_numpy(self.sequences[np.where(counts_B, indices_B, 0)])  # [B, S + 1]
@@ -64,6 +66,7 @@ class Evaluator:
         generator = torch.Generator().manual_seed(0)
         ids = [self.tokenizer.bos_id, *self.tokenizer.encode(self.config.eval.sample_prompt)]
         for _ in range(self.config.eval.sample_tokens):
+            self.engine.mesh.progress.enter(Part.evaluation)
             recent = torch.tensor([ids[-self.config.data.sequence_length :]])
             logits = self.engine.logits(recent)[0, -1, : self.tokenizer.vocab_size].cpu()
             token = torch.multinomial((logits / temperature).softmax(dim=-1), 1, generator=generator)

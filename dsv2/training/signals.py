@@ -1,10 +1,15 @@
-"""SIGTERM and SIGINT ask the run to finish its step, save and exit."""
+"""SIGTERM and SIGINT ask the run to finish its step, save and exit. The first signal is answered at once."""
 
+import contextlib
+import os
 import signal
+import sys
 from types import FrameType, TracebackType
 
+from dsv2.parallel.environment import is_first_of_machine
 from dsv2.parallel.mesh import Mesh
 from dsv2.parallel.plan import Dim
+from dsv2.parallel.progress import Part, Place
 
 
 class StopSignals:
@@ -12,6 +17,7 @@ class StopSignals:
 
     def __init__(self, mesh: Mesh):
         self._everyone = mesh[Dim.world]
+        self._progress = mesh.progress
         self._asked = False
 
     def requested(self) -> bool:
@@ -31,4 +37,17 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
+        if not self._asked and is_first_of_machine():
+            # Not print(): the signal may have interrupted one. The terminal may be gone.
+            with contextlib.suppress(OSError):
+                os.write(sys.stdout.fileno(), f"{what_follows(self._progress.place)}\n".encode())
         self._asked = True
+
+
+def what_follows(place: Place) -> str:
+    """Return what a run does that is asked to stop at this place."""
+    if place.part is Part.evaluation:
+        return f"finishing the evaluation after step {place.step}, then saving"
+    # The loop looks for signals after a step: while it saves one, it has passed that point.
+    step = place.step + 1 if place.part is Part.save else place.step
+    return f"finishing step {step}, then saving"

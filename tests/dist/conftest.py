@@ -1,4 +1,5 @@
 import functools
+import os
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -85,12 +86,14 @@ def begun(run_command: Callable[..., list[str]], tmp_path_factory: pytest.TempPa
 
 
 @pytest.fixture
-def started() -> Iterator[Callable[[list[str]], subprocess.Popen[bytes]]]:
-    """Start a job, which is gone after the test."""
+def started() -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
+    """Start a job, which is gone after the test; its output goes to a file if one is given."""
     jobs: list[subprocess.Popen[bytes]] = []
 
-    def start(command: list[str]) -> subprocess.Popen[bytes]:
-        jobs.append(subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL))
+    def start(command: list[str], output: Path = Path(os.devnull)) -> subprocess.Popen[bytes]:
+        with output.open("wb") as file:
+            errors = None if output == Path(os.devnull) else subprocess.STDOUT
+            jobs.append(subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=errors))
         return jobs[-1]
 
     yield start

@@ -14,6 +14,7 @@ from dsv2.monitoring.records import read_metrics
 ROOT = Path(__file__).parents[2]
 PYTHON = sys.executable
 TORCHRUN = [PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+LAUNCHER = [PYTHON, "-m", "dsv2", "train"]  # takes the overrides of train.py
 TINY = [
     "model.hidden_size=32",
     "model.num_hidden_layers=2",

@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from tests.dist.end_to_end import (
+    LAUNCHER,
     MANY,
     MANY_STEPS,
     OFFLINE,
@@ -31,6 +32,14 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),  # `weights` wants it so
     pytest.mark.timeout(1800),
 ]
+
+
+def listening_addresses(pid: int) -> set[str]:
+    """The addresses on which a process and its children wait for connections."""
+    job = psutil.Process(pid)
+    connections = [c for process in [job, *job.children(recursive=True)] for c in process.net_connections()]
+    assert len(connections) > 2
+    return {c.laddr.ip for c in connections if c.status == psutil.CONN_LISTEN}
 
 
 @pytest.fixture(scope="module")
@@ -65,14 +74,19 @@ def test_killed_run_resumes_to_the_bit_and_reads_back(command, started, whole, t
     job = started(job_command)
     wait_for_step(tmp_path / "killed", 5)
     kill_hard(job)
-    # Ctrl-C in a terminal reaches torchrun and its workers.
-    job = started(job_command)
+    # Ctrl-C in a terminal reaches the launcher alone.
+    overrides = job_command[job_command.index("train.py") + 1 :]
+    job = started([*LAUNCHER, *overrides], tmp_path / "output")
     wait_for_step(tmp_path / "killed", 20)
-    for process in [*psutil.Process(job.pid).children(recursive=True), job]:
-        process.send_signal(signal.SIGINT)
-    job.wait(300)
+    assert listening_addresses(job.pid) == {"127.0.0.1"}
+    job.send_signal(signal.SIGINT)
+    assert job.wait(300) == 0
     status = json.loads((tmp_path / "killed" / "status.json").read_text())
     assert status["state"] == "stopped"
+    lines = (tmp_path / "output").read_text().splitlines()
+    answer = lines.index(f"finishing step {status['step']}, then saving")
+    assert len(lines[answer + 1 :]) == 2, "that step's line, and one that says how the run ended"
+    assert lines[-1].startswith("stopped (the same command continues from here): step ")
     assert 20 <= status["step"] < MANY_STEPS
     output = run(job_command)
     assert f"resumed after step {status['step']}" in output
@@ -89,7 +103,7 @@ def test_killed_run_resumes_to_the_bit_and_reads_back(command, started, whole, t
 
 
 def test_signal_saves_and_exits_0_then_another_layout_continues(command, started, whole, tmp_path):
-    """SIGTERM to one process, then to torchrun alone, on EP 2 and ZeRO-3; one process finishes."""
+    """SIGTERM to one process, then SIGKILL to torchrun alone, on EP 2 and ZeRO-3; one process finishes."""
     job = started(command("stopped", MANY, "checkpoint.every=0"))
     wait_for_step(tmp_path / "stopped", 2)
     job.send_signal(signal.SIGTERM)
@@ -100,8 +114,9 @@ def test_signal_saves_and_exits_0_then_another_layout_continues(command, started
     layout = [*TWO, MANY, "parallel.zero_stage=3", "runtime.micro_batch_size=1"]
     job = started(command("stopped", *layout, "checkpoint.every=0", launcher=TORCHRUN))
     wait_for_step(tmp_path / "stopped", status["step"] + 20)
-    job.send_signal(signal.SIGTERM)  # as a scheduler does; torchrun passes it on and reports it by its code
-    assert job.wait(300) == 1
+    ranks = psutil.Process(job.pid).children()
+    job.kill()  # torchrun has no time to pass anything on
+    assert not psutil.wait_procs(ranks, timeout=300)[1]
     before, status = status, json.loads((tmp_path / "stopped" / "status.json").read_text())
     assert status["state"] == "stopped"
     assert before["step"] + 20 <= status["step"] < MANY_STEPS

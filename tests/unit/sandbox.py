@@ -8,7 +8,6 @@ ROOT = Path(__file__).parents[2]
 
 RECORD = '#!/bin/bash\nprintf "%s\\n" "${0##*/}" "$@" >>"$RECORDS/${0##*/}"\n'
 STANDINS = {
-    "torchrun": RECORD + 'eval "${TORCHRUN_DOES:-}"\n',
     "python": RECORD + 'env >"$RECORDS/env"\neval "${TRAIN_DOES:-}"\n',
     "nvidia-smi": '#!/bin/bash\nfor ((i = 0; i < ${GPUS:-0}; i++)); do echo "GPU $i: H100"; done\n',
     "srun": RECORD + 'while [[ $1 == --* ]]; do shift; done\nexec "$@"\n',

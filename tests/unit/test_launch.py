@@ -15,7 +15,7 @@ import pytest
 from tests.unit.sandbox import ROOT, Sandbox
 
 SCRIPTS = ["launch/local.sh", "launch/multinode.sh", "launch/slurm.sbatch", ".ci/run"]
-# What torchrun does with a train.py that saves on TERM: it ends with an error all the same.
+# What the launcher of a train.py that saves on TERM does if another machine has failed meanwhile.
 SAVES_ON_TERM = """
 trap 'echo "{\\"state\\": \\"$ENDS_AS\\", \\"step\\": 7}" >runs/lite/status.json; exit 1' TERM
 echo $$ >"$RECORDS/pid"

@@ -141,4 +141,7 @@ def test_end_lines(finished, stop_step, how):
         run_dir=Path("runs/q"),
         dashboard="URL",
     )
-    assert lines == [f"{how}: step 100/244, 1:01:01", "  files   runs/q", "  watch   URL"]
+    if finished:
+        assert lines == [f"{how}: step 100/244, 1:01:01", "  files   runs/q", "  watch   URL"]
+    else:
+        assert lines == [f"{how}: step 100/244, 1:01:01, runs/q"]

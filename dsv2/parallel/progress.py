@@ -1,0 +1,40 @@
+"""Where a rank is in its job: the step, the part of the step, and since when. Imports no torch."""
+
+import time
+from enum import StrEnum
+from typing import NamedTuple
+
+
+class Part(StrEnum):
+    """The parts of a job, as messages name them."""
+
+    start = "start"
+    data = "data"
+    compute = "forward and backward"
+    optimizer = "optimizer"
+    report = "report"
+    evaluation = "evaluation"
+    save = "save"
+
+
+class Place(NamedTuple):
+    """Where a rank is."""
+
+    step: int  # counted from 1; 0 before the first step
+    part: Part
+    entries: int  # how many parts, also of earlier steps, this rank has entered
+    since: float  # time.monotonic() when it entered this part
+
+
+class Progress:
+    """The rank's own account of where it is. The watchdog's thread reads `place` while the rank changes it."""
+
+    def __init__(self) -> None:
+        self.place = Place(0, Part.start, 0, time.monotonic())
+
+    def enter(self, part: Part, step: int | None = None) -> None:
+        """Enter a part, of the same step unless `step` is given. Also call this for each round of a long part."""
+        before = self.place
+        now = time.monotonic()
+        # One assignment, so that another thread never reads half a place.
+        self.place = Place(before.step if step is None else step, part, before.entries + 1, now)
