@@ -1,9 +1,9 @@
-"""How a process of train.py ends with an error: one line per machine on stderr, and the launcher's error file.
+"""How a process of train.py ends with an error: one line per machine on stderr, and an error file.
 
-The launcher (`python -m dsv2 train`, or torchrun) gives each process of a machine its own error file, in folders
-beside each other. The first process that fails prints the error, writes its file for torchrun's report, and
-leaves a mark with its exit code in the common folder. Processes that fail later find the mark and stay silent:
-they found the same error, or they lost that process.
+The launcher (`python -m dsv2 train`, or torchrun) gives each process of a machine its own error file, in
+folders beside each other. The first process that fails prints the error and writes its file, for torchrun's
+report. It also leaves a mark with its exit code in the common folder. Processes that fail later find the mark
+and stay silent: they found the same error, or they lost that process.
 """
 
 import json
@@ -22,7 +22,7 @@ MARK = "told"
 
 
 def tell(error: BaseException, code: int) -> None:
-    """Print the error unless another process of this machine has printed one. Without a launcher, print it."""
+    """Print the error unless another process of this machine has printed one."""
     if not (file := os.environ.get(ERROR_FILE)):
         print_error(error)
         return
@@ -33,7 +33,7 @@ def tell(error: BaseException, code: int) -> None:
             return
         print_error(error)
         _write_error_file(Path(file), error)
-        mark.write_text(str(int(code)))
+        mark.write_text(str(int(code)), encoding="utf-8")
 
 
 def told_code(folder: Path) -> int | None:
@@ -43,7 +43,7 @@ def told_code(folder: Path) -> int | None:
         folder: the parent of the folders with the processes' error files.
     """
     mark = folder / MARK
-    return int(mark.read_text()) if mark.exists() else None
+    return int(mark.read_text(encoding="utf-8")) if mark.exists() else None
 
 
 def _write_error_file(file: Path, error: BaseException) -> None:

@@ -96,8 +96,8 @@ class Meeting:
         job = store.compare_set("launch/job", "", machines.job).decode()
         if job != machines.job:
             raise UserError(
-                f"RDZV_ID={machines.job}: the port of HEAD={self.host}:{self.port} belongs to job {job}; choose "
-                "another port"
+                f"RDZV_ID={machines.job}: the port of HEAD={self.host}:{self.port} belongs to job {job}; "
+                "choose another port"
             )
         return store
 
@@ -112,8 +112,8 @@ class Meeting:
     def _require_time(self, machines: Machines) -> None:
         if time.monotonic() > self._deadline:
             raise UserError(
-                f"NNODES={machines.count}: not all machines met at HEAD={machines.host}:{machines.port} within "
-                f"{MEETING_S:.0f} s; start the same command on each, and open that port"
+                f"NNODES={machines.count}: not all machines met at HEAD={machines.host}:{machines.port} "
+                f"within {MEETING_S:.0f} s; start the same command on each, and open that port"
             )
 
     def tell_failure(self) -> None:

@@ -56,8 +56,8 @@ def run_ranks(
         started: list[subprocess.Popen[bytes]] = []
         try:
             for local_rank in range(processes):
-                places = _places(meeting, local_rank, processes, Path(folder))
-                environment = {**os.environ, **variables, **places}
+                ranks = _rank_variables(meeting, local_rank, processes, Path(folder))
+                environment = {**os.environ, **variables, **ranks}
                 # In its own session: the terminal's Ctrl-C reaches this process alone, which passes it on.
                 started.append(subprocess.Popen(command, env=environment, start_new_session=True))
             ended = _supervise(started, meeting, signals, patience_s)
@@ -67,8 +67,8 @@ def run_ranks(
         return _exit_code(ended, told_code(Path(folder)), meeting.first_rank)
 
 
-def _places(meeting: Meeting, local_rank: int, processes: int, folder: Path) -> dict[str, str]:
-    """Return what torchrun would tell a process about its place in the job."""
+def _rank_variables(meeting: Meeting, local_rank: int, processes: int, folder: Path) -> dict[str, str]:
+    """Return the variables that torchrun would set for a process."""
     return {
         "RANK": str(meeting.first_rank + local_rank),
         "LOCAL_RANK": str(local_rank),
@@ -124,7 +124,7 @@ def _kill(started: list[subprocess.Popen[bytes]]) -> None:
 
 
 def _exit_code(ended: Ended, told: int | None, first_rank: int) -> int:
-    """Return the job's exit code: that of the process that printed the error, else of the first that failed."""
+    """Return the exit code of the process that printed the error, else of the first that failed."""
     if told is not None:
         return told
     if ended.first_failed is None:

@@ -5,9 +5,9 @@
     python -m dsv2 train --cfg job model=lite          prints the composed configuration, without training
 
 The command checks the configuration, the data and the checkpoint. Then it starts the processes of train.py.
-NPROC sets their number. CUDA_VISIBLE_DEVICES chooses the GPUs. OMP_NUM_THREADS sets the threads per process; by
-default the cores are shared equally. The quickstart uses 1, 2, 4 or 8 GPUs, because that many can share its
-batch.
+NPROC sets their number. CUDA_VISIBLE_DEVICES chooses the GPUs. OMP_NUM_THREADS sets the threads per process;
+by default the cores are shared equally. The quickstart uses 1, 2, 4 or 8 GPUs, because that many can share
+its batch.
 
 NNODES=N HEAD=host:port starts this machine's part of a job on N machines; launch/multinode.sh explains these
 variables. The job's configuration is then checked by train.py alone.
@@ -39,7 +39,9 @@ QUICKSTART = "experiment=quickstart"
 QUICKSTART_BATCH = 8  # sequences
 WITHOUT_GPU = 2  # processes
 PATIENCE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"  # torchrun's name for it
-SHUTDOWN_TIMEOUT = 120  # seconds; torchrun's own default, 30, is too short to save a large model after a signal
+SHUTDOWN_TIMEOUT = (
+    120  # seconds; torchrun's own default, 30, is too short to save a large model after a signal
+)
 # By default glibc gives a freed tensor's memory back, and the kernel clears it page by page for the next
 # tensor. That takes a tenth of a small model's time on the CPU. These values keep blocks of up to 32 MiB.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(256 << 20)}
@@ -140,7 +142,9 @@ class Train(Verb):
         words: list[str] = options.words
         command = [sys.executable, script]
         if any(word.split("=")[0] in ("--cfg", "-c") for word in words):
-            return subprocess.run([*command, *words], check=False).returncode  # Hydra prints the configuration
+            return subprocess.run(
+                [*command, *words], check=False
+            ).returncode  # Hydra prints the configuration
         machines = find_machines(os.environ)
         launch = plan_launch(words, os.environ, machines.count)
         variables = settings(launch.processes, os.environ)

@@ -1,4 +1,4 @@
-"""What a process of train.py shares with its launcher, `python -m dsv2 train` or torchrun. Imports no torch."""
+"""What the launcher, `python -m dsv2 train` or torchrun, tells a process. Imports no torch."""
 
 import ctypes
 import logging
@@ -19,7 +19,7 @@ def local_processes() -> int:
 
 
 def is_first_of_machine() -> bool:
-    """Return whether this process speaks for the job's processes of this machine."""
+    """Return whether this is the first of the job's processes on this machine."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 

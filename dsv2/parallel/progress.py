@@ -17,7 +17,7 @@ class Part(StrEnum):
     save = "save"
 
 
-class Place(NamedTuple):
+class Position(NamedTuple):
     """Where a rank is."""
 
     step: int  # counted from 1; 0 before the first step
@@ -27,14 +27,14 @@ class Place(NamedTuple):
 
 
 class Progress:
-    """The rank's own account of where it is. The watchdog's thread reads `place` while the rank changes it."""
+    """Where this rank is. The watchdog's thread reads `position` while the rank changes it."""
 
     def __init__(self) -> None:
-        self.place = Place(0, Part.start, 0, time.monotonic())
+        self.position = Position(0, Part.start, 0, time.monotonic())
 
     def enter(self, part: Part, step: int | None = None) -> None:
-        """Enter a part, of the same step unless `step` is given. Also call this for each round of a long part."""
-        before = self.place
+        """Enter a part, of the same step unless `step` is given. A long part is entered again each round."""
+        before = self.position
         now = time.monotonic()
-        # One assignment, so that another thread never reads half a place.
-        self.place = Place(before.step if step is None else step, part, before.entries + 1, now)
+        # One assignment, so that another thread never reads half a position.
+        self.position = Position(before.step if step is None else step, part, before.entries + 1, now)

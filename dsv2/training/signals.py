@@ -9,7 +9,7 @@ from types import FrameType, TracebackType
 from dsv2.parallel.environment import is_first_of_machine
 from dsv2.parallel.mesh import Mesh
 from dsv2.parallel.plan import Dim
-from dsv2.parallel.progress import Part, Place
+from dsv2.parallel.progress import Part, Position
 
 
 class StopSignals:
@@ -40,14 +40,14 @@ class StopSignals:
         if not self._asked and is_first_of_machine():
             # Not print(): the signal may have interrupted one. The terminal may be gone.
             with contextlib.suppress(OSError):
-                os.write(sys.stdout.fileno(), f"{what_follows(self._progress.place)}\n".encode())
+                os.write(sys.stdout.fileno(), f"{what_follows(self._progress.position)}\n".encode())
         self._asked = True
 
 
-def what_follows(place: Place) -> str:
-    """Return what a run does that is asked to stop at this place."""
-    if place.part is Part.evaluation:
-        return f"finishing the evaluation after step {place.step}, then saving"
+def what_follows(position: Position) -> str:
+    """Return what a run does that is asked to stop at this position."""
+    if position.part is Part.evaluation:
+        return f"finishing the evaluation after step {position.step}, then saving"
     # The loop looks for signals after a step: while it saves one, it has passed that point.
-    step = place.step + 1 if place.part is Part.save else place.step
+    step = position.step + 1 if position.part is Part.save else position.step
     return f"finishing step {step}, then saving"

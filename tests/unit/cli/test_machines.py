@@ -1,4 +1,4 @@
-"""How the machines of a job find one another. "Machines" are threads here, and meet on the loopback interface."""
+"""How the machines of a job find one another. The machines are threads here."""
 
 import socket
 from concurrent.futures import ThreadPoolExecutor
@@ -92,12 +92,12 @@ def test_a_taken_port_and_another_jobs_port_are_refused():
         Meeting(taken, 1)
     with pytest.raises(UserError, match=f"^RDZV_ID=b: .*:{first.port} belongs to job dsv2"):
         Meeting(taken._replace(is_head=None, job="b"), 1)
-    with pytest.raises(UserError, match="^NNODES=1: more machines than that"):
+    with pytest.raises(UserError, match=r"^NNODES=1: more machines than that"):
         Meeting(taken._replace(count=1, is_head=False), 1)
 
 
 def test_a_missing_machine_is_told(monkeypatch):
     monkeypatch.setattr(machines, "MEETING_S", 0.0)
     monkeypatch.setattr(machines, "ATTEMPT", machines.timedelta(milliseconds=100))
-    with pytest.raises(UserError, match="^NNODES=2: not all machines met"):
+    with pytest.raises(UserError, match=r"^NNODES=2: not all machines met"):
         Meeting(Machines(2, "127.0.0.1", free_port(), True), 1)
