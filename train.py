@@ -19,6 +19,7 @@ from dsv2.cli.failure import end
 from dsv2.config.compose import check_shown, register_schema, to_config
 from dsv2.config.mistakes import COMPOSITION_ERRORS, check_command_line, explain
 from dsv2.config.schema import Config
+from dsv2.config.typed import as_typed
 from dsv2.errors import CheckpointError, Diverged, UserError
 from dsv2.parallel.environment import (
     launched_ranks,
@@ -146,6 +147,7 @@ if __name__ == "__main__":
     try:
         check_command_line(sys.argv[1:], read_by_hydra=True)
         check_shown(sys.argv[1:])
+        sys.argv[1:] = map(as_typed, sys.argv[1:])
         command_line()
     except COMPOSITION_ERRORS as mistake:
         end(explain(mistake, sys.argv[1:]), ExitCode.mistake)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import enum
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +18,7 @@ from dsv2.config.fields import CONF, field_types
 from dsv2.config.mistakes import COMPOSITION_ERRORS, check_command_line, explain, unknown_key
 from dsv2.config.renamed import with_new_names
 from dsv2.config.schema import Config
+from dsv2.config.typed import as_typed, literal
 from dsv2.errors import UserError
 
 # How messages show the value of a field that must be given.
@@ -40,7 +40,7 @@ def compose_overrides(overrides: list[str]) -> DictConfig:
     check_command_line(overrides)
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-            return compose("config", overrides)
+            return compose("config", [as_typed(override) for override in overrides])
     except COMPOSITION_ERRORS as error:
         raise explain(error, overrides) from None
 
@@ -146,7 +146,7 @@ def _literal(value: Any) -> Any:
         return {name: _literal(item) for name, item in value.items()}
     if isinstance(value, list):
         return [_literal(item) for item in value]
-    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
+    return literal(value) if isinstance(value, str) else value
 
 
 def read_saved(path: Path) -> Config:

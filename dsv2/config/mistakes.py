@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dsv2.config.fields import GROUPS, field_types, options_of, type_text
 from dsv2.config.renamed import FIELDS, OPTIONS
+from dsv2.config.typed import as_typed
 from dsv2.errors import UserError
 
 # What Hydra and OmegaConf raise for a mistake in a configuration.
@@ -113,7 +114,7 @@ def _check_form(override: str, asks_hydra: bool) -> None:
 
 def _parsed(override: str) -> Override:
     try:
-        return OverridesParser.create().parse_overrides([override])[0]
+        return OverridesParser.create().parse_overrides([as_typed(override)])[0]
     except OverrideParseException as error:
         raise UserError(
             f"{override}: cannot be read as name=value; close each bracket and quote, and quote special "

@@ -1,6 +1,7 @@
 """Checks of the sections that no part of the model or the layout checks. Each raises UserError."""
 
 import math
+import re
 from dataclasses import fields
 
 from dsv2.config.rules import refuse, require_above_0, require_fraction, require_positive
@@ -9,8 +10,9 @@ from dsv2.config.schema import CheckpointConfig, Config, EvalConfig, LoggingConf
 
 def check_run(config: Config) -> None:
     """Check the fields outside any section."""
-    if not config.name or "/" in config.name or config.name.startswith("."):
-        refuse("name", repr(config.name), "must be a plain folder name, such as my-run")
+    if not re.fullmatch(r"[A-Za-z0-9._-]{1,100}", config.name) or config.name in (".", ".."):
+        right = "must be a plain folder name, such as my-run: at most 100 letters, digits, '.', '_' and '-'"
+        refuse("name", repr(config.name), right)
     if config.new_stage and config.resume in ("auto", "never"):
         refuse("resume", config.resume, "must be the path of a checkpoint to start from with new_stage=true")
     if config.stop_step is not None and config.stop_step < 1:

@@ -1,6 +1,5 @@
 """The runs of a study: their configurations, and how a run is started."""
 
-import json
 import os
 import subprocess
 import sys
@@ -45,7 +44,7 @@ def plan(study: str, seeds: int, out: Path, overrides: list[str]) -> list[Job]:
     planned = []
     for seed in range(seeds):
         for arm, changes in STUDIES[study].items():
-            of_run = [f"name={arm}-s{seed}", f"runs_dir={json.dumps(str(out.resolve()))}"]
+            of_run = [f"name={arm}-s{seed}", f"runs_dir={out.resolve()}"]
             of_run += [f"seed={seed}", f"data.seed={seed}"]
             words = [f"experiment=study/{study}", *changes, *overrides, *of_run]
             config = compose_config(words)

@@ -76,6 +76,8 @@ ABOVE_ZERO = [
 ]
 FRACTIONS = ["model.balance.exempt_fraction", "optim.beta1", "optim.beta2", "optim.decay_factor"]
 
+PLAIN_NAME = "must be a plain folder name, such as my-run: at most 100 letters, digits, '.', '_' and '-'"
+
 
 def changed(*changes: tuple[str, Any]) -> Config:
     """The default configuration with these fields set."""
@@ -269,9 +271,9 @@ def test_a_moment_that_never_moves(name):
             "logging.alert_dead=1.5: must be a share of the experts, at most 1",
         ),
         ([("stop_step", 0)], "stop_step=0: must be at least 1, or null"),
-        ([("name", "")], "name='': must be a plain folder name, such as my-run"),
-        ([("name", "a/b")], "name='a/b': must be a plain folder name, such as my-run"),
-        ([("name", "..")], "name='..': must be a plain folder name, such as my-run"),
+        ([("name", "")], f"name='': {PLAIN_NAME}"),
+        ([("name", "a/b")], f"name='a/b': {PLAIN_NAME}"),
+        ([("name", "..")], f"name='..': {PLAIN_NAME}"),
     ],
 )
 def test_impossible_combinations(changes, message):
