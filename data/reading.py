@@ -5,11 +5,13 @@ takes this for a missing file starts afresh, over what the file says. Every func
 instead. Missing is only what the file system says is missing.
 """
 
+import json
 import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from data.errors import Unreadable
 
@@ -79,6 +81,20 @@ def read_text(path: Path) -> str:
     """
     with reading(path):
         return path.read_text(encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """Return the content of a JSON file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the content is not JSON, or is nested too deeply.
+    """
+    text = read_text(path)
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def is_plain_name(name: object) -> bool:

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from data.reading import is_folder, is_plain_name, names_in, read_text, reading, size_of
+from data.reading import is_folder, is_plain_name, names_in, read_json, reading, size_of
 from dsv2.checkpoint.state import RunState
 from dsv2.errors import Unreadable, UserError
 
@@ -53,7 +53,7 @@ def check(path: Path, option: str | None = None) -> dict[str, Any]:
     if not is_folder(path):
         raise UserError(f"{option}: there is no such folder; must be a checkpoint or a run's folder")
     try:
-        content = json.loads(read_text(path / STATE_FILE))
+        content = read_json(path / STATE_FILE)
     except FileNotFoundError:
         if inside := complete_checkpoints(path):
             raise UserError(f"{option}: holds checkpoints; give one of them, such as {inside[0]}") from None

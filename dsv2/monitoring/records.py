@@ -10,9 +10,11 @@ import io
 import json
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from data.reading import is_file, reading
 from dsv2.errors import UserError
 
 METRICS_FILE = "metrics.jsonl"
@@ -61,9 +63,12 @@ def read_metrics(run_dir: Path) -> list[dict[str, float]]:
     `null` becomes NaN; see `read_records` for resumed sessions and torn lines.
 
     Raises:
-        UserError: the file does not exist, or a line before the last is not a JSON object with a step.
+        UserError: see `read_records`; or a value is no number.
+        Unreadable: the file system refuses to read the file.
     """
-    rows = read_records(run_dir / METRICS_FILE)
+    path = run_dir / METRICS_FILE
+    rows = read_records(path)
+    _require(rows, path, _is_number, "no number")
     return [{name: math.nan if value is None else value for name, value in row.items()} for row in rows]
 
 
@@ -71,10 +76,37 @@ def read_maps(run_dir: Path) -> list[dict[str, Any]]:
     """Return the heat maps, `{"step": 100, "map/expert_load": rows, ...}`, sorted by step; [] if none.
 
     Raises:
-        UserError: a line before the last is not a JSON object with a step.
+        UserError: see `read_records`; or a value is no table of numbers.
+        Unreadable: the file system refuses to read the file.
     """
     path = run_dir / MAPS_FILE
-    return [row for row in read_records(path) if len(row) > 1] if path.is_file() else []
+    if not is_file(path):
+        return []
+    rows = [row for row in read_records(path) if len(row) > 1]
+    _require(rows, path, _is_map, "no table of numbers")
+    return rows
+
+
+def _require(
+    rows: list[dict[str, Any]], path: Path, is_right: Callable[[object], bool], problem: str
+) -> None:
+    """Refuse rows with a value of another kind, so that nobody else must expect it."""
+    for row in rows:
+        for name, value in row.items():
+            if name != "step" and not is_right(value):
+                raise UserError(f"{path}, step {row['step']}: {name!r} is {problem}: {repr(value)[:80]}")
+
+
+def _is_number(value: object) -> bool:
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+
+
+def _is_map(value: object) -> bool:
+    if not isinstance(value, list) or not value or not all(isinstance(row, list) and row for row in value):
+        return False
+    cells = [cell for row in value for cell in row]
+    finite = all(cell is None or (_is_number(cell) and math.isfinite(cell)) for cell in cells)
+    return finite and len({len(row) for row in value}) == 1
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
@@ -84,18 +116,24 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
     Raises:
         UserError: the file does not exist, or a line before the last is not a JSON object with a step.
+        Unreadable: the file system refuses to read the file.
     """
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; is {path.parent} the directory of a run?")
+    try:
+        with reading(path):
+            text = path.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; is {path.parent} the directory of a run?") from None
     # A line counts only with its newline: a torn one may be valid JSON by accident.
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
+    lines = text.split("\n")[:-1]
     rows: dict[int, dict[str, Any]] = {}
     last_step: int | None = None
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
-            step = int(record["step"])
-        except (ValueError, TypeError, KeyError) as error:
+            step = record["step"]
+            if type(step) is not int:
+                raise TypeError(step)
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise UserError(f"{path}, line {number}: not a JSON object with a step: {line[:80]!r}") from error
         if last_step is not None and step < last_step:
             rows = {kept: row for kept, row in rows.items() if kept < step}
@@ -106,6 +144,9 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 def _drop_torn_line(path: Path) -> None:
     """Cut the half line that a killed process may have left, so that the next record gets its own line."""
-    if path.is_file():
-        content = path.read_bytes()
-        os.truncate(path, content.rfind(b"\n") + 1)
+    try:
+        with reading(path):
+            content = path.read_bytes()
+    except FileNotFoundError:
+        return
+    os.truncate(path, content.rfind(b"\n") + 1)

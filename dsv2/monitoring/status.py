@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from data.reading import read_text
+from data.reading import read_json
 from dsv2.errors import UserError
 
 STATUS = "status.json"
@@ -34,7 +34,7 @@ def read_status(run_dir: Path) -> dict[str, Any]:
     """
     path = run_dir / STATUS
     try:
-        content = json.loads(read_text(path))
+        content = read_json(path)
     except FileNotFoundError:
         return {}
     except ValueError as error:

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from data.reading import is_file
 from dsv2.config.schema import Config, WandbMode
 from dsv2.monitoring.pictures import heat_map
 from dsv2.monitoring.records import MAPS_FILE, METRICS_FILE, RecordWriter
@@ -100,7 +101,7 @@ class Tracker:
 
     def _record_maps(self, maps: dict[str, list[list[float | None]]], step: int) -> None:
         path = self._run_dir / MAPS_FILE
-        if self._maps is None and (maps or path.is_file()):
+        if self._maps is None and (maps or is_file(path)):
             self._maps = RecordWriter(path)
         if self._maps is not None and (maps or not self._session_is_marked):
             self._maps.append({"step": step, **maps})

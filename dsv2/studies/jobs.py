@@ -3,12 +3,11 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from omegaconf import OmegaConf
-
-from dsv2.config.compose import compose_config, to_plain
+from dsv2.config.compose import compose_config, read_saved
 from dsv2.config.schema import Config, Device
 from dsv2.errors import UserError
 from dsv2.monitoring.status import read_status
@@ -63,8 +62,7 @@ def is_finished(job: Job) -> bool:
     """
     if read_status(job.run_dir).get("state") != "finished":
         return False
-    saved = OmegaConf.to_container(OmegaConf.load(job.run_dir / "config.yaml"))
-    if {**saved, "runs_dir": job.config.runs_dir} != to_plain(job.config):  # type: ignore[dict-item]
+    if replace(read_saved(job.run_dir / "config.yaml"), runs_dir=job.config.runs_dir) != job.config:
         raise UserError(
             f"{job.run_dir}: finished with another configuration than this command's; choose another --out, "
             "or remove that folder"

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from data.reading import reading
 from dsv2.errors import UserError
 
 LOCK = ".lock"
@@ -62,7 +63,12 @@ def save_config(run_dir: Path, yaml: str, *, resumed: bool) -> None:
     """Write the resolved configuration to the folder. A resumed run keeps an earlier, different file."""
     run_dir.mkdir(parents=True, exist_ok=True)
     target = run_dir / "config.yaml"
-    if resumed and target.exists() and target.read_text(encoding="utf-8") != yaml:
+    try:
+        with reading(target):
+            earlier = target.read_bytes()
+    except FileNotFoundError:
+        earlier = None
+    if resumed and earlier not in (None, yaml.encode()):
         count = len(list(run_dir.glob("config.*.yaml")))
         target.rename(run_dir / f"config.{count}.yaml")
     target.write_text(yaml, encoding="utf-8")

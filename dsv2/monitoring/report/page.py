@@ -1,10 +1,14 @@
 """One self-contained HTML page of a run: curves, routing maps over time, final values, configuration.
 
 `python -m dsv2 report RUN_DIR` writes it. The page needs no network. report.js draws the curves and maps.
+The run's files may come from someone else, so every text is escaped. The page's policy also lets a browser
+run the page's own script and nothing else.
 """
 
-import html
+import base64
+import hashlib
 import json
+from html import escape
 from pathlib import Path
 
 from dsv2.errors import UserError
@@ -39,18 +43,18 @@ def number(value: float | None) -> str:
 def tiles(run: Run) -> str:
     """Return the HTML tiles with the run's main figures."""
     return "".join(
-        f'<div class="tile"><b>{number(value)}</b><span>{label}</span></div>'
+        f'<div class="tile"><b>{number(value)}</b><span>{escape(label)}</span></div>'
         for label, value in figures(run).items()
     )
 
 
 def card(title: str, unit: str, kind: str, wide: bool = False, **attributes: str) -> str:
     """Return an empty card; report.js fills it by its `kind` and the attributes."""
-    values = "".join(f' data-{key}="{html.escape(value)}"' for key, value in attributes.items())
-    small = f"<small>{html.escape(unit)}</small>" if unit else ""
+    values = "".join(f' data-{key}="{escape(value)}"' for key, value in attributes.items())
+    small = f"<small>{escape(unit)}</small>" if unit else ""
     return (
         f'<div class="card{" wide" if wide else ""}" data-kind="{kind}"{values}>'
-        f"<header><b>{html.escape(title)}</b>{small}</header></div>"
+        f"<header><b>{escape(title)}</b>{small}</header></div>"
     )
 
 
@@ -71,7 +75,7 @@ def section_html(run: Run, section: ChartSection) -> str:
     parts = []
     for group in dict.fromkeys(chart.group for chart in section.charts):
         cards = "".join(chart_card(run, chart) for chart in section.charts if chart.group == group)
-        heading = f"<h3>{group}</h3>" if group and cards else ""
+        heading = f"<h3>{escape(group)}</h3>" if group and cards else ""
         parts.append(f'{heading}<div class="grid">{cards}</div>' if cards else "")
     shows_experts = any(EXPERT_LOAD in chart.names for chart in section.charts)
     if shows_experts and any(EXPERT_LOAD in row for row in run.maps):
@@ -83,12 +87,13 @@ def section_html(run: Run, section: ChartSection) -> str:
         parts = [controls, *parts, '<h3>Over time</h3><div class="grid">']
         parts += [card("Experts of one layer", unit, "time", wide=True), "</div>"]
     for text, names in quiet_names(run, section).items():
-        parts.append(f'<p class="none">{text}: {", ".join(names)}</p>' if names else "")
-    return f'<section id="{anchor(section.title)}"><h2>{section.title}</h2>{"".join(parts)}</section>'
+        parts.append(f'<p class="none">{escape(text)}: {escape(", ".join(names))}</p>' if names else "")
+    title = escape(section.title)
+    return f'<section id="{anchor(section.title)}"><h2>{title}</h2>{"".join(parts)}</section>'
 
 
 def anchor(title: str) -> str:
-    return title.lower().replace(" ", "-")
+    return escape(title.lower().replace(" ", "-"))
 
 
 def final_values(run: Run) -> str:
@@ -101,7 +106,7 @@ def final_values(run: Run) -> str:
         cells += [number(min(numbers)), number(max(numbers))] if numbers else ["", ""]
         body = "".join(f"<td>{cell}</td>" for cell in cells)
         unit = METRICS[name].unit if name in METRICS else ""  # another version may have written the run
-        lines.append(f'<tr><td>{name}</td>{body}<td class="text">{html.escape(unit)}</td></tr>')
+        lines.append(f'<tr><td>{escape(name)}</td>{body}<td class="text">{escape(unit)}</td></tr>')
     head = "".join(f"<th>{title}</th>" for title in ("metric", "last", "at step", "lowest", "highest"))
     return (
         f'<div class="card scroll"><table><thead><tr>{head}<th class="text">unit</th></tr></thead>'
@@ -123,8 +128,8 @@ def layer_table(run: Run) -> str:
     lines = []
     for layer in layers:
         cells = "".join(f"<td>{number(run.last(f'{prefix}/{layer}'))}</td>" for prefix in columns)
-        lines.append(f"<tr><td>{layer}</td>{cells}</tr>")
-    head = "".join(f"<th>{title}</th>" for title in ("layer", *columns.values()))
+        lines.append(f"<tr><td>{escape(layer)}</td>{cells}</tr>")
+    head = "".join(f"<th>{escape(title)}</th>" for title in ("layer", *columns.values()))
     return (
         '<h3>By layer, last window</h3><div class="card scroll">'
         f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
@@ -135,22 +140,38 @@ def configuration(run: Run) -> str:
     parts = []
     for index, (name, text) in enumerate(run.config_texts.items()):
         note = "" if index == 0 else ", of an earlier session"
+        is_open = " open" if index == 0 else ""
         parts.append(
-            f'<div class="card"><details{" open" if index == 0 else ""}><summary>{name}{note}</summary>'
-            f"<pre>{html.escape(text)}</pre></details></div>"
+            f'<div class="card"><details{is_open}><summary>{escape(name)}{note}</summary>'
+            f"<pre>{escape(text)}</pre></details></div>"
         )
     return "".join(parts)
+
+
+def policy(script: str, style: str) -> str:
+    """Return the content security policy that lets a browser use this script and this style alone.
+
+    The pictures of the maps are the only images; the script draws them itself, as data: addresses.
+    """
+
+    def hashed(text: str) -> str:
+        return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+    return (
+        f"default-src 'none'; script-src {hashed(script)}; style-src {hashed(style)}; img-src data:; "
+        "base-uri 'none'; form-action 'none'"
+    )
 
 
 def build_page(run: Run) -> str:
     """Return the whole page."""
     counts = count_parameters(run.config.model)
     step = int(run.rows[-1]["step"])
-    name = html.escape(run.config.name)
-    state = run.status.get("state", "unknown")
-    of = f" of {run.status['total_steps']}" if "total_steps" in run.status else ""
+    name = escape(run.config.name)
+    state = escape(run.status.get("state", "unknown"))
+    of = escape(f" of {run.status['total_steps']}" if "total_steps" in run.status else "")
     titles = [*(section.title for section in SECTIONS), "Final values", "Configuration"]
-    links = "".join(f'<a href="#{anchor(title)}">{title}</a>' for title in titles)
+    links = "".join(f'<a href="#{anchor(title)}">{escape(title)}</a>' for title in titles)
     thinned_note = (
         f"Curves are thinned to {MOST_POINTS} points; the extremes of every stretch are kept. "
         if len(run.rows) > MOST_POINTS
@@ -158,15 +179,18 @@ def build_page(run: Run) -> str:
     ) + (f"{MOST_MAPS} of {len(run.maps)} maps are shown. " if len(run.maps) > MOST_MAPS else "")
     # A "<" would let a text end the script element.
     data = json.dumps(page_data(run), allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+    style = (ASSETS / "report.css").read_text(encoding="utf-8")
+    script = (ASSETS / "report.js").read_text(encoding="utf-8")
     return f"""<!doctype html>
 <html lang="en">
-<head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{name}</title><style>{(ASSETS / "report.css").read_text(encoding="utf-8")}</style></head>
+<head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy(script, style)}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{name}</title><style>{style}</style></head>
 <body><nav><div><strong>{name}</strong>{links}
 <label><input type="checkbox" id="smooth" checked> smooth</label></div></nav>
-<main><h1>{name}</h1><span class="badge {html.escape(state)}">{html.escape(state)}</span>
+<main><h1>{name}</h1><span class="badge {state}">{state}</span>
 <p class="lead">step {step}{of} &middot; {fmt_count(counts.total)} parameters, {fmt_count(counts.active)}
-active per token &middot; {html.escape(str(run.folder))}</p>
+active per token &middot; {escape(str(run.folder))}</p>
 <noscript><p>Curves and maps need JavaScript; the tables below do not.</p></noscript>
 <div class="tiles">{tiles(run)}</div>
 {"".join(section_html(run, section) for section in SECTIONS)}
@@ -176,7 +200,7 @@ active per token &middot; {html.escape(str(run.folder))}</p>
 faintly behind it; the mouse shows them too.</footer>
 </main>
 <script type="application/json" id="data">{data}</script>
-<script>{(ASSETS / "report.js").read_text(encoding="utf-8")}</script></body></html>
+<script>{script}</script></body></html>
 """
 
 

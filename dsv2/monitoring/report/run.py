@@ -4,13 +4,13 @@ A run that is still training can be read like a finished one. page.py turns the 
 """
 
 import math
+import re
 import statistics
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from omegaconf import OmegaConf
-
-from dsv2.config.compose import from_plain
+from data.reading import is_file, names_in, read_text
+from dsv2.config.compose import read_saved
 from dsv2.config.schema import Config
 from dsv2.errors import UserError
 from dsv2.monitoring.metrics.producers import METRICS
@@ -71,25 +71,33 @@ def read_run(folder: Path) -> Run:
 
     Raises:
         UserError: the folder is no run's, the run has no finished step, or a file is broken.
+        Unreadable: the file system refuses to read a file.
     """
     rows = read_metrics(folder)
     if not rows:
         raise UserError(f"{folder / METRICS_FILE}: the file is empty; the run has no finished step yet")
     newest = folder / "config.yaml"
-    if not newest.is_file():
-        raise UserError(f"{newest}: no such file; is {folder} the directory of a run?")
-    older = sorted(folder.glob("config.*.yaml"), key=lambda path: path.stat().st_mtime, reverse=True)
-    texts = {path.name: path.read_text(encoding="utf-8") for path in [newest, *older]}
-    plain = OmegaConf.to_container(OmegaConf.create(texts[newest.name]))
+    config = read_saved(newest)
+    names = [name for name in names_in(folder) if re.fullmatch(r"config\..*\.yaml", name)]
+    older = [folder / name for name in names if is_file(folder / name)]
+    older.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+    texts = {path.name: _text(path) for path in [newest, *older]}
     return Run(
         folder=folder,
         rows=rows,
         # A killed session may have left maps of steps that the run did not reach again.
         maps=[row for row in read_maps(folder) if row["step"] <= rows[-1]["step"]],
         status=read_status(folder),
-        config=from_plain(plain),  # type: ignore[arg-type]
+        config=config,
         config_texts=texts,
     )
+
+
+def _text(path: Path) -> str:
+    try:
+        return read_text(path)
+    except ValueError as error:
+        raise UserError(f"{path}: is no text ({error})") from None
 
 
 def thinned(curve: Curve, most: int = MOST_POINTS) -> Curve:

@@ -1,71 +1,25 @@
 """The report's page: the text of the file, and what a browser shows."""
 
-import html.parser
+import base64
+import hashlib
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
-from dsv2.config.compose import to_yaml
-from dsv2.config.schema import Config, LoggingConfig, WandbMode
 from dsv2.monitoring.panels import SECTIONS
 from dsv2.monitoring.pictures import HEAT_COLOURS, heat_map
 from dsv2.monitoring.records import read_maps, read_metrics
 from dsv2.monitoring.report import run as report
-from dsv2.monitoring.tracker import Tracker, open_tracker
-from tests.unit.helpers import REPO, compose_config, run_verb
+from tests.unit.helpers import REPO, run_verb
+from tests.unit.monitoring.report.runs import EXPERTS, LAYERS, Parsed, log_steps, tracker_of, write_page
 
-LAYERS, EXPERTS, GROUPS = 3, 16, 4  # of model=debug
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-
-
-def tracker_of(run_dir: Path) -> Tracker:
-    logging = LoggingConfig(wandb=WandbMode.disabled)
-    config = Config(name=run_dir.name, runs_dir=str(run_dir.parent), logging=logging)
-    return open_tracker(config, wandb_id=None, is_main=True)
-
-
-def log_steps(run_dir: Path, steps: range, offset: float = 0.0, leave_out: tuple[str, ...] = ()) -> None:
-    """A session as the monitor logs it: windows of 5 steps, maps every 10, an evaluation every 20."""
-    tracker = tracker_of(run_dir)
-    rng = np.random.default_rng(0)
-    for step in steps:
-        metrics: dict[str, Any] = {}
-        for section in SECTIONS:
-            for name in [name for chart in section.charts for name in chart.names]:
-                every = {"moe": 5, "vio": 5, "dead": 5, "drop": 5, "dev": 5, "comm": 5, "map": 10, "val": 20}
-                if name in leave_out or step % every.get(name.split("/")[0], 1):
-                    continue
-                value = 10.0 / step + offset
-                if name.endswith("/L*"):
-                    metrics |= {f"{name[:-2]}L{layer:02d}": value * layer for layer in (1, 2, 3)}
-                elif name.startswith("map/"):
-                    width = EXPERTS if name == "map/expert_load" else GROUPS
-                    metrics[name] = rng.random((LAYERS, width)) * 3
-                else:
-                    metrics[name] = value
-        tracker.log({**metrics, "train/tokens": step * 2048}, step=step)
-    tracker.close()
-
-
-@pytest.fixture
-def run_dir(tmp_path: Path) -> Path:
-    """A finished run that was resumed once, whose name and prompt would break a careless page."""
-    folder = tmp_path / "run"
-    log_steps(folder, range(1, 76))
-    log_steps(folder, range(51, 101), offset=0.5)
-    config = compose_config("name='a<b>'", "eval.sample_prompt='</script><b>&'")
-    (folder / "config.yaml").write_text(to_yaml(config))
-    (folder / "config.0.yaml").write_text("seed: 7\n")
-    (folder / "status.json").write_text('{"state": "finished", "step": 100, "total_steps": 100}\n')
-    return folder
 
 
 def cards_by_kind() -> dict[str, int]:
@@ -77,43 +31,6 @@ def cards_by_kind() -> dict[str, int]:
         "map": sum(chart.is_map for chart in charts),
         "time": 1,
     }
-
-
-def write_page(run_dir: Path) -> str:
-    assert run_verb("report", run_dir) == 0
-    return (run_dir / "report.html").read_text()
-
-
-class Parsed(html.parser.HTMLParser):
-    """Elements, the text of each section, and the content of the script with the data."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.sections: dict[str, str] = {}
-        self.data = ""
-        self._section = ""
-        self._in_data = False
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        attributes = dict(attrs)
-        self.elements.append((tag, attributes))
-        if tag == "section":
-            self._section = attributes["id"] or ""
-            self.sections[self._section] = ""
-        self._in_data = tag == "script" and attributes.get("id") == "data"
-
-    def handle_endtag(self, tag):
-        self._in_data = False
-        if tag == "section":
-            self._section = ""
-
-    def handle_data(self, data):
-        if self._in_data:
-            self.data += data
-        elif self._section:
-            self.sections[self._section] += data
 
 
 def test_the_embedded_data_are_the_runs_metrics(run_dir):
@@ -278,7 +195,11 @@ pixels.src = picture();
 @pytest.mark.parametrize("dark", [False, True])
 def test_a_browser_draws_it(tmp_path, run_dir, dark):
     page = tmp_path / "visited.html"
-    page.write_text(write_page(run_dir).replace("</body>", VISITOR))
+    # The page's policy stands, with the visitor's script as the only further one.
+    script = VISITOR.removeprefix("<script>").removesuffix("</script></body>")
+    allowed = f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
+    text = write_page(run_dir).replace("script-src ", f"script-src {allowed} ", 1)
+    page.write_text(text.replace("</body>", VISITOR))
     assert CHROMIUM is not None
     done = subprocess.run(
         [
