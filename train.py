@@ -8,7 +8,6 @@ dsv2/config/schema.py explains every field of the configuration. `python -m dsv2
 import os
 import sys
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import hydra
 from omegaconf import DictConfig
@@ -21,22 +20,10 @@ from dsv2.config.mistakes import COMPOSITION_ERRORS, check_command_line, explain
 from dsv2.config.schema import Config
 from dsv2.config.typed import as_typed
 from dsv2.errors import CheckpointError, Diverged, UserError
-from dsv2.parallel.environment import (
-    launched_ranks,
-    local_processes,
-    stop_with_launcher,
-    without_warnings_logged,
-)
+from dsv2.parallel.environment import launched_ranks, stop_with_launcher, without_warnings_logged
 from dsv2.parallel.progress import Part
 from dsv2.training.out_of_memory import memory_explained
-from dsv2.training.rundir import claim
-from dsv2.training.start import find_device, find_start
 from dsv2.training.validate import validate
-
-if TYPE_CHECKING:
-    from dsv2.checkpoint.state import RunState
-    from dsv2.checkpoint.store import CheckpointStore
-    from dsv2.training.engine import Engine
 
 
 def train(config: Config) -> None:
@@ -45,38 +32,21 @@ def train(config: Config) -> None:
     validate(config, world_size)
     # Torch and DeepSpeed take seconds to import, so the configuration is validated first.
     with without_warnings_logged():
-        from data.streams.sources import build_stream
-        from dsv2.checkpoint.state import RunState
         from dsv2.monitoring.monitor import Monitor
         from dsv2.monitoring.tracker import open_tracker
-        from dsv2.parallel.plan import Dim, ParallelPlan
-        from dsv2.parallel.start import end_process_group, start_mesh
+        from dsv2.parallel.start import end_process_group
         from dsv2.training.batches import share_of_step
-        from dsv2.training.build import build_model
-        from dsv2.training.engine import Engine
-        from dsv2.training.evaluate import Evaluator
+        from dsv2.training.job import start_job
+        from dsv2.training.saver import Saver
         from dsv2.training.schedule import plan_steps
         from dsv2.training.signals import StopSignals
 
-    # Mistakes in files are reported before any process group exists.
-    device = find_device(config, local_processes())
-    store, checkpoint, weights = find_start(config)
-    _lock = claim(config.run_dir) if rank == 0 else None
-
-    mesh = start_mesh(ParallelPlan.of(config.parallel, world_size), rank, device)
-    model = build_model(config.model, config.runtime, config.seed, mesh, weights)
-    engine = Engine(model, config.optim, config.parallel, config.runtime, mesh)
-    stream = build_stream(config.data, config.model.vocab_size, mesh[Dim.dp])
-    evaluator = Evaluator(engine, config)
-    loaded = engine.load(store, checkpoint) if checkpoint else None
-    state = loaded.state if loaded else RunState()
-    if state.data is not None:
-        stream.load_state_dict(state.data)
-
+    mesh, engine, store, stream, evaluator, state, loaded, _lock = start_job(config, rank, world_size)
     with (
         StopSignals(mesh) as stop,
         open_tracker(config, wandb_id=state.wandb_id, is_main=mesh.is_main) as tracker,
         Monitor(config, mesh, tracker, state, loaded) as monitor,
+        Saver(engine, store, asynchronous=config.checkpoint.asynchronous) as saver,
     ):
         state = replace(state, wandb_id=tracker.wandb_id)
         for plan in plan_steps(config.optim, config.data.sequence_length, state.step, state.tokens):
@@ -85,6 +55,7 @@ def train(config: Config) -> None:
             result = engine.train_step(batches, plan.lr)
             state = state.after(plan.step + 1, plan.tokens_after)
             monitor.step(plan, result)  # raises Diverged
+            monitor.saved(saver.finished())
             is_last = state.tokens >= config.optim.total_tokens or stop.requested()
             if is_due(config.eval.every, state.step) and not is_last:
                 monitor.evaluation(state.step, evaluator.evaluate())
@@ -92,28 +63,12 @@ def train(config: Config) -> None:
             is_last = is_last or state.step == config.stop_step
             if is_due(config.checkpoint.every, state.step) or is_last:
                 state = replace(state, data=stream.state_dict())
-                monitor.saved(save(store, engine, state, must_succeed=is_last))
+                monitor.saved(saver.save(state, is_last=is_last))
             if is_last:
                 break
         if state.tokens >= config.optim.total_tokens:
             monitor.final(evaluator.evaluate(), evaluator.sample())
     end_process_group()
-
-
-def save(store: "CheckpointStore", engine: "Engine", state: "RunState", *, must_succeed: bool) -> str | None:
-    """Save a checkpoint. Return None, or why saving failed; older checkpoints are untouched either way.
-
-    Raises:
-        CheckpointError: saving failed and `must_succeed` is True.
-    """
-    engine.mesh.progress.enter(Part.save)
-    try:
-        engine.save(store, state)
-    except CheckpointError as error:
-        if must_succeed:
-            raise
-        return str(error)
-    return None
 
 
 def is_due(every: int, step: int) -> bool:

@@ -137,6 +137,11 @@ def complete_checkpoints(folder: Path) -> list[Path]:
     return complete
 
 
+def step_of(path: Path) -> int:
+    """Return the step in a checkpoint's name."""
+    return int(path.name.removeprefix("step-"))
+
+
 def last_good(folder: Path) -> str:
     """Return a clause that names the newest whole checkpoint in the folder, or says that there is none."""
     try:

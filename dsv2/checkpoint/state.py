@@ -1,8 +1,13 @@
-"""What a checkpoint holds besides tensors, and the results of finding and of loading a checkpoint."""
+"""What a checkpoint holds, and the results of saving, finding and loading one."""
 
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dsv2.optimizers.base import Shard
 
 from dsv2.errors import UserError
 
@@ -38,6 +43,25 @@ class RunState:
     def after(self, step: int, tokens: int) -> "RunState":
         """Return the state after `step` steps and `tokens` tokens in all."""
         return replace(self, step=step, tokens=tokens)
+
+
+class Snapshot(NamedTuple):
+    """What one rank contributes to a checkpoint."""
+
+    shards: "list[Shard]"  # its weights, optimizer states and buffers
+    state: RunState
+    optimizer_steps: float  # the optimizer's own count
+    rng: "Tensor"  # the host's random state, uint8
+
+
+class Saved(NamedTuple):
+    """How one save went."""
+
+    step: int
+    stopped_s: float  # seconds for which training stopped when the save began
+    seconds: float  # from then until the checkpoint was complete
+    problem: str | None = None  # why there is no checkpoint
+    waited_s: float = 0.0  # seconds for which the next save waited for this one
 
 
 class Found(NamedTuple):

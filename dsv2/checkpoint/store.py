@@ -1,8 +1,9 @@
 """Save, find and load checkpoints. One format serves every layout; a checkpoint is complete or absent.
 
 A checkpoint is a folder `step-00000120` with torch.distributed.checkpoint files and `state.json`. It holds
-the fp32 weights and the optimizer's states of every parameter, as flat tensors of the WHOLE parameter, and
-every persistent buffer. Each rank writes and reads the contiguous ranges it owns (`Shard`), so world size,
+the master weights and the optimizer's states of every parameter, as flat tensors of the WHOLE parameter, and
+every persistent buffer. Each tensor has the precision in which the run keeps it; `load` converts it to the
+precision of the new run. Each rank writes and reads the contiguous ranges it owns (`Shard`), so world size,
 expert-parallel size and ZeRO stage may change between save and load.
 
 The folder is named `step-00000120.partial` while it is written. It is renamed last, after `state.json` has
@@ -34,15 +35,16 @@ from dsv2.checkpoint.files import (
     free_name,
     newest_first,
     state_text,
+    step_of,
     sync_folder,
 )
-from dsv2.checkpoint.state import Found, Loaded, RunState
+from dsv2.checkpoint.state import Found, Loaded, RunState, Snapshot
 from dsv2.config.changes import differences
 from dsv2.config.compose import check_saved, to_plain
 from dsv2.config.schema import Config
 from dsv2.errors import CheckpointError, Unreadable, UserError
 from dsv2.optimizers.base import Shard
-from dsv2.parallel.mesh import Mesh
+from dsv2.parallel.mesh import Mesh, MeshDim
 from dsv2.parallel.plan import Dim
 
 FULL = 1 << 20  # bytes: a file system with less free space than this counts as full
@@ -54,34 +56,35 @@ class CheckpointStore:
     Args:
         folder: where the checkpoints are.
         keep: how many complete checkpoints remain after a save, the new one included.
+        keep_every: checkpoints of steps that this number divides remain as well; 0: none.
         settings: the run's whole configuration as plain values. It is saved too, and its model is compared
             with the checkpoint's. With `new_stage`, another run's checkpoint gives weights and states only.
     """
 
-    def __init__(self, folder: Path, keep: int, settings: dict[str, Any]):
+    def __init__(self, folder: Path, keep: int, settings: dict[str, Any], *, keep_every: int = 0):
         self.folder = folder
         self.keep = keep
+        self.keep_every = keep_every
         self.settings = settings
 
-    def save(self, shards: Iterable[Shard], state: RunState, *, optimizer_steps: float, mesh: Mesh) -> Path:
-        """Write `folder/step-N` and delete all but the newest `keep` complete checkpoints. Collective.
+    def save(self, snapshot: Snapshot, everyone: MeshDim) -> Path:
+        """Write `folder/step-N` and delete the checkpoints that need not be kept. Collective.
 
         Args:
-            shards: this rank's weights, optimizer states and buffers.
-            optimizer_steps: the optimizer's own count.
+            snapshot: this rank's part of the checkpoint.
+            everyone: all ranks; `Mesh.background` if training continues meanwhile.
 
         Raises:
             CheckpointError: on every rank, if any rank could not write; the partial checkpoint is removed.
         """
-        target = self.folder / f"step-{state.step:08d}"
+        target = self.folder / f"step-{snapshot.state.step:08d}"
         partial = target.with_suffix(".partial")
-        everyone = mesh[Dim.world]
-        rng = everyone.objects(torch.get_rng_state())
+        rng = everyone.objects(snapshot.rng)
 
         content = {
             "format": FORMAT,
-            "run": asdict(state),
-            "adam_step": optimizer_steps,
+            "run": asdict(snapshot.state),
+            "adam_step": snapshot.optimizer_steps,
             "config": self.settings,
         }
 
@@ -101,27 +104,31 @@ class CheckpointStore:
             sync_folder(self.folder)
 
         try:
-            _on_main(prepare, mesh)
-            _write_shards(shards, partial, mesh)
+            _on_main(prepare, everyone)
+            _write_shards(snapshot.shards, partial, everyone)
             # Each rank reads back the files that it has just written.
             written = {file.name: checksum(file) for file in partial.glob(f"__{everyone.rank}_*.distcp")}
             checksums = {k: v for part in everyone.objects(written) for k, v in part.items()}
-            _on_main(complete, mesh)
+            _on_main(complete, everyone)
         except CheckpointError as error:
             # torch's writer of zip files does not say why a write came up short.
             is_full = any(everyone.objects(_is_disk_full(self.folder)))
             reason = f"the disk is full ({error})" if is_full else error
-            if mesh.is_main:
+            if everyone.rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
             raise CheckpointError(f"checkpoint {target} could not be written: {reason}") from None
-        if mesh.is_main:
+        if everyone.rank == 0:
             try:
                 older = [path for path in complete_checkpoints(self.folder) if path != target]
             except Unreadable:  # nothing is deleted before the folder can be read again
                 older = []
             for path in older[self.keep - 1 :]:
-                shutil.rmtree(path, ignore_errors=True)
+                if not self._is_kept_for_good(path):
+                    shutil.rmtree(path, ignore_errors=True)
         return target
+
+    def _is_kept_for_good(self, path: Path) -> bool:
+        return self.keep_every > 0 and step_of(path) % self.keep_every == 0
 
     def find(self, resume: str, stop_step: int | None = None) -> Found | None:
         """Return the checkpoint that `resume` means, or None for a fresh start.
@@ -289,8 +296,7 @@ class CheckpointStore:
         return content
 
 
-def _write_shards(shards: Iterable[Shard], partial: Path, mesh: Mesh) -> None:
-    everyone = mesh[Dim.world]
+def _write_shards(shards: Iterable[Shard], partial: Path, everyone: MeshDim) -> None:
     try:
         tensors.write(shards, partial, everyone.host_group)
     except CheckpointException as error:  # raised on every rank
@@ -299,15 +305,15 @@ def _write_shards(shards: Iterable[Shard], partial: Path, mesh: Mesh) -> None:
         raise CheckpointError(f"not every machine sees {partial}; runs_dir must be on a shared file system")
 
 
-def _on_main(action: Callable[[], None], mesh: Mesh) -> None:
+def _on_main(action: Callable[[], None], everyone: MeshDim) -> None:
     """Run the action on rank 0, and raise on every rank if it failed. Collective."""
     problem = None
-    if mesh.is_main:
+    if everyone.rank == 0:
         try:
             action()
         except Exception as error:  # of any kind: the other ranks are waiting for the outcome
             problem = _in_words(error)
-    if problem := mesh[Dim.world].objects(problem)[0]:
+    if problem := everyone.objects(problem)[0]:
         raise CheckpointError(problem)
 
 

@@ -165,6 +165,9 @@ class EvalConfig:
 class CheckpointConfig:
     every: int = 200  # optimizer steps between checkpoints; 0: only at the end and on a signal
     keep: int = 2  # number of newest complete checkpoints that are kept
+    keep_every: int = 0  # checkpoints of steps that this number divides are kept for good; 0: none
+    # write checkpoints from a copy in host memory while training continues; false: training waits
+    asynchronous: bool = True
 
 
 @dataclass

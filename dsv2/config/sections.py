@@ -63,5 +63,5 @@ def check_eval(evaluation: EvalConfig) -> None:
 
 
 def check_checkpoint(checkpoint: CheckpointConfig) -> None:
-    require_positive("checkpoint", checkpoint, ["every"], least=0)
+    require_positive("checkpoint", checkpoint, ["every", "keep_every"], least=0)
     require_positive("checkpoint", checkpoint, ["keep"])

@@ -11,8 +11,8 @@ from types import TracebackType
 from typing import Any
 
 from data.streams.sources import source_of
-from dsv2.checkpoint.files import last_good
-from dsv2.checkpoint.state import Loaded, RunState
+from dsv2.checkpoint.files import complete_checkpoints, step_of
+from dsv2.checkpoint.state import Loaded, RunState, Saved
 from dsv2.config.compose import to_yaml
 from dsv2.config.schema import Config
 from dsv2.errors import Diverged, Unreadable, UserError
@@ -31,6 +31,8 @@ from dsv2.training.results import StepResult
 from dsv2.training.rundir import save_config
 from dsv2.training.schedule import StepPlan, count_steps
 
+LONG_WAIT = 1.0  # seconds
+
 
 class Monitor:
     """Follows the loop: `step` after every step; `evaluation`, `saved` and `final` as they occur.
@@ -47,7 +49,6 @@ class Monitor:
         self._first = state  # where this session begins
         self._loaded = loaded
         self._step = state.step  # steps done
-        self._saved_step = state.step  # of the newest checkpoint
         self._total_steps = count_steps(
             config.optim, config.data.sequence_length, step=state.step, tokens=state.tokens
         )
@@ -79,7 +80,7 @@ class Monitor:
             if self._is_finished:
                 self._write_status("finished")
             else:  # the steps after the newest checkpoint are lost
-                self._write_status("failed", self._saved_step)
+                self._write_status("failed", self._saved_step())
             if isinstance(error, Diverged):
                 self.tracker.alert(f"{self.config.name} diverged", str(error))
             return
@@ -107,8 +108,8 @@ class Monitor:
         step = plan.step + 1
         if not math.isfinite(result.loss) or not math.isfinite(result.grad_norm) or result.grad_norm < 0:
             raise Diverged(
-                f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}; this step is not saved, "
-                f"{last_good(self.config.run_dir / 'checkpoints')}; try a lower optim.lr"
+                f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}; this step is not saved; "
+                "try a lower optim.lr"
             )
         self._step = step
         metrics = self._step_metrics(plan, result, now - self._last_mark)
@@ -158,7 +159,7 @@ class Monitor:
             self._wait_ms = 0.0
         return metrics
 
-    def _values(self, when: When, seen: Window | Evaluation) -> dict[str, Any]:
+    def _values(self, when: When, seen: Window | Evaluation | Saved) -> dict[str, Any]:
         values: dict[str, Any] = {}
         for producer in self._producers[when]:
             values |= producer.values(seen)
@@ -180,13 +181,19 @@ class Monitor:
             )
         )
 
-    def saved(self, problem: str | None = None) -> None:
-        """Report a saved checkpoint, or why saving failed. Its time does not count for the next step."""
-        if problem is None:
-            self._saved_step = self._step
+    def saved(self, finished: list[Saved]) -> None:
+        """Report saves that have finished. Their time does not count for the next step."""
+        for save in finished:
+            self.tracker.log(self._values(When.save, save), step=self._step)
+            if save.problem is not None:
+                self._print(f"warning: {save.problem}; the run continues")
+            elif save.waited_s > LONG_WAIT:
+                self._print(
+                    f"warning: training waited {save.waited_s:.1f} s for the checkpoint of step {save.step}, "
+                    f"which took {save.seconds:.1f} s; raise checkpoint.every"
+                )
+        if finished:
             self._write_status("running")
-        else:
-            self._print(f"warning: {problem}; the run continues")
         self._last_mark = time.perf_counter()
 
     def final(self, evaluation: Evaluation, sample: str | None) -> None:
@@ -242,6 +249,14 @@ class Monitor:
     def _print(self, text: str) -> None:
         if self.mesh.is_main:
             print(text, flush=True)
+
+    def _saved_step(self) -> int:
+        """Return the step of the newest whole checkpoint; without one, the step where this session began."""
+        try:
+            whole = complete_checkpoints(self.config.run_dir / "checkpoints")
+        except Unreadable:
+            whole = []
+        return step_of(whole[0]) if whole else self._first.step
 
     def _earlier_status(self) -> dict[str, Any]:
         try:

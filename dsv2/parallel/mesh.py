@@ -155,8 +155,16 @@ class MeshDim:
 class Mesh:
     """This process's device, its rank along every dimension, and the collectives of each dimension."""
 
-    def __init__(self, device: torch.device, plan: ParallelPlan | None = None, **dims: MeshDim):
+    def __init__(
+        self,
+        device: torch.device,
+        plan: ParallelPlan | None = None,
+        background: MeshDim | None = None,
+        **dims: MeshDim,
+    ):
         self.device = device
+        # All ranks again, for host tensors and objects. A thread may use it while another uses `world`.
+        self.background = background or ALONE
         self.plan = plan or ParallelPlan()
         self.clock = WaitClock()  # of the experts' exchanges
         self.progress = Progress()  # of this rank

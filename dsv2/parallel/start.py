@@ -24,12 +24,19 @@ def start_mesh(plan: ParallelPlan, rank: int, device: torch.device) -> Mesh:
     start_deepspeed()
     ep_group, edp_group = expert_groups(plan.ep)
     everyone = ALONE
+    background = ALONE
     if plan.world > 1:
-        host_group: Any = dist.new_group(backend="gloo")  # torch's annotation says that it may be an int
-        everyone = MeshDim(dist.group.WORLD, host_group)
-    mesh = Mesh(device, plan, world=everyone, dp=everyone, ep=MeshDim(ep_group), edp=MeshDim(edp_group))
+        everyone = MeshDim(dist.group.WORLD, _host_group())
+        group = _host_group()
+        background = MeshDim(group, group)
+    dims = {"world": everyone, "dp": everyone, "ep": MeshDim(ep_group), "edp": MeshDim(edp_group)}
+    mesh = Mesh(device, plan, background, **dims)
     assert all(mesh[dim].rank == plan.coordinate(rank, dim) for dim in Dim)
     return mesh
+
+
+def _host_group() -> Any:  # torch's annotation says that it may be an int
+    return dist.new_group(backend="gloo")
 
 
 def _init_process_group(device: torch.device, rank: int, world_size: int) -> None:

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from data.streams.base import Batch
-from dsv2.checkpoint.files import last_good
-from dsv2.checkpoint.state import Found, Loaded, RunState
+from dsv2.checkpoint.state import Found, Loaded, RunState, Snapshot
 from dsv2.checkpoint.store import CheckpointStore
 from dsv2.config.schema import OptimConfig, ParallelConfig, RuntimeConfig
 from dsv2.errors import Diverged
@@ -65,7 +64,11 @@ class Engine:
         return self.deepspeed.module
 
     def save(self, store: CheckpointStore, state: RunState) -> Path:
-        """Save a checkpoint and return its folder. Collective; for other errors see `CheckpointStore.save`.
+        """Save a checkpoint and return its folder. Collective; see `snapshot` and `CheckpointStore.save`."""
+        return store.save(self.snapshot(state), self.mesh[Dim.world])
+
+    def snapshot(self, state: RunState) -> Snapshot:
+        """Return what this rank contributes to a checkpoint. Its tensors are views. Collective.
 
         Raises:
             Diverged: on every rank, if a weight or a state is not a finite number on any rank.
@@ -73,10 +76,10 @@ class Engine:
         if self.mesh[Dim.world].agree(not self._is_finite()):
             raise Diverged(
                 f"step {state.step}: the update made weights or optimizer states infinite or NaN; this step "
-                f"is not saved, {last_good(store.folder)}; try a lower optim.lr"
+                "is not saved; try a lower optim.lr"
             )
-        steps = float(self.sharded.steps_done)
-        return store.save(self.sharded.shards(), state, optimizer_steps=steps, mesh=self.mesh)
+        shards = list(self.sharded.shards())
+        return Snapshot(shards, state, float(self.sharded.steps_done), torch.get_rng_state())
 
     def _is_finite(self) -> bool:
         """Return whether all weights, optimizer states and buffers of this rank are finite numbers."""

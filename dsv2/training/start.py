@@ -45,7 +45,12 @@ def find_start(config: Config) -> Start:
     from dsv2.hf.init_from import HFWeights
 
     source_of(config.data).check(config.data, config.model.vocab_size, config.eval.sequences)
-    store = CheckpointStore(config.run_dir / "checkpoints", config.checkpoint.keep, to_plain(config))
+    store = CheckpointStore(
+        config.run_dir / "checkpoints",
+        config.checkpoint.keep,
+        to_plain(config),
+        keep_every=config.checkpoint.keep_every,
+    )
     found = store.find(config.resume, config.stop_step)
     if found and found.state.data:
         check_resumed(config.data, found.state.data)

@@ -29,7 +29,7 @@ def test_nan_stops_names_the_step_and_saves_nothing(command, begun, tmp_path):
     output = run(command_line, expect=1)  # torchrun's own code; it prints those of its workers
     assert output.count("error: step ") == 1
     assert "exitcode  : 3" in output
-    assert "this step is not saved, the last good checkpoint is " in output
+    assert "this step is not saved; try a lower optim.lr; the last good checkpoint is " in output
     assert 'train.py", line' not in output, "a traceback of ours, not torchrun's"
     bad_step = int(output.split("error: step ")[1].split(":")[0])
     saved = sorted(int(p.name[5:]) for p in (tmp_path / "nan" / "checkpoints").iterdir())

@@ -30,6 +30,7 @@ class When(Enum):
     window = "Every `logging.every` steps, over that window"
     maps = "Every `logging.maps_every` steps, at the end of a window"
     evaluation = "At evaluation"
+    save = "When a checkpoint is complete"
 
 
 class Section(StrEnum):
@@ -88,7 +89,7 @@ class Window(NamedTuple):
     wait_ms: float  # this rank's waiting for the experts' exchange, over the window's steps
 
 
-Seen = TypeVar("Seen")  # a Window, or an Evaluation
+Seen = TypeVar("Seen")  # a Window, an Evaluation or a Saved
 
 
 class Producer(ABC, Generic[Seen]):

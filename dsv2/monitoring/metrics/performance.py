@@ -9,10 +9,12 @@ from dsv2.monitoring.metrics.base import Metric, Panel, Producer, Section, When,
 from dsv2.parallel.gpus import peak_flops
 
 if TYPE_CHECKING:
+    from dsv2.checkpoint.state import Saved
     from dsv2.parallel.mesh import Mesh
 
 SPEED = Panel(Section.performance, "Speed")
 TIME = Panel(Section.performance, "Time of a step")
+SAVE = Panel(Section.performance, "Time of a save", smooth=False)
 
 
 class Performance(Producer[Window]):
@@ -72,3 +74,26 @@ class Performance(Producer[Window]):
 
             return torch.cuda.max_memory_allocated(self.mesh.device) / 2**30
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
+
+
+class Saving(Producer["Saved"]):
+    """How long saves take. A save ends at another time on every rank, so `values` sums nothing over ranks."""
+
+    when = When.save
+    metrics = (
+        Metric(
+            name="perf/save_stop_s",
+            unit="seconds, rank 0",
+            meaning="for which training stopped when the save began",
+            panel=SAVE,
+        ),
+        Metric(
+            name="perf/save_s",
+            unit="seconds, rank 0",
+            meaning="from then until the checkpoint was complete",
+            panel=SAVE,
+        ),
+    )
+
+    def values(self, seen: "Saved") -> dict[str, float]:
+        return {"perf/save_stop_s": seen.stopped_s, "perf/save_s": seen.seconds}

@@ -5,7 +5,7 @@ from typing import Any
 from dsv2.monitoring.metrics.balance import Balance
 from dsv2.monitoring.metrics.base import Metric, Producer
 from dsv2.monitoring.metrics.exchange import Exchange
-from dsv2.monitoring.metrics.performance import Performance
+from dsv2.monitoring.metrics.performance import Performance, Saving
 from dsv2.monitoring.metrics.routing import Routing, RoutingMaps
 from dsv2.monitoring.metrics.training import Training
 from dsv2.monitoring.metrics.validation import Validation
@@ -17,6 +17,7 @@ PRODUCERS: tuple[type[Producer[Any]], ...] = (
     Exchange,
     Balance,
     Performance,
+    Saving,
     Validation,
 )
 METRICS: dict[str, Metric] = {metric.name: metric for producer in PRODUCERS for metric in producer.metrics}

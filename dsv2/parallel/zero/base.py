@@ -141,6 +141,16 @@ class Sharded(ABC):
         for name, buffer in persistent_buffers(self.engine.module).items():
             yield Shard(name, 0, buffer.numel(), {"buffer": buffer.detach().view(-1)})
 
+    def shard_bytes(self) -> list[int]:
+        """Return the bytes of each tensor in `shards`. The tensors need not exist yet."""
+        from dsv2.parallel.buffers import persistent_buffers
+
+        sizes = []
+        for part in self.ranges():
+            states = self.optimizer.state_names(self.torch_optimizer.param_groups[part.group]["rule"])
+            sizes += [part.length * part.owner.element_size()] * (1 + len(states))
+        return sizes + [buffer.nbytes for buffer in persistent_buffers(self.engine.module).values()]
+
     def forward(self, *inputs: Any) -> Any:
         """Return the model's output."""
         return self.engine(*inputs)

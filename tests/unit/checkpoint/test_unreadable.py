@@ -11,10 +11,10 @@ import torch
 
 from dsv2.checkpoint import files, tensors
 from dsv2.checkpoint.files import check, damaged_file, find_checkpoint, free_name, last_good
-from dsv2.checkpoint.state import RunState
+from dsv2.checkpoint.state import RunState, Snapshot
 from dsv2.checkpoint.store import CheckpointStore
 from dsv2.errors import Unreadable, UserError
-from dsv2.parallel.mesh import Mesh
+from dsv2.parallel.mesh import ALONE, Mesh
 from tests.unit.checkpoint.test_files import MODEL, make, store
 
 REFUSALS = [errno.EIO, errno.EACCES, errno.ESTALE]
@@ -75,19 +75,23 @@ def test_a_file_that_cannot_be_read_is_not_damaged(tmp_path, refuse):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000010", "step-00000020"]
 
 
+def snapshot(step: int) -> Snapshot:
+    return Snapshot([], RunState(step=step), step, torch.get_rng_state())
+
+
 def test_a_save_deletes_nothing_while_the_folder_cannot_be_listed(tmp_path, monkeypatch):
     monkeypatch.setattr(tensors, "write", lambda shards, folder, group: (folder / ".metadata").touch())
     checkpoints = CheckpointStore(tmp_path, keep=1, settings={"model": MODEL})
-    checkpoints.save([], RunState(step=1), optimizer_steps=1, mesh=ONE)
+    checkpoints.save(snapshot(1), ALONE)
 
     def refuse(folder: Path) -> list[str]:
         raise Unreadable(str(folder))
 
     with monkeypatch.context() as patch:
         patch.setattr(files, "names_in", refuse)
-        checkpoints.save([], RunState(step=2), optimizer_steps=2, mesh=ONE)
+        checkpoints.save(snapshot(2), ALONE)
     assert len(list(tmp_path.iterdir())) == 2
-    checkpoints.save([], RunState(step=3), optimizer_steps=3, mesh=ONE)
+    checkpoints.save(snapshot(3), ALONE)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000003"]
 
 

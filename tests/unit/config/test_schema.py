@@ -60,6 +60,7 @@ AT_LEAST_ZERO = [
     "optim.batch_ramp_tokens",
     "eval.sample_tokens",
     "checkpoint.every",
+    "checkpoint.keep_every",
 ]
 ABOVE_ZERO = [
     "model.rms_norm_eps",

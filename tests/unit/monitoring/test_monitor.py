@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from data.config import DataConfig
-from dsv2.checkpoint.state import Loaded, RunState
+from dsv2.checkpoint.state import Loaded, RunState, Saved
 from dsv2.config.schema import Config, LoggingConfig, OptimConfig, WandbMode
 from dsv2.errors import Diverged, Unreadable, UserError
 from dsv2.moe.balance import BalanceLosses
@@ -26,6 +26,7 @@ from dsv2.parallel.mesh import Mesh, MeshDim
 from dsv2.training.evaluate import Evaluation
 from dsv2.training.results import StepResult
 from dsv2.training.schedule import StepPlan, plan_steps
+from tests.unit.checkpoint.test_files import make as make_checkpoint
 from tests.unit.helpers import tiny_config
 
 CONFIG = Config(
@@ -278,14 +279,26 @@ def test_a_target_that_was_passed_is_printed(run_dir, capsys, tokens, is_printed
     assert (line in capsys.readouterr().out) is is_printed
 
 
+def test_a_wait_for_a_slow_disk_is_told(run_dir, capsys):
+    with monitor(run_dir) as watch:
+        watch.saved([Saved(2, stopped_s=0.1, seconds=3.0, waited_s=0.9)])
+        watch.saved([Saved(4, stopped_s=0.1, seconds=3.0, waited_s=1.2)])
+    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")] == [
+        "warning: training waited 1.2 s for the checkpoint of step 4, which took 3.0 s; raise checkpoint.every"
+    ]
+    assert read_metrics(run_dir)[-1]["perf/save_s"] == 3.0
+
+
 def test_a_failed_run_names_the_step_of_its_newest_checkpoint(run_dir):
     """The last save failed: the steps since the one before it are in no checkpoint."""
 
     def session() -> None:
         with monitor(run_dir) as watch:
             feed(watch, [result(), result()])
-            watch.saved()
+            make_checkpoint(run_dir / "checkpoints", 2)
+            watch.saved([Saved(2, stopped_s=0.1, seconds=0.2)])
             feed(watch, [result()])
+            watch.saved([Saved(3, stopped_s=0.1, seconds=0.2, problem="full")])
             raise OSError("full")
 
     with pytest.raises(OSError, match="full"):

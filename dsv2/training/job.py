@@ -1,0 +1,65 @@
+"""Build everything that the training loop works with."""
+
+from typing import NamedTuple
+
+from filelock import FileLock
+
+from data.streams.base import Stream
+from data.streams.sources import build_stream
+from dsv2.checkpoint.state import Loaded, RunState
+from dsv2.checkpoint.store import CheckpointStore
+from dsv2.config.schema import Config
+from dsv2.parallel.environment import local_processes
+from dsv2.parallel.mesh import Mesh
+from dsv2.parallel.plan import Dim, ParallelPlan
+from dsv2.parallel.start import start_mesh
+from dsv2.training.build import build_model
+from dsv2.training.engine import Engine
+from dsv2.training.evaluate import Evaluator
+from dsv2.training.rundir import claim
+from dsv2.training.start import find_device, find_start
+
+
+class Job(NamedTuple):
+    """One rank's part of a run, at the step where the run begins or resumes."""
+
+    mesh: Mesh
+    engine: Engine
+    store: CheckpointStore
+    stream: Stream
+    evaluator: Evaluator
+    state: RunState
+    loaded: Loaded | None  # the checkpoint that the run resumes from
+    lock: FileLock | None  # rank 0 holds the run's folder while this object lives
+
+
+def start_job(config: Config, rank: int, world_size: int) -> Job:
+    """Start the process group, build the model, and load the checkpoint if there is one. Collective.
+
+    Raises:
+        UserError: this machine, the data or the checkpoint does not fit the configuration.
+    """
+    # Mistakes in files are reported before any process group exists.
+    device = find_device(config, local_processes())
+    store, checkpoint, weights = find_start(config)
+    lock = claim(config.run_dir) if rank == 0 else None
+
+    mesh = start_mesh(ParallelPlan.of(config.parallel, world_size), rank, device)
+    model = build_model(config.model, config.runtime, config.seed, mesh, weights)
+    engine = Engine(model, config.optim, config.parallel, config.runtime, mesh)
+    stream = build_stream(config.data, config.model.vocab_size, mesh[Dim.dp])
+    evaluator = Evaluator(engine, config)
+    loaded = engine.load(store, checkpoint) if checkpoint else None
+    state = loaded.state if loaded else RunState()
+    if state.data is not None:
+        stream.load_state_dict(state.data)
+    return Job(
+        mesh=mesh,
+        engine=engine,
+        store=store,
+        stream=stream,
+        evaluator=evaluator,
+        state=state,
+        loaded=loaded,
+        lock=lock,
+    )
