@@ -284,7 +284,8 @@ def test_a_wait_for_a_slow_disk_is_told(run_dir, capsys):
         watch.saved([Saved(2, stopped_s=0.1, seconds=3.0, waited_s=0.9)])
         watch.saved([Saved(4, stopped_s=0.1, seconds=3.0, waited_s=1.2)])
     assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")] == [
-        "warning: training waited 1.2 s for the checkpoint of step 4, which took 3.0 s; raise checkpoint.every"
+        "warning: training waited 1.2 s for the checkpoint of step 4, which took 3.0 s; "
+        "raise checkpoint.every"
     ]
     assert read_metrics(run_dir)[-1]["perf/save_s"] == 3.0
 
