@@ -21,7 +21,6 @@ def open_stream(
         UserError: the dataset cannot be opened; the message says why.
     """
     import datasets
-    from datasets.exceptions import DatasetNotFoundError
 
     if dataset in FILE_READERS and not data_files:  # the library would read the working directory
         raise UserError(f"{section}dataset={dataset}: reads files; data_files must name them")
@@ -30,10 +29,10 @@ def open_stream(
     name = f"{section}dataset={dataset}: split {split!r} (subset {subset!r}, data_files {data_files!r})"
     try:
         return datasets.load_dataset(dataset, subset, data_files=data_files, split=split, streaming=True)
-    except (DatasetNotFoundError, FileNotFoundError, ValueError) as error:
-        raise UserError(f"{name} cannot be opened: {_first_line(error)}") from error
     except ConnectionError as error:
         raise UserError(f"{name} cannot be reached: {_first_line(error)}; is there a network?") from error
+    except Exception as error:  # such as RuntimeError for a folder with a loading script, which never runs
+        raise UserError(f"{name} cannot be opened: {_first_line(error)}") from error
 
 
 def rows_of(dataset: Any, name: str) -> Iterator[dict[str, Any]]:

@@ -21,6 +21,8 @@ from data.errors import GO_ON, Parser, Unreadable, UserError
 from data.prepare.corpus import prepare
 from data.prepare.settings import Settings
 from data.prepared.manifest import MANIFEST, Manifest
+from data.prepared.verify import verify
+from data.reading import is_file
 
 KINDS = {corpus.kind: corpus for corpus in CORPORA}
 
@@ -75,13 +77,18 @@ def run(arguments: argparse.Namespace) -> None:
     kind = KINDS[arguments.kind]
     if arguments.vocab_size is None and arguments.tokenizer is None:
         arguments.vocab_size = kind.vocab_size
-    finished_before = (Path(arguments.out) / MANIFEST).is_file()
+    finished_before = is_file(Path(arguments.out) / MANIFEST)
     corpus = kind(**_fields(kind, arguments))
     settings = Settings(**_fields(Settings, arguments))
     manifest = prepare(corpus, arguments.out, settings, arguments.quiet)
+    if finished_before:
+        verify(Path(arguments.out))
     if not arguments.quiet:
         if finished_before:
-            print(f"{arguments.out} already exists; to read the text again, remove that folder")
+            print(
+                f"{arguments.out} already exists; to read the text again, remove that folder. Its files hold "
+                "what was written"
+            )
         print(summary(arguments.out, manifest))
 
 

@@ -9,6 +9,7 @@ import math
 import os
 import shutil
 import sys
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from data.prepare.progress import (
 from data.prepare.settings import Settings
 from data.prepared.manifest import MANIFEST, TOKEN_BYTES, Manifest, Split, load_manifest, to_json
 from data.prepared.shards import count_tokens, unigram_nats
+from data.reading import is_file
 from data.tokenizers.base import Tokenizer
 from data.tokenizers.load import load_tokenizer
 from data.tokenizers.train import train_tokenizer
@@ -71,7 +73,7 @@ def prepare(corpus: Corpus, out: str | Path, settings: Settings, quiet: bool = F
 
 
 def _finished(out: Path, request: dict[str, Any]) -> Manifest | None:
-    if not (out / MANIFEST).is_file():
+    if not is_file(out / MANIFEST):
         return None
     manifest = load_manifest(out)
     refuse_other(out, manifest.request, request)
@@ -125,8 +127,9 @@ def _finish(run: Preparation, tokenizer: Tokenizer) -> Manifest:
     if not train or (run.settings.val_fraction > 0 and not validation):
         discard(run.out, run.progress)  # so that other arguments can be tried in the same folder
         raise UserError(_empty_split(run, "validation" if train else "train"))
-    train_counts = count_tokens((run.out / shard.file for shard in train), tokenizer.vocab_size)
-    validation_counts = count_tokens((run.out / shard.file for shard in validation), tokenizer.vocab_size)
+    train_counts = count_tokens(run.out, train, tokenizer.vocab_size)
+    validation_counts = count_tokens(run.out, validation, tokenizer.vocab_size)
+    token_bytes = tokenizer.token_bytes()
     manifest = Manifest(
         request=run.progress.request,
         source=run.corpus.description(),
@@ -141,10 +144,11 @@ def _finish(run: Preparation, tokenizer: Tokenizer) -> Manifest:
         skipped=len(run.skipped),
         skipped_examples=tuple(run.skipped[:20]),
         fingerprint=_fingerprint(run, tokenizer),
+        token_bytes_crc32=zlib.crc32(token_bytes.data),
     )
     aside = run.out / (TOKEN_BYTES + ".part")
     with aside.open("wb") as file:
-        np.save(file, tokenizer.token_bytes())
+        np.save(file, token_bytes)
     os.replace(aside, run.out / TOKEN_BYTES)
     write_text(run.out / MANIFEST, to_json(manifest))
     close_progress(run.out)

@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import UserError
-from data.prepared.manifest import PROGRESS, Shard
+from data.prepared.manifest import PROGRESS, Shard, UnknownField, known_fields
+from data.reading import is_file, is_folder, names_in, read_json
+from data.sealed import seal, unseal
 
 LOCK = ".lock"
+SEAL = "progress_crc32"
 
 
 @dataclass
@@ -31,27 +34,52 @@ class Progress:
     parts: list[Part] = field(default_factory=list)
 
     def save(self, folder: Path) -> None:
-        write_text(folder / PROGRESS, json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+        content = seal(dataclasses.asdict(self), SEAL)
+        write_text(folder / PROGRESS, json.dumps(content, indent=1) + "\n")
 
     @classmethod
     def load(cls, folder: Path) -> "Progress":
-        content = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
-        parts = [
-            Part(**{**part, **{name: part[name] and Shard(**part[name]) for name in ("train", "validation")}})
-            for part in content["parts"]
-        ]
-        return cls(content["request"], content["tokenizer_sha256"], parts)
+        """Read the progress file. Every shard that it names is a shard of this folder.
+
+        Raises:
+            UnknownField: a field does not exist.
+            ValueError: the file holds something else.
+        """
+        content = read_json(folder / PROGRESS)
+        fields = known_fields(cls, _without_seal(content))
+        progress = cls(**unseal(content, SEAL))
+        progress.parts = [_part(part) for part in fields["parts"]]
+        if not isinstance(progress.request, dict) or not isinstance(progress.tokenizer_sha256, str | None):
+            raise ValueError("another request or tokenizer")
+        return progress
+
+
+def _without_seal(content: Any) -> Any:
+    return {k: v for k, v in content.items() if k != SEAL} if isinstance(content, dict) else content
+
+
+def _part(content: Any) -> Part:
+    fields = known_fields(Part, content)
+    for split in ("train", "validation"):
+        fields[split] = None if fields[split] is None else Shard.of(fields[split])
+    part = Part(**fields)
+    if type(part.documents) is not int or part.documents < 0 or not isinstance(part.digest, str):
+        raise ValueError("a part without its documents")
+    return part
 
 
 def open_progress(out: Path, request: dict[str, Any]) -> Progress:
     """Return the progress of an interrupted run, or that of a fresh start.
 
     Raises:
-        UserError: the progress file cannot be read, or belongs to another request.
+        UserError: the progress file is damaged, or belongs to another request.
+        Unreadable: the file system refuses to read the progress file.
     """
-    if (out / PROGRESS).is_file():
+    if is_file(out / PROGRESS):
         try:
             progress = Progress.load(out)
+        except UnknownField as error:
+            raise UserError(f"{out / PROGRESS} {error}") from None
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{out / PROGRESS} is not a progress file; choose another folder") from error
         if progress.parts or progress.request == request:
@@ -65,11 +93,11 @@ def open_progress(out: Path, request: dict[str, Any]) -> Progress:
 
 def refuse_foreign(out: Path) -> None:
     """Raise a UserError if the folder holds files that a preparation did not write."""
-    if not out.is_dir() or (out / PROGRESS).is_file():
+    if not is_folder(out) or is_file(out / PROGRESS):
         return
     # A run that ended while it wrote its first progress leaves these two files.
     ours = (LOCK, PROGRESS + ".part")
-    if foreign := sorted(path.name for path in out.iterdir() if path.name not in ours):
+    if foreign := [name for name in names_in(out) if name not in ours]:
         raise UserError(f"--out {out}: is not empty ({foreign[0]}) and not prepared; choose another folder")
 
 

@@ -2,12 +2,22 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from data.errors import UserError
 from data.prepared.manifest import load_manifest
-from data.prepared.shards import read_tokens
+from data.prepared.shards import check_batch, open_shard
+
+
+class Piece(NamedTuple):
+    """A record batch of a shard."""
+
+    file: Path
+    number: int  # within the file
+    ids: np.ndarray  # memory-mapped
+    crc32: int | None  # of the ids; None if the folder has no checksums
 
 
 class PackedTokens:
@@ -16,22 +26,22 @@ class PackedTokens:
     Sequence i begins at token i * S. It holds S inputs and S labels, which are one token further on.
     Neighbours share one token, so every token except the first is a label once.
 
+    A piece's checksum is compared before its first token is used, and then never again.
+
     Args:
-        pieces: (file, ids of that file) in order; a memory-mapped array stays on disk. Errors name the file.
+        pieces: in order; a memory-mapped array stays on disk. Errors name the file.
         what: names all pieces together in errors, such as "the train split of FOLDER".
 
     Raises:
         UserError: there are too few tokens for one sequence.
     """
 
-    def __init__(
-        self, pieces: Sequence[tuple[Path, np.ndarray]], what: str, sequence_length: int, vocab_size: int
-    ) -> None:
+    def __init__(self, pieces: Sequence[Piece], what: str, sequence_length: int, vocab_size: int) -> None:
         self.sequence_length = sequence_length
         self.vocab_size = vocab_size
-        self._files = [file for file, _ in pieces]
-        self._arrays = [ids for _, ids in pieces]
-        self._starts = np.cumsum([0, *map(len, self._arrays)])  # where each array begins, and the end
+        self._pieces = pieces
+        self._is_verified = np.array([piece.crc32 is None for piece in pieces])
+        self._starts = np.cumsum([0, *(len(piece.ids) for piece in pieces)])  # of each piece, and the end
         tokens = int(self._starts[-1])
         if tokens <= sequence_length:
             raise UserError(
@@ -51,7 +61,7 @@ class PackedTokens:
         """Return int64 [n, S + 1]: the sequences at `indices` [n], each in [0, len(self)).
 
         Raises:
-            UserError: a sequence holds an id for which the model has no embedding.
+            UserError: a piece is not what was written, or holds an id for which the model has no embedding.
         """
         sequences = np.empty((len(indices), self.sequence_length + 1), np.int64)
         for row, index in zip(sequences, indices.tolist(), strict=True):
@@ -61,20 +71,28 @@ class PackedTokens:
         return sequences
 
     def _copy(self, start: int, row: np.ndarray) -> None:
-        """Fill `row` with the tokens from `start` on, from one array or several."""
-        piece = int(np.searchsorted(self._starts, start, side="right")) - 1
+        """Fill `row` with the tokens from `start` on, from one piece or several."""
+        index = int(np.searchsorted(self._starts, start, side="right")) - 1
         filled = 0
         while filled < len(row):
-            offset = start + filled - int(self._starts[piece])
-            values = self._arrays[piece][offset : offset + len(row) - filled]
+            piece = self._verified(index)
+            offset = start + filled - int(self._starts[index])
+            values = piece.ids[offset : offset + len(row) - filled]
             if len(values) and (largest := int(values.max())) >= self.vocab_size:
                 raise UserError(
-                    f"model.vocab_size={self.vocab_size}: must be above {largest}, a token id in "
-                    f"{self._files[piece]}"
+                    f"model.vocab_size={self.vocab_size}: must be above {largest}, a token id in {piece.file}"
                 )
             row[filled : filled + len(values)] = values
             filled += len(values)
-            piece += 1
+            index += 1
+
+    def _verified(self, index: int) -> Piece:
+        piece = self._pieces[index]
+        if not self._is_verified[index]:
+            assert piece.crc32 is not None
+            check_batch(piece.ids, piece.crc32, piece.file, piece.number)
+            self._is_verified[index] = True
+        return piece
 
 
 def open_split(folder: str | Path, split: str, sequence_length: int, vocab_size: int) -> PackedTokens:
@@ -83,15 +101,10 @@ def open_split(folder: str | Path, split: str, sequence_length: int, vocab_size:
     Raises:
         UserError: the folder is not prepared or is damaged, or the split holds less than one sequence.
     """
-    pieces: list[tuple[Path, np.ndarray]] = []
+    pieces: list[Piece] = []
     for shard in load_manifest(folder).split(split).shards:
-        file = Path(folder) / shard.file
-        arrays = read_tokens(file)
-        tokens = sum(map(len, arrays))
-        if tokens != shard.tokens:
-            raise UserError(
-                f"data.path={folder}: {shard.file} holds {tokens} tokens instead of {shard.tokens}; "
-                "remove the folder and prepare it again"
-            )
-        pieces += [(file, ids) for ids in arrays]
+        arrays = open_shard(Path(folder), shard)
+        checksums = shard.crc32 or [None] * len(arrays)
+        for number, (ids, crc32) in enumerate(zip(arrays, checksums, strict=True)):
+            pieces.append(Piece(Path(folder) / shard.file, number, ids, crc32))
     return PackedTokens(pieces, f"the {split} split of {folder}", sequence_length, vocab_size)

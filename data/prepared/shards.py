@@ -5,6 +5,7 @@ data_files=...)` and `datasets.Dataset.from_file` read too.
 """
 
 import os
+import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import numpy as np
 
 from data.errors import UserError
 from data.prepared.manifest import Shard
+from data.reading import reading
 
 COLUMN = "input_ids"
 
@@ -31,6 +33,7 @@ class ShardWriter:
         self._documents = 0
         self._tokens = 0
         self._text_bytes = 0
+        self._crc32: list[int] = []
 
     def write(self, documents: Sequence[Sequence[int]], text_bytes: int) -> None:
         """Append documents (their ids, bos and eos included) as one record batch."""
@@ -44,6 +47,7 @@ class ShardWriter:
         self._documents += len(documents)
         self._tokens += len(values)
         self._text_bytes += text_bytes
+        self._crc32.append(zlib.crc32(values.data))
 
     def finish(self) -> Shard:
         self.close()
@@ -55,6 +59,7 @@ class ShardWriter:
             tokens=self._tokens,
             text_bytes=self._text_bytes,
             file_bytes=size,
+            crc32=tuple(self._crc32),
         )
 
     def close(self) -> None:
@@ -65,22 +70,74 @@ class ShardWriter:
 
 
 def read_tokens(path: Path) -> list[np.ndarray]:
-    """Return the ids of a shard as memory-mapped arrays, one per record batch, in order."""
+    """Return the ids of a shard as memory-mapped arrays, one per record batch, in order.
+
+    Raises:
+        UserError: the file is no shard.
+        Unreadable: the file system refuses to read it.
+    """
     import pyarrow as pa
 
+    types = [pa.list_(pa.uint16()), pa.list_(pa.uint32())]
     try:
+        with reading(path):
+            path.open("rb").close()  # pyarrow's errors do not tell a refused read from a strange file
         with pa.memory_map(str(path)) as source, pa.ipc.open_stream(source) as stream:
-            columns = [batch.column(COLUMN) for batch in stream]
-            return [column.flatten().to_numpy(zero_copy_only=True) for column in columns]
-    except (pa.ArrowInvalid, OSError, KeyError) as error:
-        raise UserError(f"data: {path} is not a shard ({error}); prepare its folder again") from error
+            if (kind := stream.schema.field(COLUMN).type) not in types:
+                raise pa.ArrowInvalid(f"{COLUMN} is of type {kind}")
+            batches = list(stream)
+        for batch in batches:
+            batch.validate()  # that the ids lie within the file
+        columns = [batch.column(COLUMN) for batch in batches]
+        return [column.flatten().to_numpy(zero_copy_only=True) for column in columns]
+    except (pa.ArrowException, OSError, KeyError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"data: {path} is not a shard ({reason}); prepare its folder again") from error
 
 
-def count_tokens(paths: Iterable[Path], vocab_size: int) -> np.ndarray:
-    """Return int64 [vocab_size]: how often each id occurs in the shards."""
+def open_shard(folder: Path, shard: Shard) -> list[np.ndarray]:
+    """Return `read_tokens` of a shard, after a look at the number of tokens and of record batches.
+
+    Raises:
+        UserError: the manifest says another number.
+    """
+    arrays = read_tokens(folder / shard.file)
+    tokens = sum(map(len, arrays))
+    if tokens != shard.tokens:
+        raise UserError(
+            f"data.path={folder}: {shard.file} holds {tokens} tokens instead of {shard.tokens}; "
+            "remove the folder and prepare it again"
+        )
+    if shard.crc32 and len(arrays) != len(shard.crc32):
+        raise UserError(
+            f"data.path={folder}: {shard.file} holds {len(arrays)} record batches instead of "
+            f"{len(shard.crc32)}; remove the folder and prepare it again"
+        )
+    return arrays
+
+
+def check_batch(ids: np.ndarray, crc32: int, file: Path, number: int) -> None:
+    """Refuse a record batch whose ids are not those that were written."""
+    if zlib.crc32(ids.data) != crc32:
+        raise UserError(
+            f"data.path={file.parent}: {file.name} does not hold what was written (the checksum of record "
+            f"batch {number} differs); remove the folder and prepare it again"
+        )
+
+
+def verified_tokens(folder: Path, shard: Shard) -> list[np.ndarray]:
+    """Return the ids of a shard, one array per record batch, after a look at every checksum."""
+    arrays = open_shard(folder, shard)
+    for number, (ids, crc32) in enumerate(zip(arrays, shard.crc32, strict=False)):
+        check_batch(ids, crc32, folder / shard.file, number)
+    return arrays
+
+
+def count_tokens(folder: Path, shards: Iterable[Shard], vocab_size: int) -> np.ndarray:
+    """Return int64 [vocab_size]: how often each id occurs in the shards, each of which is verified."""
     counts = np.zeros(vocab_size, np.int64)
-    for path in paths:
-        for values in read_tokens(path):
+    for shard in shards:
+        for values in verified_tokens(folder, shard):
             counts += np.bincount(values, minlength=vocab_size)
     return counts
 

@@ -10,8 +10,10 @@ from data.corpora.stdlib import StdlibCorpus
 from data.errors import UserError
 from data.prepare.corpus import prepare
 from data.prepare.settings import Settings
-from data.prepared.manifest import MANIFEST, TOKEN_BYTES, load_manifest
+from data.prepared.manifest import MANIFEST, load_manifest
 from data.prepared.packing import open_split
+from data.prepared.verify import check_small_files, check_tokenizer, read_token_bytes
+from data.reading import is_file
 from data.streams.base import DataSource, Ranks, require_count, require_vocabulary
 from data.streams.map_stream import MapStream
 from data.tokenizers.base import Tokenizer
@@ -24,8 +26,9 @@ class LocalSource(DataSource):
     name = "local"
 
     def check(self, config: DataConfig, vocab_size: int, validation: int) -> None:
-        pieces = load_manifest(config.path).vocab_size
-        require_vocabulary(pieces, vocab_size, f"the tokenizer of {config.path}")
+        manifest = load_manifest(config.path)
+        check_small_files(Path(config.path), manifest)
+        require_vocabulary(manifest.vocab_size, vocab_size, f"the tokenizer of {config.path}")
         open_split(config.path, "train", config.sequence_length, vocab_size)
         if validation:
             held_out = open_split(config.path, "validation", config.sequence_length, vocab_size)
@@ -33,13 +36,8 @@ class LocalSource(DataSource):
 
     def tokenizer(self, config: DataConfig) -> Tokenizer:
         manifest = load_manifest(config.path)
-        tokenizer = load_tokenizer(Path(config.path) / manifest.tokenizer_file)
-        if tokenizer.sha256 != manifest.tokenizer_sha256:
-            raise UserError(
-                f"data.path={config.path}: {tokenizer.path.name} is not the tokenizer that the folder was "
-                "prepared with; prepare it again"
-            )
-        return tokenizer
+        check_tokenizer(Path(config.path), manifest)
+        return load_tokenizer(Path(config.path) / manifest.tokenizer_file)
 
     def training(self, config: DataConfig, vocab_size: int, ranks: Ranks) -> MapStream:
         sequences = open_split(config.path, "train", config.sequence_length, vocab_size)
@@ -51,7 +49,7 @@ class LocalSource(DataSource):
         return sequences.take(np.arange(count))
 
     def token_bytes(self, config: DataConfig) -> np.ndarray:
-        return np.load(Path(config.path) / TOKEN_BYTES)
+        return read_token_bytes(Path(config.path), load_manifest(config.path))
 
     def unigram_nats(self, config: DataConfig) -> float | None:
         return load_manifest(config.path).validation.unigram_nats
@@ -67,7 +65,7 @@ class StdlibSource(LocalSource):
     name = "stdlib"
 
     def check(self, config: DataConfig, vocab_size: int, validation: int) -> None:
-        if (Path(config.path) / MANIFEST).is_file():
+        if is_file(Path(config.path) / MANIFEST):
             _refuse_other_content(config)
         require_vocabulary(config.vocab_size, vocab_size, "data.vocab_size")
         prepare(StdlibCorpus(), config.path, Settings(vocab_size=config.vocab_size))

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from data.errors import UserError
+from data.reading import is_file
 from data.tokenizers import sentencepiece_model, tokenizer_json
 from data.tokenizers.base import Tokenizer
 
@@ -14,6 +15,6 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     path = Path(path)
     if path.suffix not in LOADERS:
         raise UserError(f"tokenizer: {path} is neither a sentencepiece .model nor a tokenizer.json")
-    if not path.is_file():
+    if not is_file(path):
         raise UserError(f"tokenizer: there is no file {path}")
     return LOADERS[path.suffix](path)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data.errors import UserError
+from data.reading import read_json
 from data.tokenizers.base import SPACE_MARK, Tokenizer, byte_of_fallback
 
 # Tried in this order if no tokenizer_config.json beside the tokenizer.json names the special tokens.
@@ -49,6 +50,10 @@ def _pieces(path: Path, tokenizer) -> list[bytes]:
         if i in added:
             pieces[i] = b"" if added[i]["special"] else piece.encode()
         elif to_byte is not None:
+            if strange := set(piece) - to_byte.keys():
+                raise UserError(
+                    f"tokenizer: {path} has the piece {piece!r}; {min(strange)!r} stands for no byte"
+                )
             pieces[i] = bytes(to_byte[character] for character in piece)
         elif re.fullmatch(r"<0x[0-9A-F]{2}>", piece):
             pieces[i] = byte_of_fallback(piece)
@@ -71,12 +76,17 @@ def _byte_level_alphabet() -> dict[str, int]:
 def _special_ids(path: Path, tokenizer) -> tuple[int, int]:
     """Return (bos, eos), by the names in tokenizer_config.json beside the file, else by well-known names."""
     sibling = path.with_name("tokenizer_config.json")
-    named = json.loads(sibling.read_text(encoding="utf-8")) if sibling.is_file() else {}
+    try:
+        named = read_json(sibling)
+    except FileNotFoundError:
+        named = {}
+    except ValueError as error:
+        raise UserError(f"tokenizer: {sibling} is no JSON ({error})") from None
 
     def find(field: str, known: tuple[str, ...]) -> int | None:
-        name = named.get(field)
-        name = name["content"] if isinstance(name, dict) else name
-        candidates = (name,) if name else known
+        name = named.get(field) if isinstance(named, dict) else None
+        name = name.get("content") if isinstance(name, dict) else name
+        candidates = (str(name),) if name else known
         return next((i for i in map(tokenizer.token_to_id, candidates) if i is not None), None)
 
     eos_id = find("eos_token", KNOWN_EOS)

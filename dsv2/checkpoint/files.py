@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from data.reading import is_folder, is_plain_name, names_in, read_json, reading, size_of
+from data.sealed import seal, unseal
 from dsv2.checkpoint.state import RunState
 from dsv2.errors import Unreadable, UserError
 
@@ -32,11 +33,7 @@ _MAY_LACK = {"files", "crc32"}  # `check` says which file is missing; earlier ve
 
 def state_text(content: dict[str, Any]) -> str:
     """Return the text of state.json: the content and its CRC-32."""
-    return json.dumps(content | {"state_crc32": _state_crc32(content)}, indent=1)
-
-
-def _state_crc32(content: dict[str, Any]) -> int:
-    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
+    return json.dumps(seal(content, "state_crc32"), indent=1)
 
 
 def check(path: Path, option: str | None = None) -> dict[str, Any]:
@@ -66,12 +63,10 @@ def check(path: Path, option: str | None = None) -> dict[str, Any]:
         raise UserError(f"{option}: {STATE_FILE} is not of the format {FORMAT}")
     if unknown := sorted(content.keys() - _FIELDS.keys() - {"state_crc32"}):
         raise UserError(f"{option}: {STATE_FILE} has the unknown field {unknown[0]!r}; use a newer dsv2")
-    # Checkpoints of earlier versions have no checksum of state.json.
-    if (written := content.pop("state_crc32", None)) not in (None, _state_crc32(content)):
-        raise UserError(
-            f"{option}: {STATE_FILE} does not hold what was written (its checksum is not {written}); use an "
-            "older checkpoint"
-        )
+    try:
+        content = unseal(content, "state_crc32")
+    except ValueError as error:
+        raise UserError(f"{option}: {STATE_FILE} {error}; use an older checkpoint") from None
     _check_fields(content, option)
     for name, size in content.get("files", {"every file": 1}).items():
         actual_size = size_of(path / name)

@@ -3,10 +3,10 @@
 Most fields have the same names in both. The attention's and the router's fields come from their specs.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
+from data.reading import read_json
 from dsv2.config.rules import refuse
 from dsv2.config.schema import ModelConfig, RopeScalingConfig
 from dsv2.errors import UserError
@@ -101,16 +101,19 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / "config.json"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except FileNotFoundError:
         raise UserError(
             f"init_from={folder}: config.json is missing, so this is not a Hugging Face model"
         ) from None
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise UserError(f"init_from={folder}: config.json cannot be read ({error})") from None
     model_type = content.get("model_type") if isinstance(content, dict) else None
     if model_type != MODEL_TYPE:
         raise UserError(f"init_from={folder}: config.json has model_type={model_type}, not {MODEL_TYPE}")
+    for name in ("rope_parameters", "rope_scaling"):
+        if not isinstance(value := content.get(name), dict | None):
+            raise UserError(f"init_from={folder}: config.json has {name}={value!r}, which is no object")
     return content
 
 

@@ -4,7 +4,6 @@ The folder is checked before any process group exists: config.json and the heade
 to find every mistake. Each rank then reads only the rows that it holds.
 """
 
-import json
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from data.reading import is_folder, is_plain_name, read_json, reading
 from dsv2.config.schema import ModelConfig
 from dsv2.errors import UserError
 from dsv2.hf.fields import compare_config, read_config
@@ -33,10 +33,11 @@ class HFWeights:
 
     Raises:
         UserError: the folder, a file or a tensor is missing, damaged, or not this model's.
+        Unreadable: the file system refuses to read a file.
     """
 
     def __init__(self, folder: Path, config: ModelConfig):
-        if not folder.is_dir():
+        if not is_folder(folder):
             raise UserError(f"init_from={folder}: there is no such folder; download the model into one first")
         self.folder = folder
         compare_config(read_config(folder), config, folder)
@@ -50,16 +51,20 @@ class HFWeights:
         self._check(shapes, config)
 
     def _files(self) -> list[str]:
-        if not (self.folder / INDEX).exists():
-            return [SINGLE]
         try:
-            index = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))
-            return sorted(set(index["weight_map"].values()))
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+            files = set(read_json(self.folder / INDEX)["weight_map"].values())
+        except FileNotFoundError:
+            return [SINGLE]
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise UserError(f"init_from={self.folder}: {INDEX} cannot be read ({error!r})") from None
+        if outside := [file for file in files if not is_plain_name(file)]:
+            raise UserError(f"init_from={self.folder}: {INDEX} names a file outside: {outside[0]}")
+        return sorted(files)
 
     def _header(self, file: str) -> Iterator[tuple[str, tuple[int, ...]]]:
         try:
+            with reading(self.folder / file):
+                (self.folder / file).open("rb").close()  # safetensors does not say why it could not read
             with safe_open(self.folder / file, "pt") as opened:
                 for name in opened.keys():  # noqa: SIM118 (it is no dict)
                     tensor = opened.get_slice(name)

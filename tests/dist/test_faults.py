@@ -4,6 +4,7 @@ import os
 import resource
 import signal
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from shutil import copytree
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.prepared.manifest import load_manifest
+from data.prepared.manifest import load_manifest, to_json
 from data.prepared.shards import ShardWriter, read_tokens
 from data.streams.order import permuted_index
 from tests.dist.end_to_end import ENDLESS, OFFLINE, ROOT, STEPS, TORCHRUN, TWO, assert_same_bits, run, weights
@@ -56,7 +57,7 @@ def test_a_second_job_in_the_same_folder_is_refused(command, tmp_path):
 
 
 def test_a_token_outside_the_vocabulary_is_told_by_the_rank_that_meets_it(command, corpus, tmp_path):
-    """A shard of the right size that holds a wrong id, in a sequence that only rank 1 trains on."""
+    """A shard that was written with a wrong id, in a sequence that only rank 1 trains on."""
     folder = Path(copytree(corpus, tmp_path / "damaged"))
     manifest = load_manifest(folder)
     shard = folder / manifest.train.shards[0].file
@@ -71,9 +72,9 @@ def test_a_token_outside_the_vocabulary_is_told_by_the_rank_that_meets_it(comman
     writer = ShardWriter(folder, shard.name, np.dtype(manifest.dtype))
     for array in arrays:
         writer.write([array], 0)
-    size = writer.finish().file_bytes
-    text = (folder / "manifest.json").read_text()
-    (folder / "manifest.json").write_text(text.replace(str(manifest.train.shards[0].file_bytes), str(size)))
+    written = replace(writer.finish(), documents=manifest.train.documents)
+    train = replace(manifest.train, shards=(written, *manifest.train.shards[1:]))
+    (folder / "manifest.json").write_text(to_json(replace(manifest, train=train)))
 
     output = run(command("run", *TWO, f"data.path={folder}", launcher=TORCHRUN), expect=1)
     told = [line for line in output.splitlines() if line.startswith("error: ")]

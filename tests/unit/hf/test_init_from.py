@@ -120,6 +120,12 @@ def edit_tensors(folder: Path, name: str, change: Callable[[dict[str, torch.Tens
     save_file(tensors, path)
 
 
+def name_outside(folder: Path, file: object) -> None:
+    index = json.loads((folder / INDEX).read_text())
+    index["weight_map"] = dict.fromkeys(index["weight_map"], file)
+    (folder / INDEX).write_text(json.dumps(index))
+
+
 def truncate(folder: Path) -> None:
     path = folder / file_of(folder, GATE)
     path.write_bytes(path.read_bytes()[:-1])
@@ -135,6 +141,13 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "torn config": (lambda f: (f / "config.json").write_text('{"a'), r"config\.json cannot be read"),
     "list": (lambda f: (f / "config.json").write_text("[1]"), r"model_type=None, not deepseek_v2"),
     "llama": (lambda f: edit_config(f, model_type="llama"), r"model_type=llama, not deepseek_v2"),
+    "file outside": (
+        lambda f: name_outside(f, "../model.safetensors"),
+        r"index\.json names a file outside: \.\.",
+    ),
+    "file by its path": (lambda f: name_outside(f, "/etc/passwd"), r"index\.json names a file outside: /etc"),
+    "file without a name": (lambda f: name_outside(f, 3), r"index\.json names a file outside: 3"),
+    "strange rope": (lambda f: edit_config(f, rope_scaling=[1]), r"config\.json has rope_scaling=\[1\]"),
     "torn index": (lambda f: (f / INDEX).write_text("{}"), r"index\.json cannot be read"),
     "no weights": (lambda f: [p.unlink() for p in f.glob("model*")], r"model\.safetensors is missing"),
     "missing shard": (

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +10,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data.prepared.manifest import TOKEN_BYTES, Manifest, Split, to_json
+from data.prepared.manifest import SEAL, TOKEN_BYTES, Manifest, Split, to_json
 from data.prepared.packing import open_split
 from data.prepared.shards import ShardWriter, read_tokens
+from data.sealed import seal, unseal
 from dsv2.errors import UserError
 
 
@@ -119,7 +121,7 @@ def test_shard_that_is_not_what_the_manifest_says(tmp_path: Path) -> None:
     write_folder(tmp_path, [[[[1, 5, 6, 2]]]])
     path = tmp_path / "manifest.json"
     manifest = json.loads(path.read_text())
-    path.write_text(json.dumps(_with_shard(manifest, tokens=5)))
+    path.write_text(json.dumps(seal(_with_shard(unseal(manifest, SEAL), tokens=5), SEAL)))
     with pytest.raises(UserError, match=r"train-00000\.arrow holds 4 tokens instead of 5"):
         open_split(tmp_path, "train", 2, 100)
     shard = tmp_path / "train-00000.arrow"
@@ -142,4 +144,5 @@ def test_writer_counts(tmp_path: Path) -> None:
     size = (tmp_path / "s.arrow").stat().st_size
     assert dataclasses.asdict(shard) == {
         "file": "s.arrow", "documents": 3, "tokens": 9, "text_bytes": 16, "file_bytes": size,
+        "crc32": tuple(zlib.crc32(np.array(ids, np.uint16)) for ids in ([1, 7, 2, 1, 2], [1, 8, 9, 2])),
     }  # fmt: skip

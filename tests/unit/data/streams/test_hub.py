@@ -105,6 +105,37 @@ def test_a_validation_split_that_is_there(folder: Path, tmp_path: Path) -> None:
         check(streamed(folder, **here, val_split="test"), 300)
 
 
+def test_a_folder_with_a_loading_script_is_one_message_and_runs_nothing(folder: Path, tmp_path: Path) -> None:
+    marker = tmp_path / "marker"
+    hub = tmp_path / "corpus"
+    hub.mkdir()
+    (hub / "corpus.py").write_text(f"open({str(marker)!r}, 'w')\n")
+    config = streamed(folder, dataset=str(hub), data_files=None)
+    with pytest.raises(UserError) as refusal:
+        check(config, 300)
+    assert str(refusal.value).startswith(f"data.dataset={hub}: split 'train' ")
+    assert "cannot be opened: Dataset scripts are no longer supported" in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+    assert not marker.exists()
+
+
+@pytest.mark.filterwarnings("ignore:The Pandas builder is deprecated")
+def test_a_pickle_is_one_message_and_runs_nothing(folder: Path, tmp_path: Path) -> None:
+    import os
+    import pickle
+
+    class Command:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path / 'marker'}",)
+
+    (tmp_path / "rows.pkl").write_bytes(pickle.dumps(Command()))
+    config = streamed(folder, dataset="pandas", data_files=[str(tmp_path / "rows.pkl")], lanes=1)
+    with pytest.raises(UserError, match=r"data.dataset=pandas: .*pickle") as refusal:
+        check(config, 300)
+    assert "\n" not in str(refusal.value)
+    assert not (tmp_path / "marker").exists()
+
+
 def test_streams_that_cannot_be(folder: Path) -> None:
     with pytest.raises(UserError, match=rf"data\.lanes=6: must be at most {FILES}"):
         build(streamed(folder, lanes=6))

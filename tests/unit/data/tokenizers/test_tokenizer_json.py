@@ -29,6 +29,21 @@ def test_special_tokens_are_named_beside_the_json(tmp_path: Path, byte_level: To
     assert load_tokenizer(path).eos_id == 0
 
 
+@pytest.mark.parametrize("text", ["{", "\udcff", "[" * 100_000])
+def test_strange_names_beside_the_json_are_one_message(
+    tmp_path: Path, byte_level: Tokenizer, text: str
+) -> None:
+    path = tmp_path / "tokenizer.json"
+    path.write_bytes(byte_level.path.read_bytes())
+    (tmp_path / "tokenizer_config.json").write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(UserError, match=r"tokenizer_config.json is no JSON"):
+        load_tokenizer(path)
+    for names in ("[]", '{"eos_token": {"id": 3}}', '{"eos_token": [3]}'):
+        (tmp_path / "tokenizer_config.json").write_text(names)
+        if "[3]" not in names:
+            assert load_tokenizer(path).eos_id == 0, "it names nothing"
+
+
 def test_byte_fallback_json(tmp_path: Path) -> None:
     """The layout of LLaMA-like tokenizer.json files: pieces with U+2581, missing characters as bytes."""
     from tokenizers import Tokenizer as HFTokenizer
