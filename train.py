@@ -8,40 +8,68 @@ dsv2/config/schema.py explains every field of the configuration. `python -m dsv2
 import os
 import sys
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
 import hydra
 from omegaconf import DictConfig
 
 from data.output import make_printing_safe
 from dsv2.cli.base import EXPECTED, ExitCode, exit_code
-from dsv2.cli.failure import end
+from dsv2.cli.failure import end, tell
 from dsv2.config.compose import check_shown, register_schema, to_config
 from dsv2.config.mistakes import COMPOSITION_ERRORS, check_command_line, explain
 from dsv2.config.schema import Config
 from dsv2.config.typed import as_typed
-from dsv2.errors import CheckpointError, Diverged, UserError
+from dsv2.errors import CheckpointError, Diverged, PeerLost, UserError
 from dsv2.parallel.environment import launched_ranks, stop_with_launcher, without_warnings_logged
 from dsv2.parallel.progress import Part
 from dsv2.training.out_of_memory import memory_explained
 from dsv2.training.validate import validate
 
+if TYPE_CHECKING:
+    from dsv2.parallel.mesh import Mesh
+    from dsv2.training.start import Start
+
 
 def train(config: Config) -> None:
-    """Build, train and evaluate the model: the whole job of this rank."""
+    """Do the whole job of this rank."""
     rank, world_size = launched_ranks()
     validate(config, world_size)
     # Torch and DeepSpeed take seconds to import, so the configuration is validated first.
     with without_warnings_logged():
+        from dsv2.parallel.start import end_process_group
+        from dsv2.parallel.watchdog import Watchdog
+        from dsv2.training.job import join
+
+    mesh, start, _lock = join(config, rank, world_size)
+    with Watchdog(config.watchdog, mesh, config.run_dir, end=partial(abandon, config.run_dir)):
+        run(config, mesh, start)
+    end_process_group()
+
+
+def abandon(run_dir: Path, message: str) -> NoReturn:
+    """End this process from another thread: tell why, and note it in the run's folder."""
+    from dsv2.monitoring.status import mark_failed
+
+    tell(PeerLost(message), ExitCode.error)
+    mark_failed(run_dir)
+    os._exit(ExitCode.error)  # the main thread may never return
+
+
+def run(config: Config, mesh: "Mesh", start: "Start") -> None:
+    """Build, train and evaluate the model."""
+    with without_warnings_logged():
         from dsv2.monitoring.monitor import Monitor
         from dsv2.monitoring.tracker import open_tracker
-        from dsv2.parallel.start import end_process_group
         from dsv2.training.batches import share_of_step
-        from dsv2.training.job import start_job
+        from dsv2.training.job import build_job
         from dsv2.training.saver import Saver
         from dsv2.training.schedule import plan_steps
         from dsv2.training.signals import StopSignals
 
-    mesh, engine, store, stream, evaluator, state, loaded, _lock = start_job(config, rank, world_size)
+    engine, store, stream, evaluator, state, loaded = build_job(config, mesh, start)
     with (
         StopSignals(mesh) as stop,
         open_tracker(config, wandb_id=state.wandb_id, is_main=mesh.is_main) as tracker,
@@ -68,7 +96,6 @@ def train(config: Config) -> None:
                 break
         if state.tokens >= config.optim.total_tokens:
             monitor.final(evaluator.evaluate(), evaluator.sample())
-    end_process_group()
 
 
 def is_due(every: int, step: int) -> bool:

@@ -154,6 +154,16 @@ class LoggingConfig:
 
 
 @dataclass
+class WatchdogConfig:
+    """When a job without progress is ended; docs/guide.md explains what it leaves behind."""
+
+    # longest time that a micro-batch, an update or fetching a step's data may take, seconds; 0: no limit
+    limit_s: float = 300.0
+    # the same for the start, a session's first step, a batch of an evaluation, and a save
+    slow_limit_s: float = 1800.0
+
+
+@dataclass
 class EvalConfig:
     every: int = 200  # optimizer steps between evaluations; one always runs at the end
     sequences: int = 64  # sequences per evaluation: the first ones of the validation split
@@ -190,6 +200,7 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 

@@ -4,12 +4,13 @@ The state is `running`, `stopped`, `finished` or `failed`. A run that failed nam
 checkpoint, because the steps after it are lost.
 """
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
 
 from data.reading import read_json
-from dsv2.errors import UserError
+from dsv2.errors import Unreadable, UserError
 
 STATUS = "status.json"
 
@@ -23,6 +24,14 @@ def write_status(run_dir: Path, status: dict[str, Any]) -> None:
     partial = run_dir / f"{STATUS}.partial"
     partial.write_text(json.dumps(status) + "\n", encoding="utf-8")
     partial.replace(run_dir / STATUS)
+
+
+def mark_failed(run_dir: Path) -> None:
+    """Turn `running` into `failed`, for a run that cannot do so itself. An unwritable file stays."""
+    with contextlib.suppress(OSError, Unreadable, UserError):
+        status = read_status(run_dir)
+        if status.get("state") == "running":
+            write_status(run_dir, status | {"state": "failed"})
 
 
 def read_status(run_dir: Path) -> dict[str, Any]:

@@ -1,9 +1,11 @@
 """Checks of the layout: how processes share the batch, the experts and the optimizer's states. No torch."""
 
 from dsv2.config.rules import divisors, refuse, require_positive
-from dsv2.config.schema import Config
+from dsv2.config.schema import Config, WatchdogConfig
 from dsv2.parallel.plan import Dim, ParallelPlan
 from dsv2.parallel.zero.stages import find_stage
+
+COLLECTIVE_TIMEOUT_S = 7200  # torch ends a job whose collective takes longer; the watchdog comes first
 
 
 def check_layout(config: Config, world_size: int) -> None:
@@ -19,6 +21,15 @@ def check_layout(config: Config, world_size: int) -> None:
             "or start another number (NPROC=N launch/local.sh, torchrun --nproc_per_node=N; a plan: gpus=N)",
         )
     find_stage(config.parallel.zero_stage, config.runtime.precision).check(config.optim, config.runtime)
+
+
+def check_watchdog(watchdog: WatchdogConfig) -> None:
+    """Refuse limits that torch's own timeout of a collective would always come before."""
+    for name in ("limit_s", "slow_limit_s"):
+        limit = getattr(watchdog, name)
+        if not 0 <= limit <= COLLECTIVE_TIMEOUT_S / 2:
+            right = f"must be at least 0 and at most {COLLECTIVE_TIMEOUT_S // 2} s; 0 means no limit"
+            refuse(f"watchdog.{name}", limit, right)
 
 
 def check_batch_sizes(config: Config, world_size: int) -> None:

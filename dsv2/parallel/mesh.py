@@ -81,12 +81,13 @@ class MeshDim:
         self.host_group = host_group
         self._group = group if self.size > 1 else None
         self._on_host = self.size > 1 and dist.get_backend(group) == "gloo"
+        self.begun = 0  # collectives that this rank has begun
 
     def sum(self, x: Tensor) -> Tensor:
         """Return the sum of every rank's x, in x's dtype."""
         total = x.clone(memory_format=torch.contiguous_format)
         if self._group is not None:
-            _collective(dist.all_reduce, total, group=self._group_for(x))
+            self._begin(dist.all_reduce, total, group=self._group_for(x))
         return total
 
     def gather(self, x: Tensor) -> Tensor:
@@ -95,7 +96,7 @@ class MeshDim:
             return x[None]
         every = x.new_empty(self.size, *x.shape)
         whole = x[None].contiguous()  # gloo requires as many dimensions as the result has
-        _collective(dist.all_gather_into_tensor, every, whole, group=self._group_for(x))
+        self._begin(dist.all_gather_into_tensor, every, whole, group=self._group_for(x))
         return every
 
     def swap(self, x: Tensor) -> Tensor:
@@ -104,7 +105,7 @@ class MeshDim:
             return x
         x = x.contiguous()
         received = torch.empty_like(x)
-        _collective(dist.all_to_all_single, received, x, group=self._group_for(x))
+        self._begin(dist.all_to_all_single, received, x, group=self._group_for(x))
         return received
 
     def exchange(self, x: Tensor, send: list[int], receive: list[int]) -> Work:
@@ -114,14 +115,14 @@ class MeshDim:
         x = x.contiguous()
         received = x.new_empty(sum(receive), *x.shape[1:])
         group = self._group_for(x)
-        work = _collective(dist.all_to_all_single, received, x, receive, send, group=group, async_op=True)
+        work = self._begin(dist.all_to_all_single, received, x, receive, send, group=group, async_op=True)
         return Work(received, x, work)
 
     def objects(self, value: T) -> list[T]:
         """Return every rank's value (anything that pickles), in rank order."""
         values = [value] * self.size
         if self._group is not None:
-            _collective(dist.all_gather_object, values, value, group=self._host())
+            self._begin(dist.all_gather_object, values, value, group=self._host())
         return values
 
     def agree(self, flag: bool) -> bool:
@@ -129,20 +130,24 @@ class MeshDim:
         if self._group is None:
             return flag
         largest = torch.tensor(int(flag))
-        _collective(dist.all_reduce, largest, op=dist.ReduceOp.MAX, group=self._host())
+        self._begin(dist.all_reduce, largest, op=dist.ReduceOp.MAX, group=self._host())
         return bool(largest)
 
     def from_main(self, x: Tensor) -> Tensor:
         """Return the first rank's x; the others pass a tensor of the same shape and dtype."""
         answer = x.clone(memory_format=torch.contiguous_format)
         if self._group is not None:
-            _collective(dist.broadcast, answer, group=self._group_for(x), group_src=0)
+            self._begin(dist.broadcast, answer, group=self._group_for(x), group_src=0)
         return answer
 
     def wait_for_all(self) -> None:
         """Return when every rank has called this."""
         if self._group is not None:
-            _collective(dist.barrier, group=self._group)
+            self._begin(dist.barrier, group=self._group)
+
+    def _begin(self, call: Callable[..., T], *args: Any, **options: Any) -> T:
+        self.begun += 1
+        return _collective(call, *args, **options)
 
     def _group_for(self, x: Tensor) -> dist.ProcessGroup | None:
         return self._group if self._on_host or x.device.type != "cpu" else self._host()
@@ -178,6 +183,11 @@ class Mesh:
     def is_main(self) -> bool:
         """Return whether this process prints and writes the run's files."""
         return self[Dim.world].rank == 0
+
+    @property
+    def collectives(self) -> int:
+        """Return how many collectives this rank has begun along all dimensions."""
+        return sum(dim.begun for dim in set(self._dims.values()))
 
     def gradient_norm(self, square: Tensor, expert_square: Tensor) -> Tensor:
         """Return the 2-norm of all reduced gradients, fp32 [].

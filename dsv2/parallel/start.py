@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from dsv2.parallel.check import COLLECTIVE_TIMEOUT_S
 from dsv2.parallel.environment import is_on_one_machine
 from dsv2.parallel.mesh import ALONE, Mesh, MeshDim
 from dsv2.parallel.plan import Dim, ParallelPlan
@@ -55,7 +56,8 @@ def _init_process_group(device: torch.device, rank: int, world_size: int) -> Non
             # gloo and NCCL listen on these interfaces, and ask no password.
             for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
                 os.environ.setdefault(variable, "lo")
-        dist.init_process_group(backend, timeout=timedelta(minutes=30), device_id=bound)
+        timeout = timedelta(seconds=COLLECTIVE_TIMEOUT_S)
+        dist.init_process_group(backend, timeout=timeout, device_id=bound)
     assert dist.get_rank() == rank
     assert dist.get_world_size() == world_size
 

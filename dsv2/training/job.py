@@ -1,4 +1,4 @@
-"""Build everything that the training loop works with."""
+"""Join the other ranks, and build everything that the training loop works with."""
 
 from typing import NamedTuple
 
@@ -13,38 +13,54 @@ from dsv2.parallel.environment import local_processes
 from dsv2.parallel.mesh import Mesh
 from dsv2.parallel.plan import Dim, ParallelPlan
 from dsv2.parallel.start import start_mesh
+from dsv2.parallel.watchdog import record_collectives
 from dsv2.training.build import build_model
 from dsv2.training.engine import Engine
 from dsv2.training.evaluate import Evaluator
 from dsv2.training.rundir import claim
-from dsv2.training.start import find_device, find_start
+from dsv2.training.start import Start, find_device, find_start
+
+
+class Joined(NamedTuple):
+    """One rank among the others, before anything is built."""
+
+    mesh: Mesh
+    start: Start
+    lock: FileLock | None  # rank 0 holds the run's folder while this object lives
 
 
 class Job(NamedTuple):
     """One rank's part of a run, at the step where the run begins or resumes."""
 
-    mesh: Mesh
     engine: Engine
     store: CheckpointStore
     stream: Stream
     evaluator: Evaluator
     state: RunState
     loaded: Loaded | None  # the checkpoint that the run resumes from
-    lock: FileLock | None  # rank 0 holds the run's folder while this object lives
 
 
-def start_job(config: Config, rank: int, world_size: int) -> Job:
-    """Start the process group, build the model, and load the checkpoint if there is one. Collective.
+def join(config: Config, rank: int, world_size: int) -> Joined:
+    """Check the files, hold the run's folder, and start the process group. Collective.
 
     Raises:
         UserError: this machine, the data or the checkpoint does not fit the configuration.
     """
     # Mistakes in files are reported before any process group exists.
     device = find_device(config, local_processes())
-    store, checkpoint, weights = find_start(config)
+    start = find_start(config)
     lock = claim(config.run_dir) if rank == 0 else None
+    record_collectives(config.run_dir)
+    return Joined(start_mesh(ParallelPlan.of(config.parallel, world_size), rank, device), start, lock)
 
-    mesh = start_mesh(ParallelPlan.of(config.parallel, world_size), rank, device)
+
+def build_job(config: Config, mesh: Mesh, start: Start) -> Job:
+    """Build the model, and load the checkpoint if there is one. Collective.
+
+    Raises:
+        UserError: the checkpoint is damaged, and there is no older one.
+    """
+    store, checkpoint, weights = start
     model = build_model(config.model, config.runtime, config.seed, mesh, weights)
     engine = Engine(model, config.optim, config.parallel, config.runtime, mesh)
     stream = build_stream(config.data, config.model.vocab_size, mesh[Dim.dp])
@@ -53,13 +69,4 @@ def start_job(config: Config, rank: int, world_size: int) -> Job:
     state = loaded.state if loaded else RunState()
     if state.data is not None:
         stream.load_state_dict(state.data)
-    return Job(
-        mesh=mesh,
-        engine=engine,
-        store=store,
-        stream=stream,
-        evaluator=evaluator,
-        state=state,
-        loaded=loaded,
-        lock=lock,
-    )
+    return Job(engine, store, stream, evaluator, state=state, loaded=loaded)

@@ -20,6 +20,7 @@ from dsv2.checkpoint.host_copy import HostCopy
 from dsv2.checkpoint.state import RunState, Saved, Snapshot
 from dsv2.checkpoint.store import CheckpointStore
 from dsv2.errors import CheckpointError, Diverged, PeerLost
+from dsv2.parallel.hang import CHECKPOINT_THREAD
 from dsv2.parallel.mesh import MeshDim
 from dsv2.parallel.plan import Dim
 from dsv2.parallel.progress import Part
@@ -124,5 +125,5 @@ def _in_background(work: Callable[[], T], device: torch.device) -> "Future[T]":
         except BaseException as error:  # of any kind: whoever waits for the result gets it
             future.set_exception(error)
 
-    Thread(target=run, name="checkpoint", daemon=True).start()
+    Thread(target=run, name=CHECKPOINT_THREAD, daemon=True).start()
     return future

@@ -5,7 +5,7 @@ from dsv2.config.sections import check_checkpoint, check_eval, check_logging, ch
 from dsv2.model.check import check_kernels, check_model
 from dsv2.moe.check import check_experts, check_experts_of_ranks
 from dsv2.optimizers.rules import find_optimizer
-from dsv2.parallel.check import check_batch_sizes, check_layout
+from dsv2.parallel.check import check_batch_sizes, check_layout, check_watchdog
 
 
 def validate(config: Config, world_size: int) -> None:
@@ -31,5 +31,6 @@ def validate(config: Config, world_size: int) -> None:
     check_config(config.data)
     check_run(config)
     check_logging(config.logging)
+    check_watchdog(config.watchdog)
     check_eval(config.eval)
     check_checkpoint(config.checkpoint)

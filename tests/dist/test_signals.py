@@ -1,6 +1,7 @@
 """train.py as a user runs it, killed, interrupted or asked to stop."""
 
 import json
+import re
 import signal
 import subprocess
 import time
@@ -20,7 +21,6 @@ from tests.dist.end_to_end import (
     TORCHRUN,
     TWO,
     assert_same_bits,
-    kill_hard,
     read_wandb,
     run,
     scalars,
@@ -32,6 +32,10 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),  # `weights` wants it so
     pytest.mark.timeout(1800),
 ]
+
+
+# A line of a run that goes well. The first line is the command.
+IS_OUTPUT = re.compile(r"\+ |W&B is offline|killed: |  \w+ |step +\d|eval +\d").match
 
 
 def listening_addresses(pid: int) -> set[str]:
@@ -69,13 +73,21 @@ def test_a_whole_run_prints_keeps_and_logs(whole):
 
 
 def test_killed_run_resumes_to_the_bit_and_reads_back(command, started, whole, tmp_path):
-    """Two processes, killed hard, then asked to stop; at the end all is as if nothing had happened."""
+    """One of two processes is killed, then both are asked to stop; in the end nothing is lost."""
     job_command = command("killed", *TWO, MANY, OFFLINE, launcher=TORCHRUN)
-    job = started(job_command)
-    wait_for_step(tmp_path / "killed", 5)
-    kill_hard(job)
-    # Ctrl-C in a terminal reaches the launcher alone.
     overrides = job_command[job_command.index("train.py") + 1 :]
+    job = started([*LAUNCHER, *overrides], tmp_path / "output")
+    wait_for_step(tmp_path / "killed", 5)
+    rank = psutil.Process(job.pid).children()[1]
+    rank.kill()
+    begin = time.monotonic()
+    assert job.wait(300) == 1
+    assert time.monotonic() - begin < 60, "15 s, or more on a busy machine"
+    errors = [line for line in (tmp_path / "output").read_text().splitlines() if not IS_OUTPUT(line)]
+    assert len(errors) == 1, errors
+    assert re.fullmatch(rf"error: rank 1 on \S+ \(process {rank.pid}\) has ended; .*", errors[0])
+    assert json.loads((tmp_path / "killed" / "status.json").read_text())["state"] == "failed"
+    # Ctrl-C in a terminal reaches the launcher alone.
     job = started([*LAUNCHER, *overrides], tmp_path / "output")
     wait_for_step(tmp_path / "killed", 20)
     assert listening_addresses(job.pid) == {"127.0.0.1"}

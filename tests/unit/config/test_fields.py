@@ -27,7 +27,8 @@ def test_every_field_has_a_comment(name):
 def test_every_value_is_listed():
     sections = {name for name, hint in field_types().items() if name not in DOCS}
     assert sections == {
-        "model", "model.balance", "data", "optim", "parallel", "runtime", "logging", "eval", "checkpoint"
+        "model", "model.balance", "data", "optim", "parallel", "runtime",
+        "logging", "watchdog", "eval", "checkpoint",
     }  # fmt: skip
 
 

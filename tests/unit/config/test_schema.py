@@ -271,6 +271,14 @@ def test_a_moment_that_never_moves(name):
             [("logging.alert_dead", 1.5)],
             "logging.alert_dead=1.5: must be a share of the experts, at most 1",
         ),
+        (
+            [("watchdog.limit_s", -1.0)],
+            "watchdog.limit_s=-1.0: must be at least 0 and at most 3600 s; 0 means no limit",
+        ),
+        (
+            [("watchdog.slow_limit_s", 3601.0)],
+            "watchdog.slow_limit_s=3601.0: must be at least 0 and at most 3600 s; 0 means no limit",
+        ),
         ([("stop_step", 0)], "stop_step=0: must be at least 1, or null"),
         ([("name", "")], f"name='': {PLAIN_NAME}"),
         ([("name", "a/b")], f"name='a/b': {PLAIN_NAME}"),

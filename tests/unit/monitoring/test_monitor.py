@@ -20,7 +20,7 @@ from dsv2.moe.stats import RoutingStats
 from dsv2.monitoring.metrics.routing import routing_values
 from dsv2.monitoring.monitor import Monitor
 from dsv2.monitoring.records import read_metrics
-from dsv2.monitoring.status import read_status
+from dsv2.monitoring.status import mark_failed, read_status, write_status
 from dsv2.monitoring.tracker import Tracker, open_tracker
 from dsv2.parallel.mesh import Mesh, MeshDim
 from dsv2.training.evaluate import Evaluation
@@ -328,3 +328,18 @@ def test_a_status_that_cannot_be_read_is_not_missing(run_dir, monkeypatch):
     monkeypatch.setattr(Path, "read_text", refuse)
     with pytest.raises(Unreadable, match=r"status.json: cannot be read \(Input/output error\)"):
         read_status(run_dir)
+
+
+@pytest.mark.parametrize(
+    ("state", "becomes"), [("running", "failed"), ("stopped", "stopped"), ("finished", "finished")]
+)
+def test_a_run_that_hangs_is_marked_as_failed(tmp_path, state, becomes):
+    write_status(tmp_path, {"state": state, "step": 4, "total_steps": 9})
+    mark_failed(tmp_path)
+    assert read_status(tmp_path) == {"state": becomes, "step": 4, "total_steps": 9}
+
+
+def test_marking_a_run_as_failed_may_fail(tmp_path):
+    (tmp_path / "status.json").mkdir()
+    mark_failed(tmp_path)
+    mark_failed(tmp_path / "missing")
