@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from dsv2.parallel.hang import Report, culprits, report_of, verdict
+from dsv2.parallel.hang import CHECKPOINT_THREAD, Report, culprits, report_of, verdict
 from dsv2.parallel.progress import Part, Progress
 
 AHEAD = Report(
@@ -92,3 +92,26 @@ def test_a_report_tells_where_the_main_thread_is():
     assert got.line.startswith("tests/unit/parallel/test_hang.py:")
     assert got.line.endswith("(test_a_report_tells_where_the_main_thread_is)")
     assert Report.from_json(got.to_json()) == got
+
+
+def test_during_a_save_the_report_is_of_the_thread_that_writes():
+    done = threading.Event()
+    begun = threading.Event()
+
+    def write() -> None:
+        begun.set()
+        done.wait(60)
+
+    thread = threading.Thread(target=write, name=CHECKPOINT_THREAD)
+    thread.start()
+    begun.wait(60)
+    lines = {}
+    for part in (Part.save, Part.data):
+        progress = Progress()
+        progress.enter(part, 3)
+        report = report_of(progress.position, host="a", collectives=4, now=0)
+        lines[part] = report.line.split()[-1]
+    done.set()
+    thread.join()
+    assert lines[Part.save] == "(write)"
+    assert lines[Part.data] == "(report_of)"
