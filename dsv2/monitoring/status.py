@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from data.reading import read_json
+from dsv2.checkpoint.files import complete_checkpoints, step_of
 from dsv2.errors import Unreadable, UserError
 
 STATUS = "status.json"
@@ -31,7 +32,9 @@ def mark_failed(run_dir: Path) -> None:
     with contextlib.suppress(OSError, Unreadable, UserError):
         status = read_status(run_dir)
         if status.get("state") == "running":
-            write_status(run_dir, status | {"state": "failed"})
+            whole = complete_checkpoints(run_dir / "checkpoints")
+            step = step_of(whole[0]) if whole else status.get("step", 0)
+            write_status(run_dir, status | {"state": "failed", "step": step})
 
 
 def read_status(run_dir: Path) -> dict[str, Any]:
