@@ -108,9 +108,12 @@ def mla(h: Array, w: Weights, config) -> Array:
 
 
 def gqa(h: Array, w: Weights, config) -> Array:
-    """Heads of one width, of which query head i reads key and value head i * G // H; tokens h [S, D]."""
+    """Heads of one width, of which query head i reads key and value head i * G // H; tokens h [S, D].
+
+    The number G of key and value heads is that of the weights.
+    """
     heads, width = config.num_attention_heads, config.qk_nope_head_dim
-    groups = {"mha": heads, "gqa": config.num_key_value_heads, "mqa": 1}[config.attention]
+    groups = len(w["k_proj.weight"]) // width
     turning = (config.rope_theta, config.rope_scaling)
     w_q = w["q_proj.weight"].reshape(heads, width, -1)
     w_k, w_v = (w[f"{name}_proj.weight"].reshape(groups, width, -1) for name in "kv")

@@ -1,7 +1,11 @@
-"""What the pages name exists: paths, modules and functions, and links between pages."""
+"""What the pages name exists: paths, modules, functions, links. Examples of extending.md are complete."""
 
 import ast
+import inspect
 import re
+import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -60,3 +64,27 @@ def test_links_lead_to_files(page):
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
         if not target.startswith("http"):
             assert (page.parent / target).exists(), target
+
+
+def examples() -> list[tuple[str, str]]:
+    """The new files of extending.md: path and code of each Python block whose first line is a path."""
+    page = (REPO / "docs/extending.md").read_text()
+    return re.findall(r"^```python\n# (\S+\.py)\n(.*?)^```", page, flags=re.S | re.M)
+
+
+@pytest.mark.parametrize(("path", "code"), examples(), ids=[path for path, _ in examples()])
+def test_an_example_can_be_pasted(path, code, tmp_path):
+    """It imports all that it uses, its imports exist, and its classes lack no method."""
+    file = tmp_path / Path(path).name
+    file.write_text(code)
+    ruff = [sys.executable, "-m", "ruff", "check", "--isolated", "--select=F", str(file)]
+    checked = subprocess.run(ruff, capture_output=True, text=True, check=False)
+    assert checked.returncode == 0, checked.stdout
+    names = runpy.run_path(str(file))
+    made = [value for value in names.values() if getattr(value, "__module__", "") == names["__name__"]]
+    assert any(inspect.isclass(value) for value in made)
+    assert [value for value in made if inspect.isabstract(value)] == []
+
+
+def test_every_seam_with_new_files_has_an_example():
+    assert len(examples()) == 9

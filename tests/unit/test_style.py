@@ -14,6 +14,7 @@ from tests.unit.helpers import REPO
 
 LONGEST = 25  # words of a sentence
 LONGEST_MESSAGE = 30  # words of a sentence of an error message
+PAGE_WIDTH = 120  # characters of a line
 POSITIONAL = 5  # arguments of a call
 PYTHON = [REPO / "train.py", *sorted((REPO / "data").rglob("*.py")), *sorted((REPO / "dsv2").rglob("*.py"))]
 PAGES = sorted([*REPO.glob("*.md"), *(REPO / "docs").glob("*.md")])
@@ -160,6 +161,14 @@ def phrases(texts: Iterator[Text]) -> list[str]:
 
 def relative(path: Path) -> str:
     return path.relative_to(REPO).as_posix()
+
+
+@pytest.mark.parametrize("path", PAGES, ids=relative)
+def test_lines_of_pages_are_short(path):
+    """Tables and code blocks cannot be wrapped."""
+    text = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.S | re.M)
+    lines = [line for line in text.splitlines() if not line.lstrip().startswith("|")]
+    assert [line for line in lines if len(line) > PAGE_WIDTH] == []
 
 
 @pytest.mark.parametrize("path", PAGES, ids=relative)
