@@ -5,6 +5,7 @@ takes this for a missing file starts afresh, over what the file says. Every func
 instead. Missing is only what the file system says is missing.
 """
 
+import fnmatch
 import json
 import os
 import stat
@@ -70,6 +71,24 @@ def names_in(folder: Path) -> list[str]:
             return sorted(entry.name for entry in entries)
     except FileNotFoundError:
         return []
+
+
+def files_in(folder: Path, pattern: str) -> Iterator[Path]:
+    """Yield the files in a folder, at any depth, whose names match; hidden files and folders are left out.
+
+    Raises:
+        Unreadable: a folder cannot be listed. It may hold such files.
+    """
+
+    def refuse(error: OSError) -> None:
+        with reading(Path(error.filename)):
+            raise error
+
+    for parent, folders, names in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in fnmatch.filter(names, pattern):
+            if not name.startswith("."):
+                yield Path(parent) / name
 
 
 def read_text(path: Path) -> str:

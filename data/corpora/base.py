@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from data.errors import UserError
+from data.reading import files_in
 
 Document = tuple[str, str]  # id, text
 OnBadFile = Literal["stop", "skip"]
@@ -90,6 +91,7 @@ def matches(patterns: tuple[str, ...], inside: str) -> list[tuple[Path | None, l
 
     Raises:
         UserError: a pattern matches no file.
+        Unreadable: a folder cannot be listed.
     """
     seen: set[Path] = set()
     result = []
@@ -97,7 +99,7 @@ def matches(patterns: tuple[str, ...], inside: str) -> list[tuple[Path | None, l
         path = Path(pattern)
         folder = path if path.is_dir() else None
         if folder:
-            files = sorted(file for file in path.rglob(inside) if not _hidden(file, path))
+            files = sorted(files_in(path, inside))
         elif path.is_file():
             files = [path]
         else:
@@ -110,10 +112,6 @@ def matches(patterns: tuple[str, ...], inside: str) -> list[tuple[Path | None, l
         seen.update(file.resolve() for file in new)
         result.append((folder, new))
     return result
-
-
-def _hidden(path: Path, folder: Path) -> bool:
-    return any(part.startswith(".") for part in path.relative_to(folder).parts)
 
 
 def document_name(path: Path, folder: Path | None) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from data.corpora.base import Corpus, Document, document_name, text_or_reason
+from data.reading import files_in
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,9 @@ class StdlibCorpus(Corpus):
 
     def files(self) -> list[Path]:
         root = self.root()
-        paths = (path for path in root.rglob("*.py") if self.OUTSIDE.isdisjoint(path.relative_to(root).parts))
+        paths = (
+            path for path in files_in(root, "*.py") if self.OUTSIDE.isdisjoint(path.relative_to(root).parts)
+        )
         return sorted(path for path in paths if path.is_file())
 
     def documents(self, skipped: list[str]) -> Iterator[Document]:

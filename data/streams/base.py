@@ -155,6 +155,21 @@ def require_count(count: int, available: int, config: DataConfig) -> None:
         )
 
 
+def require_state(state: dict[str, Any], *more: str) -> None:
+    """Refuse a saved state that no stream has written; it may come from someone else.
+
+    Args:
+        more: fields besides `consumed` and `fingerprint`; each is an object.
+    """
+    kinds = {"consumed": int, "fingerprint": dict} | dict.fromkeys(more, dict)
+    if unknown := sorted(state.keys() - kinds.keys()):
+        raise UserError(f"the checkpoint's data has the unknown field {unknown[0]!r}; use a newer dsv2")
+    for name, kind in kinds.items():
+        value = state.get(name)
+        if type(value) is not kind or (kind is int and value < 0):
+            raise UserError(f"the checkpoint's data has {name}={value!r}; use an older checkpoint")
+
+
 def require_same(saved: dict[str, Any], current: dict[str, Any]) -> None:
     """Refuse a saved state whose fingerprint differs from the current one."""
     keys = sorted(key for key in saved.keys() | current.keys() if saved.get(key) != current.get(key))

@@ -16,7 +16,7 @@ import numpy as np
 from data.config import DataConfig
 from data.errors import UserError
 from data.hub import rows_of
-from data.streams.base import Batch, Ranks, batch_of, require_same, require_share
+from data.streams.base import Batch, Ranks, batch_of, require_same, require_share, require_state
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,13 @@ class LaneStream:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        require_state(state, "lanes")
         require_same(state["fingerprint"], self._fingerprint)
         self.consumed = state["consumed"]
         for lane, reader in self._lanes.items():
-            reader.load(LaneState.from_json(state["lanes"][str(lane)]))
+            try:
+                reader.load(LaneState.from_json(state["lanes"][str(lane)]))
+            except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+                raise UserError(
+                    f"the checkpoint's data has no position of lane {lane} ({error!r}); use an older checkpoint"
+                ) from error

@@ -4,7 +4,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from data.streams.base import Batch, batch_of, require_same, require_share
+from data.streams.base import Batch, batch_of, require_same, require_share, require_state
 from data.streams.order import permuted_index
 
 
@@ -42,5 +42,6 @@ class MapStream:
         return {"consumed": self.consumed, "fingerprint": self._fingerprint}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        require_state(state)
         require_same(state["fingerprint"], self._fingerprint)
         self.consumed = state["consumed"]

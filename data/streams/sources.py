@@ -37,4 +37,6 @@ def build_stream(config: DataConfig, vocab_size: int, ranks: Ranks) -> Stream:
 
 def check_resumed(config: DataConfig, state: dict[str, Any]) -> None:
     """Refuse a stream's saved `state` if it belongs to other data; call the source's `check` first."""
-    require_same(state["fingerprint"], source_of(config).fingerprint(config))
+    if not isinstance(saved := state.get("fingerprint"), dict):
+        raise UserError(f"the checkpoint's data has fingerprint={saved!r}; use an older checkpoint")
+    require_same(saved, source_of(config).fingerprint(config))

@@ -1,5 +1,6 @@
 """What holds for every corpus."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,8 @@ from data.corpora.files import FilesCorpus
 from data.corpora.hub import HubCorpus
 from data.corpora.jsonl import JsonlCorpus
 from data.corpora.parquet import ParquetCorpus
-from dsv2.errors import UserError
+from data.reading import files_in
+from dsv2.errors import Unreadable, UserError
 from tests.unit.data.corpora.helpers import read
 
 
@@ -17,6 +19,26 @@ def test_nothing_matches(tmp_path: Path, kind: type) -> None:
     for pattern in (tmp_path / "missing.txt", tmp_path / "*.txt", tmp_path):
         with pytest.raises(UserError, match="no file matches"):
             read(kind((str(pattern),)))
+
+
+@pytest.mark.parametrize("kind", [FilesCorpus, JsonlCorpus, ParquetCorpus])
+def test_a_folder_that_cannot_be_listed_is_not_empty(tmp_path: Path, kind: type, monkeypatch) -> None:
+    """Its documents would be missing from the corpus, and nobody would know."""
+    (tmp_path / "sub").mkdir()
+    (tmp_path / ".git").mkdir()
+    (tmp_path / "text").write_text("text")
+    scandir = os.scandir
+
+    def refuse(folder: str | Path):
+        if Path(folder).name in ("sub", ".git"):
+            raise PermissionError(13, "Permission denied", str(folder))
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(Unreadable, match=r"/sub: cannot be read \(Permission denied\)"):
+        read(kind((str(tmp_path),)))
+    (tmp_path / "sub").rmdir()
+    assert [path.name for path in files_in(tmp_path, "*")] == ["text"], "hidden folders are left out"
 
 
 def test_requests_tell_sources_apart() -> None:

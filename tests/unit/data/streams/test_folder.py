@@ -21,6 +21,7 @@ from tests.unit.data.streams.helpers import (
     build,
     check,
     local,
+    streamed,
 )
 
 
@@ -45,6 +46,35 @@ def test_state_of_another_dataset(folder: Path, tmp_path: Path) -> None:
     for find in (build(other).load_state_dict, partial(check_resumed, other)):
         with pytest.raises(UserError, match=r"other data: data\.dataset was"):
             find(state)
+
+
+STRANGE = [
+    ({"consumed": "3"}, "consumed='3'"),
+    ({"consumed": -1}, "consumed=-1"),
+    ({"consumed": None}, "consumed=None"),
+    ({"fingerprint": [1]}, r"fingerprint=\[1\]"),
+    ({"shuffle": 3}, r"the unknown field 'shuffle'; use a newer dsv2"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), STRANGE)
+@pytest.mark.parametrize("config", [local, streamed])
+def test_a_state_that_no_stream_has_written(folder: Path, config, change: dict, message: str) -> None:
+    stream = build(config(folder))
+    with pytest.raises(UserError, match=f"the checkpoint's data has {message}"):
+        stream.load_state_dict(stream.state_dict() | change)
+    if "fingerprint" in change:
+        with pytest.raises(UserError, match=f"the checkpoint's data has {message}"):
+            check_resumed(config(folder), change)
+
+
+@pytest.mark.parametrize(
+    "lanes", [{}, {"0": 3, "1": 3, "2": 3}, {str(lane): {"remainder": None} for lane in range(3)}]
+)
+def test_lanes_that_no_stream_has_written(folder: Path, lanes: dict) -> None:
+    stream = build(streamed(folder))
+    with pytest.raises(UserError, match="the checkpoint's data has no position of lane 0"):
+        stream.load_state_dict(stream.state_dict() | {"lanes": lanes})
 
 
 def test_other_tokenizer_in_the_folder(folder: Path, tmp_path: Path) -> None:
