@@ -59,7 +59,7 @@ class Saved(NamedTuple):
 
     step: int
     stopped_s: float  # seconds for which training stopped when the save began
-    seconds: float  # from then until the checkpoint was complete
+    seconds: float  # from its beginning until the checkpoint was complete
     problem: str | None = None  # why there is no checkpoint
     waited_s: float = 0.0  # seconds for which the next save waited for this one
 

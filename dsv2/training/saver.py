@@ -71,10 +71,10 @@ class Saver:
             Diverged: on every rank, if a weight or a state is not a finite number on any rank.
         """
         self._engine.mesh.progress.enter(Part.save)
-        begin = time.perf_counter()
+        due = time.perf_counter()
         ended = self._ended()
-        if ended:
-            ended = [ended[0]._replace(waited_s=time.perf_counter() - begin)]
+        begin = time.perf_counter()
+        ended = [saved._replace(waited_s=begin - due) for saved in ended]
         snapshot = self._engine.snapshot(state)
         if not self._asynchronous:
             ended.append(self._write(snapshot, self._engine.mesh[Dim.world], begin))

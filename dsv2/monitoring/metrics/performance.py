@@ -84,16 +84,16 @@ class Saving(Producer["Saved"]):
         Metric(
             name="perf/save_stop_s",
             unit="seconds, rank 0",
-            meaning="for which training stopped when the save began",
+            meaning="for which training stopped: to copy, and if the next save had to wait for this one",
             panel=SAVE,
         ),
         Metric(
             name="perf/save_s",
             unit="seconds, rank 0",
-            meaning="from then until the checkpoint was complete",
+            meaning="from the save's beginning until the checkpoint was complete",
             panel=SAVE,
         ),
     )
 
     def values(self, seen: "Saved") -> dict[str, float]:
-        return {"perf/save_stop_s": seen.stopped_s, "perf/save_s": seen.seconds}
+        return {"perf/save_stop_s": seen.stopped_s + seen.waited_s, "perf/save_s": seen.seconds}
