@@ -118,11 +118,10 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         UserError: the file does not exist, or a line before the last is not a JSON object with a step.
         Unreadable: the file system refuses to read the file.
     """
-    try:
-        with reading(path):
-            text = path.read_text(encoding="utf-8", errors="replace")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; is {path.parent} the directory of a run?") from None
+    if not is_file(path):
+        raise UserError(f"{path}: no such file; is {path.parent} the directory of a run?")
+    with reading(path):
+        text = path.read_text(encoding="utf-8", errors="replace")
     # A line counts only with its newline: a torn one may be valid JSON by accident.
     lines = text.split("\n")[:-1]
     rows: dict[int, dict[str, Any]] = {}
@@ -144,9 +143,8 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 def _drop_torn_line(path: Path) -> None:
     """Cut the half line that a killed process may have left, so that the next record gets its own line."""
-    try:
-        with reading(path):
-            content = path.read_bytes()
-    except FileNotFoundError:
+    if not is_file(path):  # a device would never end
         return
+    with reading(path):
+        content = path.read_bytes()
     os.truncate(path, content.rfind(b"\n") + 1)
