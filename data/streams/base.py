@@ -165,7 +165,7 @@ def require_state(state: dict[str, Any], *more: str) -> None:
     if unknown := sorted(state.keys() - kinds.keys()):
         raise UserError(f"the checkpoint's data has the unknown field {unknown[0]!r}; use a newer dsv2")
     for name, kind in kinds.items():
-        value = state.get(name)
+        value: Any = state.get(name)
         if type(value) is not kind or (kind is int and value < 0):
             raise UserError(f"the checkpoint's data has {name}={value!r}; use an older checkpoint")
 

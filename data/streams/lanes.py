@@ -205,5 +205,6 @@ class LaneStream:
                 reader.load(LaneState.from_json(state["lanes"][str(lane)]))
             except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
                 raise UserError(
-                    f"the checkpoint's data has no position of lane {lane} ({error!r}); use an older checkpoint"
+                    f"the checkpoint's data has no position of lane {lane} ({error!r}); use an older "
+                    "checkpoint"
                 ) from error

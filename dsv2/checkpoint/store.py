@@ -232,10 +232,14 @@ class CheckpointStore:
         path = found.path
         older = list(found.older)
         warnings = list(found.warnings)
-        while problem := self._damage(path, mesh):
+        while True:
+            # Before `_damage` gathers, and so before rank 0 renames: every rank finds the same name.
+            aside = free_name(path.with_suffix(".damaged"))
+            problem = self._damage(path, mesh)
+            if problem is None:
+                break
             if not older or isinstance(problem, Unreadable):
                 raise problem
-            aside = free_name(path.with_suffix(".damaged"))
             if mesh.is_main:
                 path.rename(aside)
             warnings.append(f"{problem}; set aside as {aside.name}")
