@@ -147,7 +147,9 @@ class LoggingConfig:
     alert_max_vio: float | None = 5.0
     # alert if moe/dead is above this share of the experts; 0 or null: no alert
     alert_dead: float | None = 0.25
-    alert_windows: int = 5  # consecutive windows before an alert about routing
+    # alert if a rank's own time is above this many times that of the others; 0 or null: no alert
+    alert_slow_rank: float | None = 1.5
+    alert_windows: int = 5  # consecutive windows before an alert about routing or a slow rank
     # alert if the loss exceeds its mean by this many deviations; 0 or null: no alert
     alert_spike: float | None = 6.0
     alert_spike_steps: int = 3  # consecutive steps before an alert about the loss

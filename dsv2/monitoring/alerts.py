@@ -6,7 +6,7 @@ which lasts as long as the value stays above the threshold. A session starts wit
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from dsv2.config.schema import LoggingConfig
@@ -28,9 +28,20 @@ class Alerts:
     """Checks every step's metrics against the declared alerts."""
 
     def __init__(
-        self, config: LoggingConfig, routed_experts: int, metrics: Iterable[Metric] = METRICS.values()
+        self,
+        config: LoggingConfig,
+        routed_experts: int,
+        metrics: Iterable[Metric] = METRICS.values(),
+        hosts: Sequence[str] = (),
     ) -> None:
-        """Watch the metrics that declare an alert; `routed_experts` counts all layers' experts."""
+        """Watch the metrics that declare an alert.
+
+        Args:
+            config: the thresholds.
+            routed_experts: of all layers.
+            metrics: all that are declared.
+            hosts: of each rank, for alerts that name one.
+        """
         self._watches: list[_Watch] = []
         for metric in metrics:
             alert = metric.alert
@@ -42,7 +53,8 @@ class Alerts:
                 self._watches.append(_SpikeWatch(metric.name, alert, threshold, lasting))
             else:
                 scale = routed_experts if alert.share_of_experts else 1
-                self._watches.append(_ThresholdWatch(metric.name, alert, threshold * scale, lasting))
+                watch = _ThresholdWatch(metric.name, alert, threshold * scale, lasting)
+                self._watches.append(watch.blaming(hosts))
 
     def check(self, step: int, metrics: Mapping[str, float]) -> list[Notice]:
         """Return the alerts that begin with this step.
@@ -51,7 +63,7 @@ class Alerts:
             step: counted from 1.
             metrics: this step's values; window metrics are present only at the end of a window.
         """
-        notices = [watch.check(step, metrics[watch.name]) for watch in self._watches if watch.name in metrics]
+        notices = [watch.check(step, metrics) for watch in self._watches if watch.name in metrics]
         return [notice for notice in notices if notice is not None]
 
 
@@ -66,21 +78,36 @@ class _Watch(ABC):
         self.above = 0  # values in a row above the threshold
 
     @abstractmethod
-    def check(self, step: int, value: float) -> Notice | None: ...
+    def check(self, step: int, metrics: Mapping[str, float]) -> Notice | None:
+        """Take in one more value, which is present."""
 
 
 class _ThresholdWatch(_Watch):
-    """Above a fixed threshold."""
+    """Above a fixed threshold, and because of the same rank if the alert blames one."""
 
-    def check(self, step: int, value: float) -> Notice | None:
+    _hosts: Sequence[str] = ()
+    _rank = -1  # to blame for the last value
+
+    def blaming(self, hosts: Sequence[str]) -> "_ThresholdWatch":
+        """Let the alert name the host of the rank that is to blame."""
+        self._hosts = hosts
+        return self
+
+    def check(self, step: int, metrics: Mapping[str, float]) -> Notice | None:
+        value = metrics[self.name]
+        rank = int(metrics[self.alert.rank]) if self.alert.rank else -1
+        if rank != self._rank:
+            self.above = 0
+        self._rank = rank
         self.above = self.above + 1 if value > self.threshold else 0
         if self.above != self.lasting:
             return None
         shown = self.alert.text_format.format
+        culprit = f": rank {rank} on {self._hosts[rank]}" if self.alert.rank else ""
         return Notice(
             self.alert.title,
             f"step {step}: {self.name} is {shown(value)}, over {shown(self.threshold)} "
-            f"for {self.lasting} windows in a row",
+            f"for {self.lasting} windows in a row{culprit}",
         )
 
 
@@ -95,7 +122,8 @@ class _SpikeWatch(_Watch):
         super().__init__(name, alert, threshold, lasting)
         self._seen = RunningStatistics()
 
-    def check(self, step: int, value: float) -> Notice | None:
+    def check(self, step: int, metrics: Mapping[str, float]) -> Notice | None:
+        value = metrics[self.name]
         seen = self._seen
         limit = seen.mean + self.threshold * seen.deviation
         if seen.count < _FEWEST or value <= limit:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsv2.errors import UserError
-from dsv2.monitoring.metrics.base import PER_LAYER
 from dsv2.monitoring.panels import SECTIONS, Chart
 
 if TYPE_CHECKING:
@@ -44,8 +43,8 @@ def _panel(chart: Chart) -> Any:
     title = f"{chart.group}: {chart.title}" if chart.group else chart.title
     if chart.is_map:
         return wr.MediaBrowser(title=title, media_keys=list(chart.names), num_columns=1, gallery_axis="run")
-    if chart.per_layer:
-        pattern = "^" + chart.names[0].removesuffix(PER_LAYER) + r"/L\d+$"
+    if chart.is_family:
+        pattern = f"^{chart.names[0].replace('*', r'[0-9]+')}$"
         return wr.LinePlot(title=title, x="Step", metric_regex=pattern, title_y=chart.unit)
     return wr.LinePlot(title=title, x="Step", y=list(chart.names), title_y=chart.unit)
 

@@ -20,7 +20,7 @@ from dsv2.model.sizes import count_parameters
 from dsv2.moe.stats import RoutingStats
 from dsv2.monitoring import console
 from dsv2.monitoring.alerts import Alerts
-from dsv2.monitoring.metrics.base import Producer, When, Window
+from dsv2.monitoring.metrics.base import Producer, RankTimes, When, Window
 from dsv2.monitoring.metrics.producers import PRODUCERS
 from dsv2.monitoring.status import read_status, write_status
 from dsv2.monitoring.tracker import Tracker
@@ -56,10 +56,12 @@ class Monitor:
         for producer in PRODUCERS:
             self._producers[producer.when].append(producer(config, mesh))
         moe_layers = config.model.num_hidden_layers - config.model.first_k_dense_replace
-        self._alerts = Alerts(config.logging, routed_experts=moe_layers * config.model.n_routed_experts)
+        experts = moe_layers * config.model.n_routed_experts
+        self._alerts = Alerts(config.logging, routed_experts=experts, hosts=mesh.hosts)
         self._stats: RoutingStats | None = None  # this window's sums on this rank
         self._window_steps = 0
         self._wait_ms = 0.0
+        self._times = RankTimes()  # this window's on this rank
         # A finished run stays finished, whatever happens to another evaluation or while it is printed.
         self._is_finished = self._earlier_status() == self._status("finished", state.step)
 
@@ -139,6 +141,7 @@ class Monitor:
         self._stats = stats
         self._window_steps += 1
         self._wait_ms += result.wait_ms
+        self._times = self._times.plus(RankTimes(result.work_ms / 1e3, result.data_s, seconds))
         window = Window(
             steps=self._window_steps,
             plan=plan,
@@ -147,6 +150,7 @@ class Monitor:
             data_seconds=seconds - result.seconds,
             stats=stats,
             wait_ms=self._wait_ms,
+            times=self._times,
         )
         is_last = self._step == self._total_steps
         metrics = self._values(When.step, window)
@@ -157,6 +161,7 @@ class Monitor:
             self._stats = None
             self._window_steps = 0
             self._wait_ms = 0.0
+            self._times = RankTimes()
         return metrics
 
     def _values(self, when: When, seen: Window | Evaluation | Saved) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from dsv2.monitoring.metrics.base import MAP, PER_LAYER, Metric, Panel, Section
+from dsv2.monitoring.metrics.base import MAP, PER_LAYER, PER_RANK, Metric, Panel, Section
 from dsv2.monitoring.metrics.producers import METRICS
 
 
@@ -32,6 +32,11 @@ class Chart(NamedTuple):
     @property
     def per_layer(self) -> bool:
         return self.names[0].endswith(PER_LAYER)
+
+    @property
+    def is_family(self) -> bool:
+        """Return whether the chart has one metric per layer or per rank."""
+        return self.names[0].endswith((PER_LAYER, PER_RANK))
 
     @property
     def is_map(self) -> bool:

@@ -6,6 +6,7 @@ ended. plan.py says who belongs together; start.py makes the process groups. Dee
 run inside dsv2/parallel/zero, and torch's own for checkpoints in dsv2/checkpoint/store.py.
 """
 
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -71,14 +72,21 @@ class MeshDim:
 
     Args:
         group: moves tensors on the mesh's device; None with one rank.
+        clock: counts the time in collectives that return only when they are done.
         host_group: a gloo group of the same ranks. `objects` and `agree` need it, and on a GPU so do host
             tensors. Only `world` and `dp` have one.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None = None, host_group: dist.ProcessGroup | None = None):
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None = None,
+        host_group: dist.ProcessGroup | None = None,
+        clock: WaitClock | None = None,
+    ):
         self.rank = 0 if group is None else group.rank()
         self.size = 1 if group is None else group.size()
         self.host_group = host_group
+        self._clock = clock
         self._group = group if self.size > 1 else None
         self._on_host = self.size > 1 and dist.get_backend(group) == "gloo"
         self.begun = 0  # collectives that this rank has begun
@@ -147,7 +155,10 @@ class MeshDim:
 
     def _begin(self, call: Callable[..., T], *args: Any, **options: Any) -> T:
         self.begun += 1
-        return _collective(call, *args, **options)
+        if self._clock is None or options.get("async_op"):
+            return _collective(call, *args, **options)
+        with self._clock.waiting(args[0].device):
+            return _collective(call, *args, **options)
 
     def _group_for(self, x: Tensor) -> dist.ProcessGroup | None:
         return self._group if self._on_host or x.device.type != "cpu" else self._host()
@@ -165,14 +176,16 @@ class Mesh:
         device: torch.device,
         plan: ParallelPlan | None = None,
         background: MeshDim | None = None,
+        clock: WaitClock | None = None,
         **dims: MeshDim,
     ):
         self.device = device
         # All ranks again, for host tensors and objects. A thread may use it while another uses `world`.
         self.background = background or ALONE
         self.plan = plan or ParallelPlan()
-        self.clock = WaitClock()  # of the experts' exchanges
+        self.clock = clock or WaitClock()  # of the experts' exchanges and the forward passes
         self.progress = Progress()  # of this rank
+        self.hosts = [socket.gethostname()] * self.plan.world  # of each rank
         self._dims = {dim: dims.get(dim.value, ALONE) for dim in Dim}
         assert {dim: self[dim].size for dim in Dim} == self.plan.sizes
 

@@ -31,10 +31,19 @@ class Progress:
 
     def __init__(self) -> None:
         self.position = Position(0, Part.start, 0, time.monotonic())
+        self._data_s = 0.0
 
     def enter(self, part: Part, step: int | None = None) -> None:
         """Enter a part, of the same step unless `step` is given. A long part is entered again each round."""
         before = self.position
         now = time.monotonic()
+        if before.part is Part.data:
+            self._data_s += now - before.since
         # One assignment, so that another thread never reads half a position.
         self.position = Position(before.step if step is None else step, part, before.entries + 1, now)
+
+    def take_data_s(self) -> float:
+        """Return the seconds that this rank has spent on fetching data since the last call."""
+        taken = self._data_s
+        self._data_s = 0.0
+        return taken

@@ -1,6 +1,7 @@
 """Start and end the process group, and make the mesh's groups."""
 
 import os
+import socket
 import warnings
 from datetime import timedelta
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from dsv2.parallel.check import COLLECTIVE_TIMEOUT_S
+from dsv2.parallel.clock import WaitClock
 from dsv2.parallel.environment import is_on_one_machine
 from dsv2.parallel.mesh import ALONE, Mesh, MeshDim
 from dsv2.parallel.plan import Dim, ParallelPlan
@@ -30,8 +32,15 @@ def start_mesh(plan: ParallelPlan, rank: int, device: torch.device) -> Mesh:
         everyone = MeshDim(dist.group.WORLD, _host_group())
         group = _host_group()
         background = MeshDim(group, group)
-    dims = {"world": everyone, "dp": everyone, "ep": MeshDim(ep_group), "edp": MeshDim(edp_group)}
-    mesh = Mesh(device, plan, background, **dims)
+    clock = WaitClock()
+    dims = {
+        "world": everyone,
+        "dp": everyone,
+        "ep": MeshDim(ep_group, clock=clock),
+        "edp": MeshDim(edp_group),
+    }
+    mesh = Mesh(device, plan, background, clock, **dims)
+    mesh.hosts = everyone.objects(socket.gethostname())
     assert all(mesh[dim].rank == plan.coordinate(rank, dim) for dim in Dim)
     return mesh
 

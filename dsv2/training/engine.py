@@ -103,7 +103,8 @@ class Engine:
         stats: RoutingStats | None = None
         for index, batch in enumerate(micro_batches):
             self.mesh.progress.enter(Part.compute)
-            output: ModelOutput = self.sharded.forward(*self._inputs(batch))
+            with self.mesh.clock.working(self.mesh.device):
+                output: ModelOutput = self.sharded.forward(*self._inputs(batch))
             self.sharded.backward(output.loss / count, last=index == count - 1)
             losses = torch.cat((torch.stack((output.loss.detach(), output.lm_loss)), *output.balance))
             sums = losses if sums is None else sums + losses
@@ -117,13 +118,16 @@ class Engine:
         total = self.mesh[Dim.world].sum((sums / count).double())
         means = (total / self.mesh[Dim.dp].size).tolist()
         layers = len(means[2:]) // 3
+        times = self.mesh.clock.take()
         return StepResult(
             loss=means[0],
             lm_loss=means[1],
             balance=BalanceLosses(*torch.tensor(means[2:]).split(layers)),
             grad_norm=grad_norm,
             stats=stats,
-            wait_ms=self.mesh.clock.take_ms(),
+            wait_ms=times.wait_ms,
+            work_ms=times.work_ms,
+            data_s=self.mesh.progress.take_data_s(),
             seconds=time.perf_counter() - begin,
         )
 

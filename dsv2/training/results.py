@@ -7,7 +7,7 @@ from dsv2.moe.stats import RoutingStats
 
 
 class StepResult(NamedTuple):
-    """Means over the global batch, the same on every rank; statistics and waiting time are this rank's."""
+    """Means over the global batch, the same on every rank; statistics and times are this rank's."""
 
     loss: float  # lm_loss + weighted balance losses
     lm_loss: float  # nats per token
@@ -15,4 +15,6 @@ class StepResult(NamedTuple):
     grad_norm: float  # before clipping
     stats: RoutingStats  # sums
     wait_ms: float  # waiting for the experts' exchanges, since the previous step's result
+    work_ms: float  # forward passes without that waiting
+    data_s: float  # fetching the step's data
     seconds: float  # from the batches to the updated weights

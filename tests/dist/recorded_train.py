@@ -9,13 +9,13 @@ import torch
 
 from data.streams.base import Batch
 from dsv2.model.transformer import DeepseekV2, ModelOutput
-from dsv2.parallel.clock import WaitClock
+from dsv2.parallel.clock import Times, WaitClock
 from dsv2.parallel.environment import launched_ranks
 from dsv2.training.engine import Engine
 
 ROOT = Path(__file__).parents[2]
 forward = DeepseekV2.forward
-take_ms = WaitClock.take_ms
+take = WaitClock.take
 lm_losses = Engine.lm_losses
 # Copies: what a collective may do to a tensor afterwards must not reach them.
 passes: list[dict[str, Any]] = []  # of each micro-batch trained on
@@ -33,9 +33,10 @@ def recorded_forward(self: DeepseekV2, *inputs: Any) -> Any:
     return output
 
 
-def recorded_wait(self: WaitClock) -> float:
-    waits.append(take_ms(self))
-    return waits[-1]
+def recorded_times(self: WaitClock) -> Times:
+    times = take(self)
+    waits.append(times.wait_ms)
+    return times
 
 
 def recorded_losses(self: Engine, batch: Batch) -> torch.Tensor:
@@ -48,7 +49,7 @@ def recorded_losses(self: Engine, batch: Batch) -> torch.Tensor:
 
 def main() -> None:
     DeepseekV2.forward = recorded_forward
-    WaitClock.take_ms = recorded_wait
+    WaitClock.take = recorded_times
     Engine.lm_losses = recorded_losses
     runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
     target = Path(os.environ["RECORD"]) / f"{launched_ranks()[0]}.pt"

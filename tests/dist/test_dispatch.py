@@ -68,7 +68,7 @@ def exchange(
         "received": plan.exchange.received,
         "rows_out": plan.exchange.rows_out,
         "rows_in": plan.exchange.rows_in,
-        "waited": execution.clock.take_ms(),
+        "waited": execution.clock.take().wait_ms,
         "pairs": plan.n_pairs,
         "keep": None if keep is None else keep.numpy(),
     }

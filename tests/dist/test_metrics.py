@@ -42,9 +42,10 @@ WINDOWS, MAPS, EVALUATIONS = [3, 6, 8], [6, 8], [6, 8]
 
 
 def declared(when: When) -> set[str]:
-    """Return the declared names; `vio/L07` for `vio/L*`."""
+    """Return the declared names; `vio/L07` for `vio/L*`, and each rank's for `work/R*`."""
     metrics = [metric for producer in PRODUCERS if producer.when is when for metric in producer.metrics]
-    return {metric.name.replace("/L*", "/L07") for metric in metrics}
+    names = {metric.name.replace("/L*", "/L07") for metric in metrics}
+    return {name.replace("R*", f"R{rank}") for name in names for rank in range(2)}
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +81,21 @@ def test_every_declared_name_is_there_when_it_should_be_and_no_other(rows):
         found = {re.sub(r"/L\d\d$", "/L07", name) for name in rows[2][step]}
         assert found == want - {"perf/mfu"}, f"step {step}: mfu is for GPUs"
     assert {name for name in rows[2][3] if name.startswith("vio/")} == {"vio/L01", "vio/L02"}
+
+
+def test_each_rank_has_its_own_times(rows):
+    for step in WINDOWS:
+        row = rows[2][step]
+        own = [row[f"work/R{rank}"] + row[f"data/R{rank}"] for rank in range(2)]
+        for rank in range(2):
+            assert 0 < row[f"work/R{rank}"] < row[f"step/R{rank}"]
+            assert 0 < row[f"data/R{rank}"] < row[f"step/R{rank}"]
+        assert row["ranks/slowest"] == np.argmax(own)
+        assert row["ranks/slow"] == pytest.approx(max(own) / min(own))
+        since = [s for s in rows[2] if step - (2 if step == 8 else 3) < s <= step]
+        mean = np.mean([rows[2][s]["perf/step_s"] for s in since])
+        assert row["step/R0"] == pytest.approx(mean), "rank 0 writes perf/step_s"
+    assert not any(name.startswith("ranks/") for row in rows[1].values() for name in row)
 
 
 @pytest.mark.parametrize("world", [1, 2])

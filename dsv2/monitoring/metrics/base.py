@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from dsv2.training.results import StepResult
     from dsv2.training.schedule import StepPlan
 
+PER_RANK = "/R*"  # ends the name of a per-rank metric: work/R* stands for work/R0, work/R1, ...
 PER_LAYER = "/L*"  # ends the name of a per-layer metric: vio/L* stands for vio/L01, vio/L02, ...
 MAP = "map/"  # begins the name of a heat map
 
@@ -64,17 +65,29 @@ class Alert(NamedTuple):
     meaning: str
     text_format: str = "{:.2f}"  # of the value and the threshold
     share_of_experts: bool = False  # the threshold is a share of all layers' routed experts
+    rank: str = ""  # the metric with the number of the rank that is to blame, in all of the values in a row
     spike: bool = False  # the threshold counts standard deviations above the metric's running mean
 
 
 class Metric(NamedTuple):
-    """One named number per step, window or evaluation; `vio/L*` is one per MoE layer."""
+    """One number per step, window or evaluation; `vio/L*` is one per MoE layer, `work/R*` one per rank."""
 
     name: str
     unit: str
     meaning: str
     panel: Panel | None = None
     alert: Alert | None = None
+
+
+class RankTimes(NamedTuple):
+    """Seconds that one rank has spent."""
+
+    work: float = 0.0  # in forward passes, without waiting for the experts' exchange
+    data: float = 0.0  # fetching data
+    step: float = 0.0  # in whole steps
+
+    def plus(self, other: "RankTimes") -> "RankTimes":
+        return RankTimes(self.work + other.work, self.data + other.data, self.step + other.step)
 
 
 class Window(NamedTuple):
@@ -87,6 +100,7 @@ class Window(NamedTuple):
     data_seconds: float  # of these seconds, waiting for data
     stats: "RoutingStats"  # this rank's sums over the window's steps
     wait_ms: float  # this rank's waiting for the experts' exchange, over the window's steps
+    times: "RankTimes"  # this rank's, over the window's steps
 
 
 Seen = TypeVar("Seen")  # a Window, an Evaluation or a Saved

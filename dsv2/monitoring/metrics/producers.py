@@ -6,6 +6,7 @@ from dsv2.monitoring.metrics.balance import Balance
 from dsv2.monitoring.metrics.base import Metric, Producer
 from dsv2.monitoring.metrics.exchange import Exchange
 from dsv2.monitoring.metrics.performance import Performance, Saving
+from dsv2.monitoring.metrics.ranks import Ranks
 from dsv2.monitoring.metrics.routing import Routing, RoutingMaps
 from dsv2.monitoring.metrics.training import Training
 from dsv2.monitoring.metrics.validation import Validation
@@ -17,6 +18,7 @@ PRODUCERS: tuple[type[Producer[Any]], ...] = (
     Exchange,
     Balance,
     Performance,
+    Ranks,
     Saving,
     Validation,
 )

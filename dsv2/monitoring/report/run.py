@@ -56,7 +56,7 @@ class Run(NamedTuple):
 
     def names_of(self, chart: Chart) -> list[str]:
         """Return the chart's metrics that the run has; the layers' names replace `vio/L*`."""
-        if chart.per_layer:
+        if chart.is_family:
             return [name for name in self.names if name.startswith(chart.names[0].removesuffix("*"))]
         known = {*self.names, *(name for row in self.maps for name in row)}
         return [name for name in chart.names if name in known]
@@ -171,6 +171,6 @@ def quiet_names(run: Run, section: ChartSection) -> dict[str, list[str]]:
             zero += chart.names
         elif not names:
             missing += chart.names
-        elif not chart.per_layer:
+        elif not chart.is_family:
             missing += [name for name in chart.names if name not in names]
     return {"0 all the time": zero, "No values in this run": missing}

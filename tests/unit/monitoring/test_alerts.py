@@ -111,3 +111,15 @@ def test_running_statistics_are_exact_at_first_and_then_forget():
     for _ in range(20 * HORIZON):
         running.add(1.0)
     assert (running.mean, running.deviation) == pytest.approx((1.0, 0.0), abs=1e-3)
+
+
+def test_a_slow_rank_is_named_with_its_host_if_it_is_the_same_one_in_every_window():
+    alerts = Alerts(LoggingConfig(alert_slow_rank=1.5, alert_windows=3), EXPERTS, hosts=["a", "b"])
+    ranks = [0, 1, 0, 1, 1, 1, 1]
+    found = {}
+    for step, rank in enumerate(ranks, start=1):
+        for alert in alerts.check(step, {"ranks/slow": 1.8, "ranks/slowest": float(rank)}):
+            found[step] = alert
+    assert found == {
+        6: ("slow rank", "step 6: ranks/slow is 1.80, over 1.50 for 3 windows in a row: rank 1 on b")
+    }

@@ -23,9 +23,9 @@ def names_in(panel: dict) -> list[str]:
     """The metrics a panel of the spec shows."""
     config = panel["config"]
     if config.get("useMetricRegex"):
-        found = re.fullmatch(r"\^(\w+)/L\\d\+\$", config["metricRegex"])
+        found = re.fullmatch(r"\^(\w+/[LR])\[0-9\]\+\$", config["metricRegex"])
         assert found, config["metricRegex"]
-        return [f"{found[1]}/L*"]
+        return [f"{found[1]}*"]
     return config["mediaKeys"] if panel["viewType"] == "Media Browser" else config["metrics"]
 
 

@@ -80,6 +80,8 @@ def result(stats: RoutingStats | None = None, loss: float = 2.0, grad_norm: floa
         grad_norm=grad_norm,
         stats=stats or stats_of(0),
         wait_ms=0.0,
+        work_ms=0.0,
+        data_s=0.0,
         seconds=0.0,
     )
 

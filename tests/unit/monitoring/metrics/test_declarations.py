@@ -69,7 +69,7 @@ def test_a_name_is_declared_once():
     names = [metric.name for producer in PRODUCERS for metric in producer.metrics]
     assert len(names) == len(set(names)) == len(METRICS)
     assert {"train/loss", "moe/aux_comm", "vio/L*", "drop/L*", "map/dev_recv", "val/bpb"} <= set(names)
-    assert all(re.fullmatch(r"[a-z]+/(\w+|L\*)", name) for name in names)
+    assert all(re.fullmatch(r"[a-z]+/(\w+|[LR]\*)", name) for name in names)
     assert all(metric.meaning for metric in METRICS.values())
 
 

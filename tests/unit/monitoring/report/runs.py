@@ -32,7 +32,9 @@ def log_steps(run_dir: Path, steps: range, offset: float = 0.0, leave_out: tuple
                 if name in leave_out or step % every.get(name.split("/")[0], 1):
                     continue
                 value = 10.0 / step + offset
-                if name.endswith("/L*"):
+                if name.endswith("/R*"):
+                    metrics |= {f"{name[:-1]}{rank}": value * (rank + 1) for rank in (0, 1)}
+                elif name.endswith("/L*"):
                     metrics |= {f"{name[:-2]}L{layer:02d}": value * layer for layer in (1, 2, 3)}
                 elif name.startswith("map/"):
                     width = EXPERTS if name == "map/expert_load" else GROUPS
