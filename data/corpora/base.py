@@ -64,6 +64,11 @@ class FileCorpus(Corpus):
         metadata={"help": "What to do at a binary or broken document: stop, or skip it and continue."},
     )
 
+    def description(self) -> str:
+        hidden = ("kind", "paths")  # they need no name
+        others = [f"{key}={v}" for key, v in self.request().items() if v is not None and key not in hidden]
+        return " ".join([self.kind, *self.paths, *others])
+
     @abstractmethod
     def read(self, path: Path, name: str, skipped: list[str]) -> Iterator[Document]:
         """Yield the documents of one file; their ids start with `name`."""
@@ -106,8 +111,8 @@ def matches(patterns: tuple[str, ...], inside: str) -> list[tuple[Path | None, l
             files = sorted(map(Path, glob.glob(pattern, recursive=True)))
         files = [file for file in files if file.is_file()]
         if not files:
-            where = f" ({inside} in that folder)" if folder else ""
-            raise UserError(f"no file matches {pattern!r}{where}")
+            right = f"that folder must hold {inside}" if folder else "must match a file"
+            raise UserError(f"paths={pattern}: {right}")
         new = [file for file in files if file.resolve() not in seen]
         seen.update(file.resolve() for file in new)
         result.append((folder, new))

@@ -27,8 +27,12 @@ class Settings:
 
     def check(self) -> None:
         """Raise a UserError for settings out of range, or that contradict each other."""
-        if (self.vocab_size is None) == (self.tokenizer is None):
-            raise UserError("give either --vocab-size (train a tokenizer) or --tokenizer (use that one)")
+        if self.vocab_size is None and self.tokenizer is None:
+            raise UserError("--vocab-size: must be given, to train a tokenizer; or give --tokenizer FILE")
+        if self.vocab_size is not None and self.tokenizer is not None:
+            raise UserError(
+                f"--vocab-size {self.vocab_size}: must not be given with --tokenizer {self.tokenizer}"
+            )
         if self.vocab_size is not None and self.vocab_size < 260:  # 256 bytes, unk, bos, eos, newline
             raise UserError(f"--vocab-size {self.vocab_size}: must be at least 260, and more for characters")
         if not 0 <= self.val_fraction < 1:

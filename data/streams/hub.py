@@ -27,7 +27,7 @@ class HubSource(DataSource):
     def check_config(self, config: DataConfig) -> None:
         for field in ("dataset", "tokenizer"):
             if not getattr(config, field):
-                raise UserError(f"data.{field}={getattr(config, field)}: must be given for data=hf_stream")
+                raise UserError(f"data.{field}: must be given for data=hf_stream")
 
     def check(self, config: DataConfig, vocab_size: int, validation: int) -> None:
         """See DataSource. This reads at most the first row, and does not count validation sequences."""

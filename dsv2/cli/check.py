@@ -2,18 +2,21 @@
 
     python -m dsv2 check PROCESSES [overrides...]
 
-If train.py would refuse to start that many processes on this machine, the command prints one line and exits
-with code 2. `python -m dsv2 train` makes the same checks before it starts processes.
+The command checks what `NPROC=PROCESSES python -m dsv2 train` checks before it starts processes. It appends
+the same overrides. A mistake is printed as one line, with exit code 2. Otherwise the last line is `ok`, with
+the number of processes and steps.
 """
 
 from argparse import ArgumentParser, Namespace
 
+from dsv2.cli.adjust import adjust
 from dsv2.cli.base import ExitCode, Verb
+from dsv2.config.schema import Config
 from dsv2.errors import UserError
 
 
-def check(processes: int, overrides: list[str]) -> None:
-    """Check everything that can be checked before processes start.
+def check(processes: int, overrides: list[str]) -> Config:
+    """Check everything that can be checked before processes start, and return the configuration.
 
     Raises:
         UserError: train.py would refuse to start that many processes on this machine.
@@ -30,6 +33,7 @@ def check(processes: int, overrides: list[str]) -> None:
     find_device(config, processes)
     find_start(config)
     let_go(claim(config.run_dir), config.run_dir)
+    return config
 
 
 class Check(Verb):
@@ -51,5 +55,14 @@ class Check(Verb):
     def run(self, options: Namespace) -> int:
         if not options.processes.isdecimal() or int(options.processes) < 1:
             raise UserError(f"PROCESSES={options.processes}: must be a whole number, at least 1")
-        check(int(options.processes), options.overrides)
+        processes = int(options.processes)
+        adjusted = adjust(options.overrides, processes)
+        for note in adjusted.notes:
+            print(note, flush=True)
+        config = check(processes, adjusted.overrides)
+
+        from dsv2.training.schedule import count_steps
+
+        steps = count_steps(config.optim, config.data.sequence_length)
+        print(f"ok: {processes} {'process' if processes == 1 else 'processes'}, {steps} steps")
         return ExitCode.ok

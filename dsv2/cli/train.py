@@ -28,6 +28,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from dsv2.cli.adjust import QUICKSTART_BATCH, adjust, is_quickstart
 from dsv2.cli.base import Verb
 from dsv2.cli.check import check
 from dsv2.cli.machines import find_machines
@@ -35,8 +36,6 @@ from dsv2.cli.ranks import run_ranks
 from dsv2.errors import UserError
 
 ROOT = Path(__file__).parents[2]
-QUICKSTART = "experiment=quickstart"
-QUICKSTART_BATCH = 8  # sequences
 WITHOUT_GPU = 2  # processes
 PATIENCE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"  # torchrun's name for it
 SHUTDOWN_TIMEOUT = (
@@ -76,8 +75,7 @@ def plan_launch(overrides: list[str], environment: Mapping[str, str], machines: 
         UserError: NPROC is no positive whole number.
     """
     notes: list[str] = []
-    appended: list[str] = []
-    quickstart = QUICKSTART in overrides and machines == 1
+    quickstart = is_quickstart(overrides, machines)
     if text := environment.get("NPROC"):
         if not re.fullmatch(r"[1-9][0-9]*", text):
             raise UserError(f"NPROC={text}: must be a whole number, at least 1")
@@ -87,14 +85,8 @@ def plan_launch(overrides: list[str], environment: Mapping[str, str], machines: 
         processes = max(n for n in (1, 2, 4, QUICKSTART_BATCH) if n <= gpus) if quickstart else gpus
         if processes < gpus:
             notes.append(f"quickstart: {processes} processes on {gpus} GPUs; NPROC=N starts N")
-    if processes * machines == 1 and not any("parallel.expert_parallel_size=" in word for word in overrides):
-        notes.append("one process: appending parallel.expert_parallel_size=1, whatever the experiment says")
-        appended.append("parallel.expert_parallel_size=1")
-    if quickstart and processes in (4, 8) and not any("runtime.micro_batch_size=" in w for w in overrides):
-        share = f"runtime.micro_batch_size={QUICKSTART_BATCH // processes}"
-        notes.append(f"quickstart: appending {share}, one process's share of the batch")
-        appended.append(share)
-    return Launch(processes, [*overrides, *appended], notes)
+    adjusted = adjust(overrides, processes, machines)
+    return Launch(processes, adjusted.overrides, [*notes, *adjusted.notes])
 
 
 def settings(processes: int, environment: Mapping[str, str]) -> dict[str, str]:

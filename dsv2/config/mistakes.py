@@ -2,9 +2,10 @@
 
 import difflib
 import re
+import typing
 from collections.abc import Collection
 from enum import Enum
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
@@ -14,9 +15,9 @@ from hydra.errors import (
     MissingConfigException,
     OverrideParseException,
 )
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException, ValidationError
 
-from dsv2.config.fields import GROUPS, field_types, options_of, type_text
+from dsv2.config.fields import GROUPS, field_docs, field_types, options_of
 from dsv2.config.renamed import FIELDS, OPTIONS
 from dsv2.config.typed import as_typed
 from dsv2.errors import UserError
@@ -25,6 +26,8 @@ from dsv2.errors import UserError
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException)
 
 HYDRA_OPTIONS = ("help", "h", "hydra-help", "version", "cfg", "c", "resolve", "package", "p", "info", "i")
+
+KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 
 SHORT = {  # the planner's short names
     "ep": "parallel.expert_parallel_size",
@@ -49,10 +52,18 @@ def unknown_key(key: str, override: str | None = None, words: Collection[str] = 
     if not near:  # the right name in the wrong section, such as lr for optim.lr
         leaf = difflib.get_close_matches(last, [n.split(".")[-1] for n in names], n=1, cutoff=0.7)
         near = [n for n in names if leaf and n.split(".")[-1] == leaf[0]]
-    hint = f"did you mean {near[0]}?" if near else "train.py --cfg job lists all fields"
+    if not near:  # a field's meaning, such as learning_rate for optim.lr
+        near = _described_as(last.replace("_", " "))
+    hint = f"did you mean {near[0]}?" if near else "python -m dsv2 train --help lists all fields"
     if last in ("steps", "max_steps", "num_steps", "train_steps", "epochs", "max_epochs"):
         hint = "optim.total_tokens sets the length of a run, stop_step stops it earlier"
     return f"{override or key}: there is no such field; {hint}"
+
+
+def _described_as(words: str) -> list[str]:
+    """Return the field whose comment ends with these words; no field if there are several."""
+    fields = [field.name for field in field_docs() if f" {field.text}".endswith(f" {words}")]
+    return fields if len(fields) == 1 else []
 
 
 def check_command_line(overrides: list[str], read_by_hydra: bool = False) -> None:
@@ -152,11 +163,23 @@ def explain(error: Exception, overrides: list[str]) -> UserError:
     if isinstance(hint_type, type) and issubclass(hint_type, Enum):
         values = ", ".join(member.value for member in hint_type)
         return UserError(f"{override or key}: must be one of {values}")
-    expected = type_text(hint_type)
     hint = ""
-    if expected == "int" and override and re.fullmatch(r"[\d.]+e\+?\d+", value := override.split("=", 1)[1]):
+    if hint_type is int and override and re.fullmatch(r"[\d.]+e\+?\d+", value := override.split("=", 1)[1]):
         hint = f"; write it out: {key}={float(value):_.0f}"
-    return UserError(f"{override or key}: {str(reason).splitlines()[0]} (expected {expected}{hint})")
+    right = (
+        f"must be {_kind(hint_type)}" if isinstance(reason, ValidationError) else str(reason).splitlines()[0]
+    )
+    return UserError(f"{override or key}: {right}{hint}")
+
+
+def _kind(hint: Any) -> str:
+    """Return what a field's value must be, in words."""
+    parts = typing.get_args(hint)
+    if type(None) in parts:
+        return " or ".join([*(_kind(part) for part in parts if part is not type(None)), "null"])
+    if parts:
+        return f"a list in brackets (each item {_kind(parts[0])})"
+    return KINDS.get(hint, "set field by field")
 
 
 def _names(override: str, key: str) -> bool:

@@ -8,7 +8,14 @@ from dsv2.errors import UserError
 
 def refuse(field_name: str, value: object, right: str) -> NoReturn:
     """Raise UserError: `field_name`=`value`: `right`."""
-    raise UserError(f"{field_name}={value}: {right}")
+    raise UserError(f"{field_name}={_written(value)}: {right}")
+
+
+def _written(value: object) -> str:
+    """Return a value as the command line has it."""
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def divisors(number: int) -> str:

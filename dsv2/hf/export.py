@@ -54,7 +54,7 @@ def export(
     if shard_gb <= 0:
         raise UserError(f"--shard-gb {shard_gb}: must be above 0")
     if out.exists():
-        raise UserError(f"{out} already exists: remove it, or give another folder")
+        raise UserError(f"out={out}: already exists; remove it, or give another folder")
     path = find_checkpoint(checkpoint)
     run_config = saved_config(path)
     model = run_config.model

@@ -171,7 +171,7 @@ def test_a_moment_that_never_moves(name):
         ),
         (
             [("model.attention", "gqa")],
-            "model.num_key_value_heads=None: must divide model.num_attention_heads=4 with "
+            "model.num_key_value_heads=null: must divide model.num_attention_heads=4 with "
             "model.attention=gqa: one of 1, 2, 4",
         ),
         (
@@ -242,7 +242,7 @@ def test_a_moment_that_never_moves(name):
         ),
         (
             [("optim.batch_ramp_tokens", 9)],
-            "optim.batch_size_start=None: must be given when optim.batch_ramp_tokens is above 0",
+            "optim.batch_size_start=null: must be given when optim.batch_ramp_tokens is above 0",
         ),
         ([("parallel.zero_stage", 4)], "parallel.zero_stage=4: must be 0, 1, 2 or 3"),
         (
@@ -377,7 +377,7 @@ def test_every_number_is_checked():
     free = {"model.balance.exempt_seed", "seed", "parallel.zero_stage", "optim.batch_size_start"}
     covered = {*AT_LEAST_ONE, *AT_LEAST_ZERO, *ABOVE_ZERO, *FRACTIONS, *free}
     covered |= {"model.num_hidden_layers", "model.first_k_dense_replace"}
-    covered |= {"model.num_key_value_heads"}
+    covered |= {"model.num_key_value_heads", "watchdog.limit_s", "watchdog.slow_limit_s"}
     covered |= {f"logging.alert_{name}" for name in ("max_vio", "dead", "spike")}
     covered |= {f"model.rope_scaling.{name}" for name in ("beta_fast", "original_max_position_embeddings")}
     numbers = {

@@ -269,7 +269,7 @@ def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "no state.json; it is no dsv2 checkpoint" in refused(capsys, tmp_path / "empty", out)
     assert "there is no such folder" in refused(capsys, tmp_path / "nowhere", out)
     assert "--shard-gb 0.0: must be above 0" in refused(capsys, path, out, "--shard-gb", "0")
-    assert "saved already exists" in refused(capsys, path, tmp_path / "saved")
+    assert f"out={tmp_path / 'saved'}: already exists" in refused(capsys, path, tmp_path / "saved")
     tokenizer = tmp_path / "saved" / "tokenizer.model"
     train_tokenizer(SENTENCES * 5, 340, tmp_path / "large.model")
     said = refused(capsys, path, out, "--tokenizer", tmp_path / "large.model")

@@ -1,6 +1,7 @@
 """What holds for every corpus."""
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,17 @@ from tests.unit.data.corpora.helpers import read
 
 @pytest.mark.parametrize("kind", [FilesCorpus, JsonlCorpus, ParquetCorpus])
 def test_nothing_matches(tmp_path: Path, kind: type) -> None:
-    for pattern in (tmp_path / "missing.txt", tmp_path / "*.txt", tmp_path):
-        with pytest.raises(UserError, match="no file matches"):
+    for pattern in (tmp_path / "missing.txt", tmp_path / "*.txt"):
+        with pytest.raises(UserError, match=re.escape(f"paths={pattern}: must match a file")):
             read(kind((str(pattern),)))
+    with pytest.raises(UserError, match=re.escape(f"paths={tmp_path}: that folder must hold {kind.pattern}")):
+        read(kind((str(tmp_path),)))
+
+
+def test_descriptions_have_no_syntax_of_python() -> None:
+    assert FilesCorpus(("docs/*.md", "a b.txt")).description() == "files docs/*.md a b.txt"
+    assert JsonlCorpus(("a.jsonl",)).description() == "jsonl a.jsonl text_key=text"
+    assert HubCorpus("x", subset="en").description().startswith("hub dataset=x subset=en")
 
 
 @pytest.mark.parametrize("kind", [FilesCorpus, JsonlCorpus, ParquetCorpus])

@@ -39,7 +39,11 @@ def test_bad_file_then_skip(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ([], "give either --vocab-size .* or --tokenizer"),
+        ([], "--vocab-size: must be given, to train a tokenizer; or give --tokenizer FILE"),
+        (
+            ["--vocab-size", "320", "--tokenizer", "a"],
+            "--vocab-size 320: must not be given with --tokenizer a",
+        ),
         (["--vocab-size", "2"], "--vocab-size 2: must be at least 260"),
         (["--vocab-size", "9999"], r"--vocab-size 9999: .* a value <= \d+"),
         (["--vocab-size", "320", "--val-fraction", "1"], r"--val-fraction 1\.0: must be at least 0"),

@@ -144,8 +144,8 @@ def test_check_data_accepts(folder: Path) -> None:
         ({"source": "tape"}, r"data\.source=tape: must be one of stdlib, local, hf_stream"),
         ({"lanes": 0}, r"data\.lanes=0: must be at least 1"),
         ({"seed": -1}, r"data\.seed=-1: must be at least 0"),
-        ({"dataset": None}, r"data\.dataset=None: must be given for data=hf_stream"),
-        ({"tokenizer": ""}, r"data\.tokenizer=: must be given for data=hf_stream"),
+        ({"dataset": None}, r"data\.dataset: must be given for data=hf_stream"),
+        ({"tokenizer": ""}, r"data\.tokenizer: must be given for data=hf_stream"),
     ],
 )
 def test_mistakes_in_the_configuration(folder: Path, changes: dict, message: str) -> None:
