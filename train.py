@@ -18,14 +18,21 @@ from omegaconf import DictConfig
 from data.output import make_printing_safe
 from dsv2.cli.base import EXPECTED, ExitCode, exit_code
 from dsv2.cli.failure import end, tell
-from dsv2.config.compose import check_shown, register_schema, to_config
+from dsv2.config.compose import check_composition, register_schema, to_config
 from dsv2.config.mistakes import COMPOSITION_ERRORS, check_command_line, explain
 from dsv2.config.schema import Config
 from dsv2.config.typed import as_typed
 from dsv2.errors import CheckpointError, Diverged, PeerLost, UserError
-from dsv2.parallel.environment import launched_ranks, stop_with_launcher, without_warnings_logged
+from dsv2.parallel.environment import (
+    launched_ranks,
+    local_processes,
+    stop_with_launcher,
+    without_warnings_logged,
+)
 from dsv2.parallel.progress import Part
+from dsv2.planner.fit import check_memory, find_room
 from dsv2.training.out_of_memory import memory_explained
+from dsv2.training.start import check_files, find_device
 from dsv2.training.validate import validate
 
 if TYPE_CHECKING:
@@ -37,13 +44,16 @@ def train(config: Config) -> None:
     """Do the whole job of this rank."""
     rank, world_size = launched_ranks()
     validate(config, world_size)
-    # Torch and DeepSpeed take seconds to import, so the configuration is validated first.
+    check_files(config)
+    # Torch and DeepSpeed take seconds to import, so the configuration and the files are checked first.
     with without_warnings_logged():
         from dsv2.parallel.start import end_process_group
         from dsv2.parallel.watchdog import Watchdog
         from dsv2.training.job import join
 
-    mesh, start, _lock = join(config, rank, world_size)
+    device = find_device(config, local_processes())
+    check_memory(config, world_size, find_room(device, local_processes(), started=True))
+    mesh, start, _lock = join(config, rank, world_size, device)
     with Watchdog(config.watchdog, mesh, config.run_dir, end=partial(abandon, config.run_dir)):
         run(config, mesh, start)
     end_process_group()
@@ -128,7 +138,7 @@ if __name__ == "__main__":
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra raises composition errors instead of printing them
     try:
         check_command_line(sys.argv[1:], read_by_hydra=True)
-        check_shown(sys.argv[1:])
+        check_composition(sys.argv[1:])
         sys.argv[1:] = map(as_typed, sys.argv[1:])
         command_line()
     except COMPOSITION_ERRORS as mistake:

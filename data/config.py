@@ -8,7 +8,8 @@ class DataConfig:
     source: str = "stdlib"  # stdlib, local or hf_stream: where the text comes from (data/streams/sources.py)
     sequence_length: int = 256  # tokens per sequence
     seed: int = 0  # seed of the order of training sequences
-    path: str = "???"  # stdlib and local only: the prepared folder; for stdlib it is made on first use
+    # stdlib and local only: the prepared folder; for stdlib, one named stdlib... is made on first use
+    path: str = "???"
     vocab_size: int = 4096  # stdlib only: pieces of the tokenizer that is trained on the text
     dataset: str | None = None  # hf_stream only: name on the hub, or a builder such as json with data_files
     subset: str | None = None  # hf_stream only: the dataset's configuration, such as en

@@ -6,6 +6,7 @@ this file does not import torch, so that a mistake in the configuration is repor
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
@@ -95,6 +96,9 @@ class DataSource(ABC):
     """
 
     name: ClassVar[str]  # the value of data.source
+    tokenizer_field: ClassVar[str]  # the field that names the tokenizer, or the folder that holds it
+    # keys of `fingerprint` that are hashes, with the field that names what is hashed
+    hashed: ClassVar[dict[str, str]]
 
     def check_config(self, config: DataConfig) -> None:
         """Refuse values of the section `data` that cannot be right, without reading a file."""
@@ -170,12 +174,21 @@ def require_state(state: dict[str, Any], *more: str) -> None:
             raise UserError(f"the checkpoint's data has {name}={value!r}; use an older checkpoint")
 
 
-def require_same(saved: dict[str, Any], current: dict[str, Any]) -> None:
-    """Refuse a saved state whose fingerprint differs from the current one."""
+def require_same(
+    saved: dict[str, Any], current: dict[str, Any], hashes: Mapping[str, str] | None = None
+) -> None:
+    """Refuse a saved state whose fingerprint differs from the current one.
+
+    Args:
+        hashes: for keys of a fingerprint that are hashes, the words that tell the difference to people.
+    """
     keys = sorted(key for key in saved.keys() | current.keys() if saved.get(key) != current.get(key))
     if keys:
-        changes = "; ".join(f"data.{key} was {saved.get(key)!r}, is {current.get(key)!r}" for key in keys)
+        words = hashes or {}
+        changes = [
+            words.get(key, f"data.{key} was {saved.get(key)!r}, is {current.get(key)!r}") for key in keys
+        ]
         raise UserError(
-            f"the checkpoint is of other data: {changes}; set the old values, or start another run from this "
-            "checkpoint's weights: resume=PATH new_stage=true name=NAME"
+            f"the checkpoint is of other data: {'; '.join(changes)}; set the old values, or start another "
+            "run from this checkpoint's weights: resume=PATH new_stage=true name=NAME"
         )

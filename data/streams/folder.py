@@ -1,7 +1,7 @@
 """Prepared folders as data sources: `local`, and `stdlib`, which prepares its folder on first use."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -10,7 +10,7 @@ from data.corpora.stdlib import StdlibCorpus
 from data.errors import UserError
 from data.prepare.corpus import prepare
 from data.prepare.settings import Settings
-from data.prepared.manifest import MANIFEST, load_manifest
+from data.prepared.manifest import MANIFEST, PROGRESS, load_manifest
 from data.prepared.packing import open_split
 from data.prepared.verify import check_small_files, check_tokenizer, read_token_bytes
 from data.reading import is_file
@@ -24,6 +24,8 @@ class LocalSource(DataSource):
     """A folder that `python -m data.prepare` wrote."""
 
     name = "local"
+    tokenizer_field = "path"
+    hashed: ClassVar = {"dataset": "path"}
 
     def check(self, config: DataConfig, vocab_size: int, validation: int) -> None:
         manifest = load_manifest(config.path)
@@ -65,8 +67,15 @@ class StdlibSource(LocalSource):
     name = "stdlib"
 
     def check(self, config: DataConfig, vocab_size: int, validation: int) -> None:
-        if is_file(Path(config.path) / MANIFEST):
+        folder = Path(config.path)
+        if is_file(folder / MANIFEST):
             _refuse_other_content(config)
+        elif not folder.name.startswith(self.name) and not is_file(folder / PROGRESS):
+            raise UserError(
+                f"data.path={config.path}: holds no finished preparation; data=stdlib, the default, makes "
+                f"only folders named {self.name}... Add data=local for a folder of yours, or run: "
+                f"python -m dsv2 prepare stdlib --out {config.path}"
+            )
         require_vocabulary(config.vocab_size, vocab_size, "data.vocab_size")
         prepare(StdlibCorpus(), config.path, Settings(vocab_size=config.vocab_size))
         super().check(config, vocab_size, validation)

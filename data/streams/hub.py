@@ -6,7 +6,7 @@ of training for validation. A hash of its text chooses it.
 
 import zlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -23,6 +23,8 @@ HELD_OUT = 100
 
 class HubSource(DataSource):
     name = "hf_stream"
+    tokenizer_field = "tokenizer"
+    hashed: ClassVar = {"tokenizer": "tokenizer"}
 
     def check_config(self, config: DataConfig) -> None:
         for field in ("dataset", "tokenizer"):

@@ -6,6 +6,7 @@ joins these bytes, and bits per byte counts them, so both are exact by construct
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +46,18 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of `ids`; bytes that are not UTF-8 (half a character) become U+FFFD."""
         return b"".join(self._pieces[i] for i in ids).decode("utf-8", errors="replace")
+
+    @cached_property
+    def pieces_sha256(self) -> str:
+        """Return a hash of all pieces by id. It is equal if every id stands for the same bytes."""
+        digest = hashlib.sha256()
+        for piece in self._pieces:
+            digest.update(len(piece).to_bytes(8, "big") + piece)
+        return digest.hexdigest()
+
+    def record(self) -> dict[str, str]:
+        """Return what a checkpoint keeps about the tokenizer."""
+        return {"file": str(self.path), "pieces_sha256": self.pieces_sha256}
 
     def token_bytes(self) -> np.ndarray:
         """Return int32 [vocab_size]: the UTF-8 bytes that each id stands for, 0 for special tokens."""

@@ -15,6 +15,7 @@ from dsv2.config.compose import compose_config
 from dsv2.config.schema import Config, Precision
 from dsv2.errors import UserError
 from dsv2.parallel.environment import launched_ranks, local_processes, without_warnings_logged
+from dsv2.planner.fit import check_memory, find_room
 from dsv2.training.out_of_memory import memory_explained
 from dsv2.training.validate import validate
 
@@ -212,6 +213,7 @@ def benchmark(options: Namespace) -> int:
     config = configuration(options.overrides, world_size)
     sizes = check_peers(options.against, config, world_size) if options.against else {}
     device = find_device(config, local_processes())
+    check_memory(config, world_size, find_room(device, local_processes(), started=False))
     if rank == 0 and options.contender is None:  # the steps take a while on a CPU
         print(announcement(config, device, sizes, options), file=sys.stderr, flush=True)
     if sizes:

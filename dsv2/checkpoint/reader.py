@@ -7,41 +7,11 @@ from torch import Tensor
 from torch.distributed.checkpoint import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from data.streams.sources import source_of
-from data.tokenizers.base import Tokenizer
-from data.tokenizers.load import load_tokenizer
 from dsv2.checkpoint.files import check, damaged_file
 from dsv2.checkpoint.safe_reader import SafeReader
 from dsv2.config.compose import from_plain
 from dsv2.config.schema import Config
 from dsv2.errors import UserError
-
-
-def run_tokenizer(config: Config, file: str | None) -> Tokenizer:
-    """Return the tokenizer in `file`; without a file, the one that the run's data was made with.
-
-    Raises:
-        UserError: the tokenizer is missing, or has more pieces than the model.
-    """
-    try:
-        tokenizer = load_tokenizer(file) if file else source_of(config.data).tokenizer(config.data)
-    except UserError as error:
-        raise UserError(f"{error}; --tokenizer FILE names the one that the run was trained with") from error
-    if tokenizer.vocab_size > config.model.vocab_size:
-        raise UserError(
-            f"tokenizer {tokenizer.path}: has {tokenizer.vocab_size} pieces, and the model's vocab_size is "
-            f"{config.model.vocab_size}; --tokenizer FILE must name the one that the run was trained with"
-        )
-    return tokenizer
-
-
-def saved_config(path: Path) -> Config:
-    """Return the configuration of the run that wrote the checkpoint. Its tensors are not read.
-
-    Raises:
-        UserError: `path` is no whole checkpoint, or its configuration does not fit this version.
-    """
-    return from_plain(check(path)["config"])
 
 
 class CheckpointReader:

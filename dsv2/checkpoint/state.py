@@ -20,6 +20,7 @@ class RunState:
     tokens: int = 0  # tokens seen
     data: dict[str, Any] | None = None  # the stream's state
     wandb_id: str | None = None
+    tokenizer: dict[str, str] | None = None  # `Tokenizer.record`; None in checkpoints of earlier versions
 
     @classmethod
     def of(cls, content: dict[str, Any]) -> "RunState":
@@ -36,6 +37,7 @@ class RunState:
             not counts
             or not isinstance(state.data, dict | None)
             or not isinstance(state.wandb_id, str | None)
+            or not _is_record(state.tokenizer)
         ):
             raise UserError(f"has run={content!r}; use an older checkpoint")
         return state
@@ -43,6 +45,16 @@ class RunState:
     def after(self, step: int, tokens: int) -> "RunState":
         """Return the state after `step` steps and `tokens` tokens in all."""
         return replace(self, step=step, tokens=tokens)
+
+
+def _is_record(tokenizer: Any) -> bool:
+    """Return whether the value is a result of `Tokenizer.record`, or None."""
+    names = {"file", "pieces_sha256"}
+    return tokenizer is None or (
+        isinstance(tokenizer, dict)
+        and tokenizer.keys() == names
+        and all(isinstance(text, str) for text in tokenizer.values())
+    )
 
 
 class Snapshot(NamedTuple):

@@ -27,12 +27,16 @@ def check(processes: int, overrides: list[str]) -> Config:
     config = compose_config(overrides)
     validate(config, processes)
 
+    from dsv2.planner.fit import check_memory, find_room
     from dsv2.training.rundir import claim, let_go
-    from dsv2.training.start import find_device, find_start
+    from dsv2.training.start import check_files, find_device, find_start
 
-    find_device(config, processes)
-    find_start(config)
+    check_files(config)
     let_go(claim(config.run_dir), config.run_dir)
+    # Only now torch is imported, which takes seconds.
+    device = find_device(config, processes)
+    check_memory(config, processes, find_room(device, processes, started=False))
+    find_start(config)
     return config
 
 

@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from data.reading import read_text
 from dsv2.config.fields import CONF, field_types
-from dsv2.config.mistakes import COMPOSITION_ERRORS, check_command_line, explain, unknown_key
+from dsv2.config.mistakes import COMPOSITION_ERRORS, check_command_line, explain, names_key, unknown_key
 from dsv2.config.renamed import with_new_names
 from dsv2.config.schema import Config
 from dsv2.config.typed import as_typed, literal
@@ -38,6 +38,7 @@ def compose_overrides(overrides: list[str]) -> DictConfig:
     """
     register_schema()
     check_command_line(overrides)
+    _check_scaling(overrides)
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
             return compose("config", [as_typed(override) for override in overrides])
@@ -72,12 +73,24 @@ def compose_config(overrides: list[str]) -> Config:
         raise explain(error, overrides) from None
 
 
-def check_shown(arguments: list[str]) -> None:
-    """Refuse unknown keys with `--cfg`, which Hydra answers itself.
+def _check_scaling(overrides: list[str]) -> None:
+    """Refuse fields of YaRN for plain RoPE. Hydra answers them with a traceback or ignores them."""
+    name = "model.rope_scaling"
+    of_scaling = [o for o in overrides if names_key(o, name) and o.lstrip("+") != f"{name}=null"]
+    if not of_scaling:
+        return
+    rest = [override for override in overrides if override not in of_scaling]
+    if compose_overrides(rest).model.rope_scaling is None:
+        raise UserError(f"{of_scaling[0]}: plain RoPE has no such field; choose rope_scaling=yarn too")
+
+
+def check_composition(arguments: list[str]) -> None:
+    """Refuse what Hydra does not refuse itself: YaRN's fields for plain RoPE, and unknown keys with `--cfg`.
 
     Args:
         arguments: train.py's whole command line.
     """
+    _check_scaling([a for a in arguments if "=" in a and not a.startswith("-")])
     if any(argument == "-c" or argument.startswith("--cfg") for argument in arguments):
         _check_keys(compose_overrides([a for a in arguments if "=" in a and not a.startswith("-")]))
 

@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from dsv2.config.fields import GROUPS, field_docs, field_types, options_of
 from dsv2.config.renamed import FIELDS, OPTIONS
+from dsv2.config.rules import TOKENS
 from dsv2.config.typed import as_typed
 from dsv2.errors import UserError
 
@@ -78,10 +79,6 @@ def check_command_line(overrides: list[str], read_by_hydra: bool = False) -> Non
     for override in overrides:
         _check_form(override, asks_hydra)
     parsed = [_parsed(o) for o in overrides if not (asks_hydra and (o.startswith("-") or "=" not in o))]
-    keeps_rope_plain = not any(
-        o.key_or_group == "experiment" or (o.key_or_group == "rope_scaling" and o.value() != "none")
-        for o in parsed
-    )
     for override in parsed:
         key = override.key_or_group
         if override.is_delete():
@@ -92,11 +89,6 @@ def check_command_line(overrides: list[str], read_by_hydra: bool = False) -> Non
             raise UserError(f"{override.input_line}: must name a file of conf/{key}, without .yaml")
         if override.is_sweep_override():
             raise UserError(f"{override.input_line}: {ONE_RUN}")
-        is_in_scaling = f"{key}.".startswith("model.rope_scaling.")
-        if is_in_scaling and value is not None and keeps_rope_plain:
-            raise UserError(
-                f"{override.input_line}: plain RoPE has no such field; choose rope_scaling=yarn too"
-            )
 
 
 def _refuse_removal(override: str | None, key: str) -> NoReturn:
@@ -156,7 +148,7 @@ def explain(error: Exception, overrides: list[str]) -> UserError:
     if not isinstance(reason, OmegaConfBaseException) or not reason.full_key:
         return UserError(" ".join(str(error).split()))
     key = str(reason.full_key).partition("[")[0]  # an item of a list is its field's
-    override = next((o for o in overrides if _names(o, key)), None)
+    override = next((o for o in overrides if names_key(o, key)), None)
     if key not in field_types():
         return UserError(unknown_key(key, override))
     hint_type = field_types()[key]
@@ -164,7 +156,8 @@ def explain(error: Exception, overrides: list[str]) -> UserError:
         values = ", ".join(member.value for member in hint_type)
         return UserError(f"{override or key}: must be one of {values}")
     hint = ""
-    if hint_type is int and override and re.fullmatch(r"[\d.]+e\+?\d+", value := override.split("=", 1)[1]):
+    value = override.split("=", 1)[1] if override else ""
+    if hint_type is int and re.fullmatch(r"[\d.]+e\+?\d+", value) and float(value) <= TOKENS:
         hint = f"; write it out: {key}={float(value):_.0f}"
     right = (
         f"must be {_kind(hint_type)}" if isinstance(reason, ValidationError) else str(reason).splitlines()[0]
@@ -182,7 +175,7 @@ def _kind(hint: Any) -> str:
     return KINDS.get(hint, "set field by field")
 
 
-def _names(override: str, key: str) -> bool:
+def names_key(override: str, key: str) -> bool:
     """Return whether an override sets or deletes this key, or something in it."""
     name = override.lstrip("+~").partition("=")[0]
     return name == key or name.startswith(f"{key}.")

@@ -133,6 +133,7 @@ class RuntimeConfig:
     kernels: str = "reference"  # how the costly operations are computed; dsv2/kernels/specs.py lists the sets
     recompute: bool = False  # recompute each layer's activations in the backward pass
     micro_batch_size: int = 4  # sequences per forward pass of a rank
+    check_memory: bool = True  # refuse a run that needs more memory than is free, before it starts
 
 
 @dataclass
@@ -167,7 +168,7 @@ class WatchdogConfig:
 
 @dataclass
 class EvalConfig:
-    every: int = 200  # optimizer steps between evaluations; one always runs at the end
+    every: int = 200  # optimizer steps between evaluations; one always runs at the end; 0: only that one
     sequences: int = 64  # sequences per evaluation: the first ones of the validation split
     sample_prompt: str = ""  # text that the final sample continues
     sample_tokens: int = 64  # length of the final sample, tokens; 0: no sample

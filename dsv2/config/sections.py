@@ -4,8 +4,17 @@ import math
 import re
 from dataclasses import fields
 
-from dsv2.config.rules import refuse, require_above_0, require_fraction, require_positive
+from dsv2.config.rules import (
+    TOKENS,
+    refuse,
+    require_above_0,
+    require_fraction,
+    require_positive,
+    require_seed,
+)
 from dsv2.config.schema import CheckpointConfig, Config, EvalConfig, LoggingConfig, OptimConfig
+
+LARGEST_BATCH = 10**6  # sequences
 
 
 def check_run(config: Config) -> None:
@@ -13,6 +22,9 @@ def check_run(config: Config) -> None:
     if not re.fullmatch(r"[A-Za-z0-9._-]{1,100}", config.name) or config.name in (".", ".."):
         right = "must be a plain folder name, such as my-run: at most 100 letters, digits, '.', '_' and '-'"
         refuse("name", repr(config.name), right)
+    if not config.runs_dir.strip():
+        refuse("runs_dir", repr(config.runs_dir), "must be a folder, such as runs")
+    require_seed("seed", config.seed)
     if config.new_stage and config.resume in ("auto", "never"):
         refuse("resume", config.resume, "must be the path of a checkpoint to start from with new_stage=true")
     if config.stop_step is not None and config.stop_step < 1:
@@ -25,14 +37,23 @@ def check_run(config: Config) -> None:
         )
 
 
-def check_schedule(optim: OptimConfig) -> None:
+def check_schedule(optim: OptimConfig, sequence_length: int) -> None:
     """Check the lengths, batch sizes and rates; the optimizer checks its own fields."""
-    require_positive("optim", optim, ["total_tokens", "batch_size", "batch_ramp_increment"])
-    require_positive("optim", optim, ["warmup_steps", "weight_decay", "batch_ramp_tokens"], least=0)
+    require_positive("optim", optim, ["total_tokens"], most=TOKENS)
+    require_positive("optim", optim, ["batch_size", "batch_ramp_increment"], most=LARGEST_BATCH)
+    require_positive("optim", optim, ["warmup_steps", "weight_decay"], least=0)
+    require_positive("optim", optim, ["batch_ramp_tokens"], least=0, most=TOKENS)
     require_fraction("optim", optim, ["decay_factor"])
     require_above_0("optim", optim, ["lr", "grad_clip"])
     if optim.decay_at != sorted(set(optim.decay_at)) or not all(0 < f < 1 for f in optim.decay_at):
         refuse("optim.decay_at", optim.decay_at, "must be rising shares of the tokens, such as [0.6, 0.9]")
+    if optim.batch_size * sequence_length > optim.total_tokens:
+        refuse(
+            "optim.batch_size",
+            optim.batch_size,
+            f"must be at most {optim.total_tokens // sequence_length}: a step of data.sequence_length="
+            f"{sequence_length} may not see more than optim.total_tokens={optim.total_tokens}",
+        )
     start = optim.batch_size_start
     if start is not None and not 1 <= start <= optim.batch_size:
         refuse("optim.batch_size_start", start, f"must be from 1 to optim.batch_size={optim.batch_size}")
@@ -58,8 +79,8 @@ def check_logging(logging: LoggingConfig) -> None:
 
 
 def check_eval(evaluation: EvalConfig) -> None:
-    require_positive("eval", evaluation, ["every", "sequences"])
-    require_positive("eval", evaluation, ["sample_tokens"], least=0)
+    require_positive("eval", evaluation, ["sequences"])
+    require_positive("eval", evaluation, ["every", "sample_tokens"], least=0)
 
 
 def check_checkpoint(checkpoint: CheckpointConfig) -> None:

@@ -9,6 +9,7 @@ complete, so an interrupted export never looks like a whole one.
 """
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -43,23 +44,26 @@ def export(
             `out` already exists or cannot be created.
         CheckpointError: `out` could not be written; partial files are removed.
     """
-    from safetensors import SafetensorError
-
     from dsv2.checkpoint.files import find_checkpoint
-    from dsv2.checkpoint.reader import CheckpointReader, run_tokenizer, saved_config
+    from dsv2.checkpoint.saved import saved_config, saved_tokenizer
     from dsv2.hf.fields import check_exportable, published_config
-    from dsv2.hf.names import model_outline
-    from dsv2.hf.tokenizer import write_tokenizer
 
-    if shard_gb <= 0:
-        raise UserError(f"--shard-gb {shard_gb}: must be above 0")
+    if not 0 < shard_gb < math.inf:
+        raise UserError(f"--shard-gb {shard_gb}: must be above 0 and finite")
     if out.exists():
         raise UserError(f"out={out}: already exists; remove it, or give another folder")
     path = find_checkpoint(checkpoint)
     run_config = saved_config(path)
     model = run_config.model
     check_exportable(model)
-    pieces = run_tokenizer(run_config, tokenizer)
+    pieces = saved_tokenizer(path, run_config, tokenizer)
+    # Only now torch is imported, which takes seconds.
+    from safetensors import SafetensorError
+
+    from dsv2.checkpoint.reader import CheckpointReader
+    from dsv2.hf.names import model_outline
+    from dsv2.hf.tokenizer import write_tokenizer
+
     reader = CheckpointReader(path)
     config = published_config(model, pieces.bos_id, pieces.eos_id, DTYPES[dtype])
     partial = out.with_name(f"{out.name}.partial")

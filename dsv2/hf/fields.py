@@ -6,7 +6,7 @@ Most fields have the same names in both. The attention's and the router's fields
 from pathlib import Path
 from typing import Any
 
-from data.reading import read_json
+from data.reading import is_folder, read_json
 from dsv2.config.rules import refuse
 from dsv2.config.schema import ModelConfig, RopeScalingConfig
 from dsv2.errors import UserError
@@ -97,8 +97,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     """Return the folder's config.json.
 
     Raises:
-        UserError: the file is missing, is not JSON, or describes another architecture.
+        UserError: the folder or the file is missing, is not JSON, or describes another architecture.
     """
+    if not is_folder(folder):
+        raise UserError(f"init_from={folder}: there is no such folder; download the model into one first")
     path = folder / "config.json"
     try:
         content = read_json(path)

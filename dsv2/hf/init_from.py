@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from data.reading import is_folder, is_plain_name, read_json, reading
+from data.reading import is_plain_name, read_json, reading
 from dsv2.config.schema import ModelConfig
 from dsv2.errors import UserError
 from dsv2.hf.fields import compare_config, read_config
@@ -37,8 +37,6 @@ class HFWeights:
     """
 
     def __init__(self, folder: Path, config: ModelConfig):
-        if not is_folder(folder):
-            raise UserError(f"init_from={folder}: there is no such folder; download the model into one first")
         self.folder = folder
         compare_config(read_config(folder), config, folder)
         self._file_of: dict[str, str] = {}

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 
 from dsv2.errors import UserError
 
+GIB = 2**30
+
 if TYPE_CHECKING:  # slow imports are inside functions, so that --help and mistakes are answered at once
     from data.tokenizers.base import Tokenizer
     from dsv2.config.schema import Config
@@ -88,6 +90,19 @@ def print_answers(texts: list[str], steps: Iterator[list[int | None]], tokenizer
         print(f"--- prompt {number}\n{text}{tokenizer.decode(answer)}")
 
 
+def _require_memory(config: "Config", precision: str, free: int) -> None:
+    """Refuse a model whose weights need more memory than is free. The kernel would kill other processes."""
+    from dsv2.model.sizes import count_parameters
+
+    needed = count_parameters(config.model).total * (2 if precision == "bf16" else 4)
+    if needed > free:
+        smaller = "use a machine with more memory" if precision == "bf16" else "try --precision bf16"
+        raise UserError(
+            f"--precision {precision}: the weights need {needed / GIB:.1f} GiB of memory, and "
+            f"{free / GIB:.1f} GiB are free; {smaller}"
+        )
+
+
 def answer(arguments: Namespace) -> None:
     """Print the model's answer to each prompt. The fields are the options of `python -m dsv2 generate`.
 
@@ -95,20 +110,26 @@ def answer(arguments: Namespace) -> None:
         UserError: an option, the checkpoint or the tokenizer is wrong.
     """
     check_arguments(arguments)
+    from dsv2.checkpoint.files import find_checkpoint
+    from dsv2.checkpoint.saved import saved_config, saved_tokenizer
+
+    path = find_checkpoint(arguments.checkpoint)
+    config = saved_config(path)
+    tokenizer = saved_tokenizer(path, config, arguments.tokenizer)
+    prompts = encode_prompts(arguments.prompt, tokenizer, config, arguments.max_tokens)
+    # Only now torch is imported, which takes seconds.
     import torch
 
-    from dsv2.checkpoint.files import find_checkpoint
-    from dsv2.checkpoint.reader import run_tokenizer, saved_config
     from dsv2.inference.model import load_model
     from dsv2.inference.sampling import Sampling, generate
+    from dsv2.parallel.host_memory import free_host_memory
 
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: there is no GPU here; use --device cpu")
-    path = find_checkpoint(arguments.checkpoint)
-    config = saved_config(path)
-    tokenizer = run_tokenizer(config, arguments.tokenizer)
-    prompts = encode_prompts(arguments.prompt, tokenizer, config, arguments.max_tokens)
     on_gpu = arguments.device == "cuda" or (arguments.device == "auto" and torch.cuda.is_available())
+    _require_memory(
+        config, arguments.precision, torch.cuda.mem_get_info()[0] if on_gpu else free_host_memory()
+    )
     dtype = torch.bfloat16 if arguments.precision == "bf16" else torch.float32
     print(f"{path}, {arguments.precision}, {'GPU' if on_gpu else 'CPU'}", file=sys.stderr)
     model = load_model(path, dtype, "cuda" if on_gpu else "cpu")

@@ -2,7 +2,7 @@
 
 import math
 
-from dsv2.config.rules import refuse, require_above_0, require_positive
+from dsv2.config.rules import MANY, refuse, require_above_0, require_positive
 from dsv2.config.schema import ModelConfig, RopeScalingConfig, RuntimeConfig
 from dsv2.kernels.specs import find_spec
 from dsv2.model.attention.kinds import attention_kind
@@ -13,15 +13,18 @@ def check_model(model: ModelConfig) -> None:
     sizes = [
         "vocab_size",
         "hidden_size",
-        "num_attention_heads",
         "intermediate_size",
         "moe_intermediate_size",
         "max_position_embeddings",
     ]
     require_positive("model", model, sizes)
-    require_positive("model", model, ["n_shared_experts"], least=0)
+    require_positive("model", model, ["num_hidden_layers", "num_attention_heads"], most=MANY)
+    require_positive("model", model, ["n_shared_experts"], least=0, most=MANY)
     above_0 = ["rms_norm_eps", "rope_theta", "initializer_range", "routed_scaling_factor"]
     require_above_0("model", model, above_0)
+    if model.rms_norm_eps >= 1:
+        right = "must be below 1: it is added to a mean square of about 1"
+        refuse("model.rms_norm_eps", model.rms_norm_eps, right)
     if not 0 <= model.first_k_dense_replace < model.num_hidden_layers:
         refuse(
             "model.first_k_dense_replace",
@@ -38,6 +41,7 @@ def _check_rope_scaling(model: ModelConfig, scaling: RopeScalingConfig) -> None:
     original = scaling.original_max_position_embeddings
     require_positive(section, scaling, ["factor"])
     require_above_0(section, scaling, ["beta_slow", "mscale", "mscale_all_dim"])
+    require_positive(section, scaling, ["original_max_position_embeddings"])
     if not scaling.beta_slow < scaling.beta_fast < math.inf:
         refuse(f"{section}.beta_fast", scaling.beta_fast, f"must be above beta_slow={scaling.beta_slow}")
     if original < (least := math.ceil(2 * math.pi * scaling.beta_slow)):

@@ -118,11 +118,6 @@ def schedule_notes(
 ) -> list[str]:
     """Return notes on what may surprise in the schedule of a session that begins at this step and token."""
     notes = []
-    if optim.warmup_steps > total_steps:
-        notes.append(
-            f"note: optim.warmup_steps={optim.warmup_steps}: the run has only {total_steps} steps, so the "
-            f"learning rate never reaches optim.lr={optim.lr:g}"
-        )
     if step == total_steps:
         if tokens >= optim.total_tokens + optim.batch_size * sequence_length:
             notes.append(

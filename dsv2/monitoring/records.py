@@ -16,21 +16,25 @@ from typing import Any
 
 from data.reading import is_file, reading
 from dsv2.errors import UserError
+from dsv2.training.rundir import MAPS_FILE, METRICS_FILE
 
-METRICS_FILE = "metrics.jsonl"
-MAPS_FILE = "maps.jsonl"
+__all__ = ["MAPS_FILE", "METRICS_FILE", "RecordWriter", "read_maps", "read_metrics", "read_records"]
 
 
 class RecordWriter:
     """Appends to one file. A line that cannot be written is lost, with one warning per session."""
 
     def __init__(self, path: Path) -> None:
-        _drop_torn_line(path)
         self._path = path
-        # Unbuffered: after a failed write (disk full) a buffer would flush the same bytes later, into the
-        # middle of a line.
-        self._file = io.FileIO(path, "a")
         self._has_warned = False
+        self._file: io.FileIO | None = None
+        try:
+            _drop_torn_line(path)
+            # Unbuffered: after a failed write (disk full) a buffer would flush the same bytes later, into the
+            # middle of a line.
+            self._file = io.FileIO(path, "a")
+        except OSError as error:
+            self._warn(str(error))
 
     def append(self, record: dict[str, Any]) -> None:
         """Write the line whole or not at all: a full disk must not end a run.
@@ -39,6 +43,8 @@ class RecordWriter:
             ValueError: NaN or infinity, which JSON does not know.
         """
         data = (json.dumps(record, allow_nan=False) + "\n").encode()
+        if self._file is None:
+            return
         size_before = os.fstat(self._file.fileno()).st_size
         try:
             if self._file.write(data) == len(data):
@@ -48,13 +54,17 @@ class RecordWriter:
             problem = str(error)
         with contextlib.suppress(OSError):  # half a line would spoil the next one
             self._file.truncate(size_before)
+        self._warn(problem)
+
+    def _warn(self, problem: str) -> None:
         if not self._has_warned:
             print(f"warning: {self._path.name} could not be written: {problem}", flush=True)
         self._has_warned = True
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, float]]:

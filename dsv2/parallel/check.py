@@ -1,6 +1,6 @@
 """Checks of the layout: how processes share the batch, the experts and the optimizer's states. No torch."""
 
-from dsv2.config.rules import divisors, refuse, require_positive
+from dsv2.config.rules import refuse, require_positive
 from dsv2.config.schema import Config, WatchdogConfig
 from dsv2.parallel.plan import Dim, ParallelPlan
 from dsv2.parallel.zero.stages import find_stage
@@ -8,18 +8,10 @@ from dsv2.parallel.zero.stages import find_stage
 COLLECTIVE_TIMEOUT_S = 7200  # torch ends a job whose collective takes longer; the watchdog comes first
 
 
-def check_layout(config: Config, world_size: int) -> None:
-    """Refuse a layout that `world_size` processes cannot have; UserError names the field."""
-    ep_size = config.parallel.expert_parallel_size
+def check_layout(config: Config) -> None:
+    """Refuse a layout that cannot run; UserError names the field. moe/check.py checks the experts' layout."""
     require_positive("parallel", config.parallel, ["expert_parallel_size"])
     require_positive("runtime", config.runtime, ["micro_batch_size"])
-    if world_size % ep_size:
-        refuse(
-            "parallel.expert_parallel_size",
-            ep_size,
-            f"must divide the number of processes, {world_size}: one of {divisors(world_size)}; "
-            "or start another number (NPROC=N launch/local.sh, torchrun --nproc_per_node=N; a plan: gpus=N)",
-        )
     find_stage(config.parallel.zero_stage, config.runtime.precision).check(config.optim, config.runtime)
 
 

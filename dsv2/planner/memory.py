@@ -13,7 +13,7 @@ from dsv2.moe.routers.kinds import router_of
 from dsv2.optimizers.rules import find_optimizer
 from dsv2.parallel.micro_batch import micro_batch
 from dsv2.parallel.plan import ParallelPlan
-from dsv2.parallel.zero.base import FP32, Job, States
+from dsv2.parallel.zero.base import BUCKET, FP32, Job, States
 from dsv2.parallel.zero.stages import find_stage
 from dsv2.planner.activations import Activations, activations
 from dsv2.planner.parameters import rank_parameters
@@ -39,25 +39,29 @@ class Memory(NamedTuple):
         return max(self.phases, key=lambda name: self.phases[name])
 
 
-def memory(config: Config, world_size: int, gpu: bool = True) -> Memory:
+def memory(config: Config, world_size: int, gpu: bool = True, resident: bool = False) -> Memory:
     """Return the bytes that each of `world_size` ranks needs for this configuration.
 
     Args:
         config: the whole configuration, validated for `world_size`.
         world_size: the number of ranks of the job.
         gpu: if False, count what torch's CPU kernels keep. Tests without a GPU compare this count.
+        resident: leave out the part of the reduction bucket that no gradient touches. On the CPU it takes no
+            memory; a GPU's allocator reserves it.
     """
     optim = config.optim
     runtime = config.runtime
     ep_size = config.parallel.expert_parallel_size
     stage = find_stage(config.parallel.zero_stage, runtime.precision)
+    parameters = rank_parameters(config.model, ParallelPlan.of(config.parallel, world_size))
     job = Job(
-        parameters=rank_parameters(config.model, ParallelPlan.of(config.parallel, world_size)),
+        parameters=parameters,
         optimizer=find_optimizer(optim.name),
         weight_bytes=2 if runtime.precision is Precision.bf16 else FP32,
         state_bytes=2 if optim.states is Precision.bf16 else FP32,
         several_terms=optim.batch_size > runtime.micro_batch_size,
         fused=find_spec(runtime.kernels).is_fused,
+        bucket=min(BUCKET, parameters.elements) if resident else BUCKET,
     )
     states = stage.states(job)
     ranks_per_token = router_of(config.model).mean_ranks(config.model, ep_size)

@@ -66,7 +66,7 @@ def plan(config: Config, machines: Machines) -> Planned:
     return Planned(config, machines, memory(config, gpus), speed(config, gpus, gpu, per_node, mfu))
 
 
-def _layouts(config: Config, gpus: int) -> Iterator[Config]:
+def layouts(config: Config, gpus: int) -> Iterator[Config]:
     """Yield every layout of `gpus` processes that train.py accepts for this model and batch."""
     experts = config.model.n_routed_experts
     micro_batches = [2**power for power in range(max(1, config.optim.batch_size // gpus).bit_length())]
@@ -88,8 +88,8 @@ def _layouts(config: Config, gpus: int) -> Iterator[Config]:
 
 def search(config: Config, machines: Machines) -> list[Planned]:
     """Return the layouts that fit, fastest first. Among equally fast layouts the lowest peak comes first."""
-    layouts = (plan(candidate, machines) for candidate in _layouts(config, machines.gpus))
-    fitting = [layout for layout in layouts if layout.fits]
+    planned = (plan(candidate, machines) for candidate in layouts(config, machines.gpus))
+    fitting = [layout for layout in planned if layout.fits]
     return sorted(fitting, key=lambda layout: (layout.speed.step_s, layout.memory.peak))
 
 

@@ -1,7 +1,9 @@
 """Join the other ranks, and build everything that the training loop works with."""
 
+from dataclasses import replace
 from typing import NamedTuple
 
+import torch
 from filelock import FileLock
 
 from data.streams.base import Stream
@@ -9,7 +11,6 @@ from data.streams.sources import build_stream
 from dsv2.checkpoint.state import Loaded, RunState
 from dsv2.checkpoint.store import CheckpointStore
 from dsv2.config.schema import Config
-from dsv2.parallel.environment import local_processes
 from dsv2.parallel.mesh import Mesh
 from dsv2.parallel.plan import Dim, ParallelPlan
 from dsv2.parallel.start import start_mesh
@@ -18,7 +19,7 @@ from dsv2.training.build import build_model
 from dsv2.training.engine import Engine
 from dsv2.training.evaluate import Evaluator
 from dsv2.training.rundir import claim
-from dsv2.training.start import Start, find_device, find_start
+from dsv2.training.start import Start, find_start
 
 
 class Joined(NamedTuple):
@@ -40,14 +41,13 @@ class Job(NamedTuple):
     loaded: Loaded | None  # the checkpoint that the run resumes from
 
 
-def join(config: Config, rank: int, world_size: int) -> Joined:
+def join(config: Config, rank: int, world_size: int, device: torch.device) -> Joined:
     """Check the files, hold the run's folder, and start the process group. Collective.
 
     Raises:
-        UserError: this machine, the data or the checkpoint does not fit the configuration.
+        UserError: the data or the checkpoint does not fit the configuration.
     """
     # Mistakes in files are reported before any process group exists.
-    device = find_device(config, local_processes())
     start = find_start(config)
     lock = claim(config.run_dir) if rank == 0 else None
     record_collectives(config.run_dir)
@@ -66,7 +66,7 @@ def build_job(config: Config, mesh: Mesh, start: Start) -> Job:
     stream = build_stream(config.data, config.model.vocab_size, mesh[Dim.dp])
     evaluator = Evaluator(engine, config)
     loaded = engine.load(store, checkpoint) if checkpoint else None
-    state = loaded.state if loaded else RunState()
+    state = replace(loaded.state if loaded else RunState(), tokenizer=evaluator.tokenizer.record())
     if state.data is not None:
         stream.load_state_dict(state.data)
     return Job(engine, store, stream, evaluator, state=state, loaded=loaded)

@@ -9,6 +9,9 @@ from filelock import FileLock, Timeout
 from data.reading import reading
 from dsv2.errors import UserError
 
+METRICS_FILE = "metrics.jsonl"
+MAPS_FILE = "maps.jsonl"
+CONFIG_FILE = "config.yaml"
 LOCK = ".lock"
 OWNER = ".lock-owner"
 
@@ -27,6 +30,7 @@ def claim(run_dir: Path) -> FileLock:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         lock.acquire()
+        _require_files(run_dir)
         # In a separate file, because taking the lock empties the lock file. This write also shows whether the
         # disk has room.
         (run_dir / OWNER).write_text(f"process {os.getpid()} of {socket.gethostname()}\n", encoding="utf-8")
@@ -37,10 +41,21 @@ def claim(run_dir: Path) -> FileLock:
         ) from None
     except OSError as error:
         raise UserError(
-            f"{where}: {run_dir} cannot be written ({error.strerror or error}); make it writable, or choose "
-            "another runs_dir=FOLDER"
+            f"{where}: {error.filename or run_dir} cannot be written ({error.strerror or error}); make it "
+            "writable, or choose another runs_dir=FOLDER"
         ) from None
     return lock
+
+
+def _require_files(run_dir: Path) -> None:
+    """Open every file that the run will write and that already exists.
+
+    Raises:
+        OSError: one of them is a folder, or cannot be written.
+    """
+    for name in (METRICS_FILE, MAPS_FILE, CONFIG_FILE):
+        if (path := run_dir / name).exists():
+            path.open("ab").close()
 
 
 def let_go(lock: FileLock, run_dir: Path) -> None:
@@ -62,7 +77,7 @@ def _owner(run_dir: Path) -> str:
 def save_config(run_dir: Path, yaml: str, *, resumed: bool) -> None:
     """Write the resolved configuration to the folder. A resumed run keeps an earlier, different file."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    target = run_dir / "config.yaml"
+    target = run_dir / CONFIG_FILE
     try:
         with reading(target):
             earlier = target.read_bytes()

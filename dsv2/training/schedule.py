@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from dsv2.config.rules import refuse
 from dsv2.config.schema import OptimConfig
 
 
@@ -29,6 +30,16 @@ def batch_size_at(config: OptimConfig, tokens: int) -> int:
     return start + grown // config.batch_ramp_increment * config.batch_ramp_increment
 
 
+def _next_growth(config: OptimConfig, tokens: int) -> int:
+    """Return the number of tokens at which the batch of the step at `tokens` grows next."""
+    start = config.batch_size_start
+    assert start is not None, "only a ramp has growing batches"
+    if start == config.batch_size:
+        return config.batch_ramp_tokens
+    grown = batch_size_at(config, tokens) - start + config.batch_ramp_increment
+    return -(-grown * config.batch_ramp_tokens // (config.batch_size - start))
+
+
 def lr_at(config: OptimConfig, step: int, tokens: int) -> float:
     """Return the rate: linear warm-up, then the peak times `decay_factor` per `decay_at` fraction passed."""
     warmup = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
@@ -50,8 +61,26 @@ def plan_steps(
 
 def count_steps(config: OptimConfig, sequence_length: int, step: int = 0, tokens: int = 0) -> int:
     """Return the steps of the whole run, of which `step` steps with `tokens` tokens are done."""
-    while tokens < min(config.total_tokens, config.batch_ramp_tokens):
-        tokens += batch_size_at(config, tokens) * sequence_length
-        step += 1
+    while tokens < (end := min(config.total_tokens, config.batch_ramp_tokens)):
+        tokens_per_step = batch_size_at(config, tokens) * sequence_length
+        steps = -(-(min(end, _next_growth(config, tokens)) - tokens) // tokens_per_step)
+        tokens += steps * tokens_per_step
+        step += steps
     rest = max(0, config.total_tokens - tokens)
     return step + -(-rest // (config.batch_size * sequence_length))
+
+
+def check_warmup(config: OptimConfig, sequence_length: int) -> None:
+    """Refuse a warm-up that is longer than the run, whose rate would never reach its peak.
+
+    Raises:
+        UserError: names the field, its value and what would be right.
+    """
+    steps = count_steps(config, sequence_length)
+    if config.warmup_steps > steps:
+        refuse(
+            "optim.warmup_steps",
+            config.warmup_steps,
+            f"must be at most {steps}, the steps of the run; optim.warmup_steps={steps // 10} suits its "
+            f"optim.total_tokens={config.total_tokens}",
+        )

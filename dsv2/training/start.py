@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from dsv2.config.compose import to_plain
 from dsv2.config.schema import Config
+from dsv2.errors import UserError
 
 if TYPE_CHECKING:  # these import torch
     import torch
@@ -22,6 +23,39 @@ class Start(NamedTuple):
     weights: "HFWeights | None"  # of init_from, if there is no checkpoint
 
 
+def check_files(config: Config) -> None:
+    """Check data, and the folders to begin at, as far as that needs no torch: a mistake is told at once.
+
+    Raises:
+        UserError: names the field, its value and what would be right.
+    """
+    from data.streams.sources import source_of
+    from dsv2.checkpoint.files import find_checkpoint, newest_first
+    from dsv2.hf.fields import compare_config, read_config
+
+    source_of(config.data).check(config.data, config.model.vocab_size, config.eval.sequences)
+    if config.resume not in ("auto", "never"):
+        find_checkpoint(Path(config.resume), option=f"resume={config.resume}")
+    elif config.init_from is not None and not newest_first(config.run_dir / "checkpoints"):
+        folder = Path(config.init_from)
+        compare_config(read_config(folder), config.model, folder)
+        _check_tokenizer_of(folder, config)
+
+
+def _check_tokenizer_of(folder: Path, config: Config) -> None:
+    """Refuse a Hugging Face folder whose tokenizer has other pieces than the data's, or that has none."""
+    from data.streams.sources import check_tokenizer
+    from data.tokenizers.load import load_tokenizer
+
+    files = [folder / name for name in ("tokenizer.json", "tokenizer.model") if (folder / name).is_file()]
+    if not files:
+        raise UserError(
+            f"init_from={folder}: has no tokenizer.json to compare with the tokenizer of the data; copy "
+            "the one that the weights were trained with there"
+        )
+    check_tokenizer(config.data, load_tokenizer(files[0]).record(), f"init_from={folder}")
+
+
 def find_device(config: Config, processes: int) -> "torch.device":
     """Return this process's device, for a job with `processes` processes on this machine.
 
@@ -35,16 +69,16 @@ def find_device(config: Config, processes: int) -> "torch.device":
 
 
 def find_start(config: Config) -> Start:
-    """Check the data and find where the run begins.
+    """Find where the run begins; call `check_files` first.
 
     Raises:
-        UserError: the data, the checkpoint or the weights do not fit the configuration.
+        UserError: the checkpoint or the weights do not fit the configuration or the data.
     """
-    from data.streams.sources import check_resumed, source_of
+    from data.streams.sources import check_resumed, check_tokenizer
+    from dsv2.checkpoint.files import check
     from dsv2.checkpoint.store import CheckpointStore
     from dsv2.hf.init_from import HFWeights
 
-    source_of(config.data).check(config.data, config.model.vocab_size, config.eval.sequences)
     store = CheckpointStore(
         config.run_dir / "checkpoints",
         config.checkpoint.keep,
@@ -52,8 +86,11 @@ def find_start(config: Config) -> Start:
         keep_every=config.checkpoint.keep_every,
     )
     found = store.find(config.resume, config.stop_step)
-    if found and found.state.data:
-        check_resumed(config.data, found.state.data)
+    if found:
+        saved = check(found.path)
+        if found.state.data:
+            check_resumed(config.data, found.state.data, saved["config"]["data"])
+        check_tokenizer(config.data, saved["run"].get("tokenizer"), f"checkpoint {found.path}")
     if found is not None or config.init_from is None:
         return Start(store, found, None)
     return Start(store, None, HFWeights(Path(config.init_from), config.model))

@@ -6,6 +6,7 @@ from dsv2.model.check import check_kernels, check_model
 from dsv2.moe.check import check_experts, check_experts_of_ranks
 from dsv2.optimizers.rules import find_optimizer
 from dsv2.parallel.check import check_batch_sizes, check_layout, check_watchdog
+from dsv2.training.schedule import check_warmup
 
 
 def validate(config: Config, world_size: int) -> None:
@@ -23,9 +24,9 @@ def validate(config: Config, world_size: int) -> None:
     check_model(config.model)
     check_experts(config.model)
     find_optimizer(config.optim.name).check(config.optim)
-    check_schedule(config.optim)
-    check_layout(config, world_size)
-    check_experts_of_ranks(config.model, config.parallel.expert_parallel_size)
+    check_schedule(config.optim, config.data.sequence_length)
+    check_layout(config)
+    check_experts_of_ranks(config.model, config.parallel.expert_parallel_size, world_size)
     check_kernels(config.model, config.runtime)
     check_batch_sizes(config, world_size)
     check_config(config.data)
@@ -34,3 +35,4 @@ def validate(config: Config, world_size: int) -> None:
     check_watchdog(config.watchdog)
     check_eval(config.eval)
     check_checkpoint(config.checkpoint)
+    check_warmup(config.optim, config.data.sequence_length)

@@ -59,6 +59,7 @@ def test_long_context_stage(command, begun, tmp_path):
     assert state["adam_step"] == 12 + 8
     assert state["run"]["data"]["consumed"] == 8 * 8
     assert state["run"]["data"]["fingerprint"]["sequence_length"] == 64
+    assert state["run"]["tokenizer"]["file"].endswith("/tokenizer.model")
     # Twice the length and other frequencies cost little: the loss is far from where pretraining began.
     short_losses, long_losses = scalars(begun, "train/loss"), scalars(long, "train/loss")
     assert abs(long_losses[1] - short_losses[12]) < 0.25 * (short_losses[1] - short_losses[12])

@@ -25,8 +25,11 @@ class MultiHeadLatent(AttentionKind):
         require_positive(
             "model", model, ["kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"]
         )
-        if model.q_lora_rank is not None and model.q_lora_rank < 1:
-            refuse("model.q_lora_rank", model.q_lora_rank, "must be at least 1, or null for no compression")
+        if model.q_lora_rank is not None:
+            if model.q_lora_rank < 1:
+                right = "must be at least 1, or null for no compression"
+                refuse("model.q_lora_rank", model.q_lora_rank, right)
+            require_positive("model", model, ["q_lora_rank"])
         if model.qk_rope_head_dim % 2:
             refuse("model.qk_rope_head_dim", model.qk_rope_head_dim, "must be even: RoPE rotates pairs")
         self.require_no_key_value_heads(model)

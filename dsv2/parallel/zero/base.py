@@ -34,6 +34,7 @@ class Job(NamedTuple):
     state_bytes: int  # of one master weight, and of one element of an optimizer state
     several_terms: bool  # is a step's gradient a sum over micro-batches or ranks?
     fused: bool  # are the kernels fused, as runtime.kernels says?
+    bucket: int = BUCKET  # elements of the reduction bucket that take memory
 
 
 class States(NamedTuple):

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from dsv2.optimizers.base import GroupSizes
-from dsv2.parallel.zero.base import BUCKET, FP32, Job, Range, Sharded, States, ZeroStage, flat
+from dsv2.parallel.zero.base import FP32, Job, Range, Sharded, States, ZeroStage, flat
 from dsv2.parallel.zero.experts import place
 
 if TYPE_CHECKING:
@@ -75,4 +75,4 @@ class Stage1(ZeroStage):
         return 2 * FP32 + weight_bytes  # gradients summed in fp32, weights gathered
 
     def step_buffers(self, job: Job) -> float:
-        return job.weight_bytes * BUCKET
+        return job.weight_bytes * job.bucket

@@ -69,7 +69,7 @@ class Stage3(ZeroStage):
             gradients=FP32 * owned,
             masters=FP32 * owned,
             moments=self.moments(job),
-            buffers=job.weight_bytes * BUCKET,
+            buffers=job.weight_bytes * job.bucket,
         )
 
     def traffic(self, micro_batches: int, weight_bytes: int) -> float:

@@ -98,7 +98,12 @@ def test_words_and_overrides():
 @pytest.mark.parametrize("data", [["experiment=v2"], ["data=hf_stream"], ["data=stdlib"], ["data.path=x"]])
 def test_no_data_is_needed(data):
     load(
-        ["parallel.expert_parallel_size=1", "optim.batch_size=2304", *data],
+        [
+            "parallel.expert_parallel_size=1",
+            "optim.batch_size=2304",
+            "optim.total_tokens=1_000_000_000",
+            *data,
+        ],
         Machines(8, GPUS["h100"], 8, None),
     )
 

@@ -17,8 +17,12 @@ SHIPPED = sorted(
 FOLDER = REPO / "conf/experiment"
 EXPERIMENTS = sorted(path.relative_to(FOLDER).with_suffix("").as_posix() for path in FOLDER.rglob("*.yaml"))
 NEEDED = {  # what a shipped choice leaves to the user
-    "data=local": ["data.path=somewhere"],
-    "data=hf_stream": ["data.dataset=json", "data.tokenizer=somewhere.model"],
+    "data=local": ["data.path=somewhere", "optim.total_tokens=10_000_000"],
+    "data=hf_stream": [
+        "data.dataset=json",
+        "data.tokenizer=somewhere.model",
+        "optim.total_tokens=10_000_000",
+    ],
     "experiment=v2": ["data.path=somewhere"],
     "experiment=lite": ["data.path=somewhere"],
     "experiment=long_context": ["resume=somewhere", "data.path=somewhere"],

@@ -31,7 +31,6 @@ AT_LEAST_ONE = [
     "model.topk_group",
     "model.max_position_embeddings",
     "model.rope_scaling.factor",
-    "data.sequence_length",
     "data.vocab_size",
     "data.lanes",
     "data.shuffle_window",
@@ -44,7 +43,6 @@ AT_LEAST_ONE = [
     "logging.maps_every",
     "logging.alert_windows",
     "logging.alert_spike_steps",
-    "eval.every",
     "eval.sequences",
     "checkpoint.keep",
     "stop_step",
@@ -54,10 +52,10 @@ AT_LEAST_ZERO = [
     "model.balance.alpha_expert",
     "model.balance.alpha_device",
     "model.balance.alpha_comm",
-    "data.seed",
     "optim.warmup_steps",
     "optim.weight_decay",
     "optim.batch_ramp_tokens",
+    "eval.every",
     "eval.sample_tokens",
     "checkpoint.every",
     "checkpoint.keep_every",
@@ -75,6 +73,7 @@ ABOVE_ZERO = [
     "optim.eps",
     "optim.grad_clip",
 ]
+SEEDS = ["seed", "data.seed", "model.balance.exempt_seed"]
 FRACTIONS = ["model.balance.exempt_fraction", "optim.beta1", "optim.beta2", "optim.decay_factor"]
 
 PLAIN_NAME = "must be a plain folder name, such as my-run: at most 100 letters, digits, '.', '_' and '-'"
@@ -279,6 +278,32 @@ def test_a_moment_that_never_moves(name):
             [("watchdog.slow_limit_s", 3601.0)],
             "watchdog.slow_limit_s=3601.0: must be at least 0 and at most 3600 s; 0 means no limit",
         ),
+        ([("data.sequence_length", 1)], "data.sequence_length=1: must be at least 2"),
+        (
+            [("model.rms_norm_eps", 1e300)],
+            "model.rms_norm_eps=1e+300: must lie between 1.2e-38 and 3.4e+38, as in fp32",
+        ),
+        (
+            [("model.rms_norm_eps", 1.0)],
+            "model.rms_norm_eps=1.0: must be below 1: it is added to a mean square of about 1",
+        ),
+        (
+            [("optim.batch_size", 3908)],
+            "optim.batch_size=3908: must be at most 3906: a step of data.sequence_length=256 may not see "
+            "more than optim.total_tokens=1000000",
+        ),
+        (
+            [("optim.warmup_steps", 246)],
+            "optim.warmup_steps=246: must be at most 245, the steps of the run; optim.warmup_steps=24 suits "
+            "its optim.total_tokens=1000000",
+        ),
+        (
+            [("optim.total_tokens", 8192)],  # 2 steps, with the default warm-up
+            "optim.warmup_steps=20: must be at most 2, the steps of the run; optim.warmup_steps=0 suits its "
+            "optim.total_tokens=8192",
+        ),
+        ([("runs_dir", "")], "runs_dir='': must be a folder, such as runs"),
+        ([("runs_dir", "  ")], "runs_dir='  ': must be a folder, such as runs"),
         ([("stop_step", 0)], "stop_step=0: must be at least 1, or null"),
         ([("name", "")], f"name='': {PLAIN_NAME}"),
         ([("name", "a/b")], f"name='a/b': {PLAIN_NAME}"),
@@ -290,48 +315,6 @@ def test_impossible_combinations(changes, message):
 
 
 @pytest.mark.parametrize(
-    ("world_size", "changes", "message"),
-    [
-        (
-            6,
-            [("parallel.expert_parallel_size", 4)],
-            "parallel.expert_parallel_size=4: must divide the number of processes, 6: one of 1, 2, 3, 6; "
-            "or start another number (NPROC=N launch/local.sh, torchrun --nproc_per_node=N; a plan: gpus=N)",
-        ),
-        (
-            3,
-            [("parallel.expert_parallel_size", 3)],
-            "parallel.expert_parallel_size=3: must divide model.n_routed_experts=16: one of 1, 2, 4, 8, 16",
-        ),
-        (
-            4,
-            [("parallel.expert_parallel_size", 4), ("model.n_routed_experts", 24), ("model.n_group", 6)],
-            "parallel.expert_parallel_size=4: must divide model.n_group=6 or be a multiple of it, so that "
-            "no rank holds parts of two groups",
-        ),
-        (
-            3,
-            [("optim.batch_size", 16)],
-            "optim.batch_size=16: must be a multiple of 12 = runtime.micro_batch_size=4 x 3 processes",
-        ),
-        (
-            2,
-            [("optim.batch_size_start", 4), ("optim.batch_ramp_tokens", 9)],
-            "optim.batch_size_start=4: must be a multiple of 8 = runtime.micro_batch_size=4 x 2 processes",
-        ),
-        (
-            2,
-            [("optim.batch_size_start", 8), ("optim.batch_ramp_tokens", 9)],
-            "optim.batch_ramp_increment=1: must be a multiple of 8 = runtime.micro_batch_size=4 x 2 "
-            "processes",
-        ),
-    ],
-)
-def test_impossible_layouts(world_size, changes, message):
-    assert refusal(*changes, world_size=world_size) == message
-
-
-@pytest.mark.parametrize(
     ("world_size", "changes"),
     [
         (8, [("parallel.expert_parallel_size", 8), ("optim.batch_size", 32)]),  # two ranks a group
@@ -340,7 +323,17 @@ def test_impossible_layouts(world_size, changes, message):
         (1, [("model.num_experts_per_tok", 8)]),
         (1, [("model.n_shared_experts", 0), ("model.first_k_dense_replace", 0), ("checkpoint.every", 0)]),
         (1, [("optim.decay_at", []), ("optim.warmup_steps", 0), ("eval.sample_tokens", 0)]),
-        (1, [("data.sequence_length", 4096), ("stop_step", 1), ("name", "my.run-1_b")]),
+        (1, [("optim.total_tokens", 4096), ("optim.warmup_steps", 1), ("eval.every", 0)]),
+        (1, [("seed", 2**63 - 1), ("model.balance.exempt_seed", 0), ("data.seed", 2**63 - 1)]),
+        (
+            1,
+            [
+                ("data.sequence_length", 4096),
+                ("optim.warmup_steps", 15),
+                ("stop_step", 1),
+                ("name", "my.run-1_b"),
+            ],
+        ),
         (1, [("parallel.zero_stage", 0)]),
         (1, [("logging.alert_max_vio", None), ("logging.alert_dead", None), ("logging.alert_spike", 0.0)]),
         (1, [("model.rope_scaling.factor", 2.0), ("model.max_position_embeddings", 8192)]),
@@ -374,10 +367,11 @@ def test_plain_and_yaml_forms_hold_every_field():
 
 def test_every_number_is_checked():
     """A field added to the dataclasses must come with a refusal, or be listed as free here."""
-    free = {"model.balance.exempt_seed", "seed", "parallel.zero_stage", "optim.batch_size_start"}
+    free = {"parallel.zero_stage", "optim.batch_size_start"}
     covered = {*AT_LEAST_ONE, *AT_LEAST_ZERO, *ABOVE_ZERO, *FRACTIONS, *free}
     covered |= {"model.num_hidden_layers", "model.first_k_dense_replace"}
-    covered |= {"model.num_key_value_heads", "watchdog.limit_s", "watchdog.slow_limit_s"}
+    covered |= {"model.num_key_value_heads", "data.sequence_length", *SEEDS}
+    covered |= {"watchdog.limit_s", "watchdog.slow_limit_s"}
     covered |= {f"logging.alert_{name}" for name in ("max_vio", "dead", "spike")}
     covered |= {f"model.rope_scaling.{name}" for name in ("beta_fast", "original_max_position_embeddings")}
     numbers = {

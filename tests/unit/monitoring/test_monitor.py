@@ -260,18 +260,6 @@ def test_options_that_differ_from_the_checkpoints_are_printed(run_dir, capsys):
     assert line in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("warmup", "is_printed"), [(8, True), (7, False)])
-def test_a_run_that_never_leaves_its_warm_up_says_so(run_dir, capsys, warmup, is_printed):
-    config = replace(CONFIG, optim=replace(CONFIG.optim, warmup_steps=warmup, lr=3e-4))
-    with monitor(run_dir, config=config):
-        pass
-    line = (
-        "note: optim.warmup_steps=8: the run has only 7 steps, so the learning rate never reaches "
-        "optim.lr=0.0003\n"
-    )
-    assert (line in capsys.readouterr().out) is is_printed
-
-
 @pytest.mark.parametrize(("tokens", "is_printed"), [(319, False), (320, True)])
 def test_a_target_that_was_passed_is_printed(run_dir, capsys, tokens, is_printed):
     """By a whole batch of 40: the last step alone may pass it by less."""

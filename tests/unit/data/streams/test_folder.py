@@ -1,7 +1,8 @@
 """Prepared folders as data sources: validation, and what is refused."""
 
+import re
 import shutil
-from functools import partial
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -43,9 +44,15 @@ def test_state_of_another_dataset(folder: Path, tmp_path: Path) -> None:
     settings = Settings(tokenizer=str(folder / "tokenizer.model"), val_fraction=0)
     prepare(source, tmp_path / "other", settings, quiet=True)
     other = local(folder, path=str(tmp_path / "other"))
-    for find in (build(other).load_state_dict, partial(check_resumed, other)):
-        with pytest.raises(UserError, match=r"other data: data\.dataset was"):
-            find(state)
+    with pytest.raises(UserError, match=r"other data: data\.dataset was"):
+        build(other).load_state_dict(state)
+    mine = asdict(local(folder))
+    words = f"other data: data.path was {mine['path']!r}, is {other.path!r}, which has other content; set"
+    with pytest.raises(UserError, match=re.escape(words)):
+        check_resumed(other, state, mine)
+    words = f"other data: data.path={other.path} has other content than when the checkpoint was saved; set"
+    with pytest.raises(UserError, match=re.escape(words)):
+        check_resumed(other, state, asdict(other))
 
 
 STRANGE = [
@@ -65,7 +72,7 @@ def test_a_state_that_no_stream_has_written(folder: Path, config, change: dict, 
         stream.load_state_dict(stream.state_dict() | change)
     if "fingerprint" in change:
         with pytest.raises(UserError, match=f"the checkpoint's data has {message}"):
-            check_resumed(config(folder), change)
+            check_resumed(config(folder), change, {})
 
 
 @pytest.mark.parametrize(
@@ -91,7 +98,12 @@ def test_other_tokenizer_in_the_folder(folder: Path, tmp_path: Path) -> None:
         ({"sequence_length": 9999}, 300, r"data\.sequence_length=9999: the train split .* tokens"),
         ({}, 299, r"model\.vocab_size=299: must be at least 300, the pieces of the tokenizer of"),
         (
-            {"source": "stdlib", "vocab_size": 301, "path": "/nowhere"},
+            {"source": "stdlib", "path": "/nowhere", "vocab_size": 300},
+            300,
+            "holds no finished preparation; .* Add data=local for a folder of yours, or run: python -m",
+        ),
+        (
+            {"source": "stdlib", "vocab_size": 301, "path": "/nowhere/stdlib"},
             300,
             r"at least 301, the pieces of data\.vocab_size",
         ),

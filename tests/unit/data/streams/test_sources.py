@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -108,10 +109,10 @@ def test_state_of_other_data(folder: Path, make: Callable[..., DataConfig], fiel
     config = make(folder)
     stream = build(config)
     state = stream.state_dict()
-    check_resumed(config, state)
+    check_resumed(config, state, asdict(config))
     state["fingerprint"] = {**state["fingerprint"], field: OTHER[field]}
     was, now = re.escape(repr(OTHER[field])), re.escape(repr(getattr(config, field)))
-    for find in (stream.load_state_dict, partial(check_resumed, config)):
+    for find in (stream.load_state_dict, partial(check_resumed, config, saved=asdict(config))):
         with pytest.raises(UserError, match=rf"other data: data\.{field} was {was}, is {now};"):
             find(state)
 

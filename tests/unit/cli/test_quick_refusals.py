@@ -1,0 +1,68 @@
+"""A mistake that needs no tensors to be found is told before torch is imported, which takes seconds."""
+
+import json
+import subprocess
+import sys
+
+from tests.unit.helpers import REPO, cpu_seconds_of_children
+
+PROGRAM = """
+import json, sys
+from dsv2.__main__ import VERBS
+from dsv2.cli.base import main
+for words in json.loads(sys.argv[1]):
+    print(main(words, VERBS))
+print("torch" in sys.modules)
+"""
+
+
+def test_refusals_that_need_no_tensors_are_quick(tmp_path, jsonl):
+    data = tmp_path / "data"
+    prepare = ["prepare", "jsonl", str(jsonl), "--out", str(data), "--vocab-size", "320", "--quiet"]
+    good = ["data=local", f"data.path='{data}'", f"runs_dir='{tmp_path / 'runs'}'", "optim.warmup_steps=1"]
+    good += ["data.sequence_length=32", "eval.sequences=1"]
+    metrics = tmp_path / "runs" / "folders" / "metrics.jsonl"
+    metrics.mkdir(parents=True)
+    (tmp_path / "plain").write_text("")
+    missing = tmp_path / "missing"
+    cases = {
+        f"checkpoint {missing}: there is no such folder": ["generate", missing, "--prompt", "x"],
+        f"{tmp_path} already exists: remove it": ["export", missing, tmp_path],
+        f"checkpoint {missing}: there is no such": ["export", missing, tmp_path / "out"],
+        f"data.path={missing}: that folder does not exist": ["check", 1, *good, f"data.path='{missing}'"],
+        f"data.path={missing}: holds no finished": [
+            "check",
+            1,
+            *good,
+            "data=stdlib",
+            f"data.path='{missing}'",
+        ],
+        f"resume={missing}: there is no such folder": ["check", 1, *good, f"resume='{missing}'"],
+        f"init_from={missing}: there is no such folder": ["check", 1, *good, f"init_from='{missing}'"],
+        f"runs_dir={tmp_path}/runs: {metrics} cannot be written (Is a dir": [
+            "check",
+            1,
+            *good,
+            "name=folders",
+        ],
+        f"runs_dir={tmp_path / 'plain'}: ": ["check", 1, *good, f"runs_dir='{tmp_path / 'plain'}'"],
+        "optim.batch_size=1000000000000: must be": ["check", 1, *good, "optim.batch_size=1000000000000"],
+    }
+    commands = [prepare, *([str(word) for word in words] for words in cases.values())]
+    before = cpu_seconds_of_children()
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, json.dumps(commands)],
+        cwd=REPO,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=True,
+    )
+    used = cpu_seconds_of_children() - before
+    assert done.stdout.split() == ["0", *["2"] * len(cases), "False"], done.stdout + done.stderr
+    lines = done.stderr.splitlines()
+    assert len(lines) == len(cases)
+    for line, start in zip(lines, cases, strict=True):
+        assert line.startswith(f"error: {start}"), line
+    assert used < 12, "of the preparation and of all refusals together"
+    assert not missing.exists()
