@@ -76,6 +76,7 @@ def test_the_declared_pictures_are_there_and_no_other(runs_dir):
 
 def test_every_declared_name_is_there_when_it_should_be_and_no_other(rows):
     due = {When.step: range(1, STEPS + 1), When.window: WINDOWS, When.evaluation: EVALUATIONS}
+    due[When.save] = [STEPS]  # the last step alone is saved
     for step in range(1, STEPS + 1):
         want = {name for when, steps in due.items() if step in steps for name in declared(when)}
         found = {re.sub(r"/L\d\d$", "/L07", name) for name in rows[2][step]}
