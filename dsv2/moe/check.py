@@ -41,8 +41,11 @@ def check_experts_of_ranks(model: ModelConfig, ep_size: int, world_size: int) ->
         hint = ""
     else:
         return
-    sizes = ", ".join(str(size) for size in range(1, world_size + 1) if fits(model, size, world_size))
-    refuse("parallel.expert_parallel_size", ep_size, f"{reason}: one of {sizes}{hint}")
+    sizes = [str(size) for size in range(1, world_size + 1) if fits(model, size, world_size)]
+    right = f"{reason}: one of {', '.join(sizes)}" if len(sizes) > 1 else f"{reason}: only 1 fits"
+    if world_size == 1:
+        right = "must be 1 with 1 process"
+    refuse("parallel.expert_parallel_size", ep_size, right + hint)
 
 
 def fits(model: ModelConfig, ep_size: int, world_size: int) -> bool:

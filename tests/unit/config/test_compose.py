@@ -83,7 +83,9 @@ MISTAKES = {
     "optim.lr=[1": ["[1"],
     # what validate() refuses
     "model.n_group=3": ["model.n_group=3: must divide model.n_routed_experts=16: one of 1, 2, 4, 8, 16"],
-    "parallel.expert_parallel_size=2": ["must divide the number of processes, 1: one of 1"],
+    "parallel.expert_parallel_size=2": [
+        "parallel.expert_parallel_size=2: must be 1 with 1 process; or start another"
+    ],
 }
 
 

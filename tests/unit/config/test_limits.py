@@ -51,7 +51,7 @@ def test_must_be_a_number_in_fp32(name, value):
         (
             3,
             [("parallel.expert_parallel_size", 3)],
-            "parallel.expert_parallel_size=3: must divide model.n_routed_experts=16: one of 1",
+            "parallel.expert_parallel_size=3: must divide model.n_routed_experts=16: only 1 fits",
         ),
         (
             4,
