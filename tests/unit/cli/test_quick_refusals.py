@@ -10,9 +10,10 @@ PROGRAM = """
 import json, sys
 from dsv2.__main__ import VERBS
 from dsv2.cli.base import main
+codes = []
 for words in json.loads(sys.argv[1]):
-    print(main(words, VERBS))
-print("torch" in sys.modules)
+    codes.append(int(main(words, VERBS)))
+print(json.dumps([codes, "torch" in sys.modules]))
 """
 
 
@@ -27,7 +28,7 @@ def test_refusals_that_need_no_tensors_are_quick(tmp_path, jsonl):
     missing = tmp_path / "missing"
     cases = {
         f"checkpoint {missing}: there is no such folder": ["generate", missing, "--prompt", "x"],
-        f"{tmp_path} already exists: remove it": ["export", missing, tmp_path],
+        f"out={tmp_path}: already exists; remove it": ["export", missing, tmp_path],
         f"checkpoint {missing}: there is no such": ["export", missing, tmp_path / "out"],
         f"data.path={missing}: that folder does not exist": ["check", 1, *good, f"data.path='{missing}'"],
         f"data.path={missing}: holds no finished": [
@@ -59,7 +60,8 @@ def test_refusals_that_need_no_tensors_are_quick(tmp_path, jsonl):
         check=True,
     )
     used = cpu_seconds_of_children() - before
-    assert done.stdout.split() == ["0", *["2"] * len(cases), "False"], done.stdout + done.stderr
+    codes = [0, *[2] * len(cases)]
+    assert json.loads(done.stdout.splitlines()[-1]) == [codes, False], done.stdout + done.stderr
     lines = done.stderr.splitlines()
     assert len(lines) == len(cases)
     for line, start in zip(lines, cases, strict=True):

@@ -372,7 +372,7 @@ def test_every_number_is_checked():
     covered |= {"model.num_hidden_layers", "model.first_k_dense_replace"}
     covered |= {"model.num_key_value_heads", "data.sequence_length", *SEEDS}
     covered |= {"watchdog.limit_s", "watchdog.slow_limit_s"}
-    covered |= {f"logging.alert_{name}" for name in ("max_vio", "dead", "spike")}
+    covered |= {f"logging.alert_{name}" for name in ("max_vio", "dead", "spike", "slow_rank")}
     covered |= {f"model.rope_scaling.{name}" for name in ("beta_fast", "original_max_position_embeddings")}
     numbers = {
         name
