@@ -101,7 +101,7 @@ def test_no_data_is_needed(data):
         [
             "parallel.expert_parallel_size=1",
             "optim.batch_size=2304",
-            "optim.total_tokens=1_000_000_000",
+            "optim.total_tokens=1_000_000_000_000",
             *data,
         ],
         Machines(8, GPUS["h100"], 8, None),
