@@ -42,6 +42,9 @@ def write_tokenizer(tokenizer: Tokenizer, longest: int, folder: Path) -> None:
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": written.id_to_token(tokenizer.bos_id),
         "eos_token": written.id_to_token(tokenizer.eos_id),
+        "pad_token": written.id_to_token(tokenizer.eos_id),  # as in the published folders
+        # transformers 4 would add token_type_ids, which the model refuses.
+        "model_input_names": ["input_ids", "attention_mask"],
         "model_max_length": longest,
         "clean_up_tokenization_spaces": False,
         "split_special_tokens": True,  # a text that spells a special token stays text, as in training

@@ -87,6 +87,11 @@ def test_it_generates(tmp_path: Path) -> None:
     assert out[0] == tokenizer.bos_token_id
     assert tokenizer.decode(out, skip_special_tokens=True).startswith("def take(self)")
     assert inputs.input_ids.shape[1] < len(out) <= inputs.input_ids.shape[1] + 5
+    prompts = ["def take(self)", "def"]
+    batch = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
+    rows = theirs.generate(**batch, max_new_tokens=5, do_sample=False)
+    for prompt, text in zip(prompts, tokenizer.batch_decode(rows, skip_special_tokens=True), strict=True):
+        assert text.startswith(prompt)
 
 
 def test_names_shards_and_index(tmp_path: Path) -> None:

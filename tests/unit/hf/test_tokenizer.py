@@ -1,13 +1,14 @@
 """The exported tokenizer encodes as the trained one, to the token, and decodes to the text."""
 
 import json
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, DeepseekV2ForCausalLM
 
 from data.corpora.stdlib import StdlibCorpus
 from data.tokenizers.base import Tokenizer
@@ -99,6 +100,25 @@ def test_special_tokens(trained: tuple[Tokenizer, Any]) -> None:
     )
     assert theirs.model_max_length == LONGEST
     assert len(theirs) == ours.vocab_size
+
+
+def test_a_batch_is_padded_with_eos(trained: tuple[Tokenizer, Any]) -> None:
+    ours, theirs = trained
+    batch = theirs(["a", "a b c d"], padding=True, padding_side="left")
+    short, long = ([ours.bos_id, *ours.encode(text)] for text in ("a", "a b c d"))
+    missing = len(long) - len(short)
+    assert missing > 0
+    assert batch.input_ids == [[ours.eos_id] * missing + short, long]
+    assert batch.attention_mask == [[0] * missing + [1] * len(short), [1] * len(long)]
+
+
+def test_the_inputs_are_those_of_the_model(trained: tuple[Tokenizer, Any]) -> None:
+    """By name: a class of transformers 4 makes token_type_ids unless the folder names the inputs."""
+    ours, theirs = trained
+    content = json.loads(ours.path.with_name("tokenizer_config.json").read_text())
+    assert content["model_input_names"] == ["input_ids", "attention_mask"]
+    assert list(theirs("a b")) == content["model_input_names"]
+    assert set(content["model_input_names"]) < set(signature(DeepseekV2ForCausalLM.forward).parameters)
 
 
 def test_it_can_be_trained_with_again(trained: tuple[Tokenizer, Any]) -> None:
