@@ -76,8 +76,9 @@ def run(config: Config, mesh: "Mesh", start: "Start") -> None:
         from dsv2.training.batches import share_of_step
         from dsv2.training.job import build_job
         from dsv2.training.saver import Saver
-        from dsv2.training.schedule import plan_steps
+        from dsv2.training.schedule import plan_step
         from dsv2.training.signals import StopSignals
+        from dsv2.training.spikes import SpikeGuard
 
     engine, store, stream, evaluator, state, loaded = build_job(config, mesh, start)
     with (
@@ -87,12 +88,18 @@ def run(config: Config, mesh: "Mesh", start: "Start") -> None:
         Saver(engine, store, asynchronous=config.checkpoint.asynchronous) as saver,
     ):
         state = replace(state, wandb_id=tracker.wandb_id)
-        for plan in plan_steps(config.optim, config.data.sequence_length, state.step, state.tokens):
+        guard = SpikeGuard(config.spike, state.spikes)
+        while plan := plan_step(config.optim, config.data.sequence_length, state.step, state.tokens):
             mesh.progress.enter(Part.data, plan.step + 1)
             batches = share_of_step(stream, plan.batch_size, config.runtime.micro_batch_size, mesh)
-            result = engine.train_step(batches, plan.lr)
+            result = engine.train_step(batches, plan.lr, guard.judge(plan.step + 1))
+            if guard.asks_to_rewind(result):
+                monitor.saved(saver.wait())
+                state = guard.rewind(state, saver.load_newest())
+                monitor.rewound(plan, result, state)
+                continue
             state = state.after(plan.step + 1, plan.tokens_after)
-            monitor.step(plan, result)  # raises Diverged
+            monitor.step(plan, result, guard.counts)  # raises Diverged
             monitor.saved(saver.finished())
             is_last = state.tokens >= config.optim.total_tokens or stop.requested()
             if is_due(config.eval.every, state.step) and not is_last:
@@ -100,7 +107,7 @@ def run(config: Config, mesh: "Mesh", start: "Start") -> None:
                 is_last = stop.requested()
             is_last = is_last or state.step == config.stop_step
             if is_due(config.checkpoint.every, state.step) or is_last:
-                state = replace(state, data=stream.state_dict())
+                state = replace(state, data=stream.state_dict(), spikes=guard.state_dict())
                 monitor.saved(saver.save(state, is_last=is_last))
             if is_last:
                 break

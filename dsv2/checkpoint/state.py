@@ -21,6 +21,7 @@ class RunState:
     data: dict[str, Any] | None = None  # the stream's state
     wandb_id: str | None = None
     tokenizer: dict[str, str] | None = None  # `Tokenizer.record`; None in checkpoints of earlier versions
+    spikes: dict[str, Any] | None = None  # the spike guard's state; None with spike.policy=off
 
     @classmethod
     def of(cls, content: dict[str, Any]) -> "RunState":
@@ -36,6 +37,7 @@ class RunState:
         if (
             not counts
             or not isinstance(state.data, dict | None)
+            or not isinstance(state.spikes, dict | None)
             or not isinstance(state.wandb_id, str | None)
             or not _is_record(state.tokenizer)
         ):

@@ -23,6 +23,12 @@ class WandbMode(enum.Enum):
     disabled = "disabled"  # metrics.jsonl only
 
 
+class SpikePolicy(enum.Enum):
+    off = "off"  # every step's update is applied
+    skip = "skip"  # a spike's update is not applied
+    rewind = "rewind"  # the run goes back to its newest checkpoint and leaves out the batches since then
+
+
 class Device(enum.Enum):
     auto = "auto"  # CUDA if there is a GPU
     cpu = "cpu"
@@ -137,6 +143,18 @@ class RuntimeConfig:
 
 
 @dataclass
+class SpikeConfig:
+    """What happens to a step whose loss is a spike or not finite."""
+
+    # off: nothing; skip: the step has no update; rewind: training returns to the newest checkpoint of the
+    # run and leaves out the batches since then
+    policy: SpikePolicy = SpikePolicy.off
+    # a spike exceeds the loss's running mean (over about 100 steps) by this many running standard deviations
+    deviations: float = 6.0
+    attempts: int = 10  # the run ends as diverged after this many spikes without progress
+
+
+@dataclass
 class LoggingConfig:
     # auto: as WANDB_MODE says, else online if logged in, else offline; disabled: metrics.jsonl only
     wandb: WandbMode = WandbMode.auto
@@ -202,6 +220,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    spike: SpikeConfig = field(default_factory=SpikeConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)

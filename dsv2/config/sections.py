@@ -12,7 +12,7 @@ from dsv2.config.rules import (
     require_positive,
     require_seed,
 )
-from dsv2.config.schema import CheckpointConfig, Config, EvalConfig, LoggingConfig, OptimConfig
+from dsv2.config.schema import CheckpointConfig, Config, EvalConfig, LoggingConfig, OptimConfig, SpikeConfig
 
 LARGEST_BATCH = 10**6  # sequences
 
@@ -61,6 +61,11 @@ def check_schedule(optim: OptimConfig, sequence_length: int) -> None:
         refuse("optim.batch_size_start", None, "must be given when optim.batch_ramp_tokens is above 0")
     if start is not None and optim.batch_ramp_tokens == 0:
         refuse("optim.batch_ramp_tokens", 0, "must be above 0 when optim.batch_size_start is given")
+
+
+def check_spike(spike: SpikeConfig) -> None:
+    require_above_0("spike", spike, ["deviations"])
+    require_positive("spike", spike, ["attempts"])
 
 
 def check_logging(logging: LoggingConfig) -> None:

@@ -4,7 +4,6 @@ The thresholds are fields of the configuration's section `logging`. Each alert i
 which lasts as long as the value stays above the threshold. A session starts without memory of earlier ones.
 """
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
@@ -12,9 +11,7 @@ from typing import NamedTuple
 from dsv2.config.schema import LoggingConfig
 from dsv2.monitoring.metrics.base import Alert, Metric
 from dsv2.monitoring.metrics.producers import METRICS
-
-HORIZON = 100  # steps after which the loss's running mean and deviation have forgotten a value
-_FEWEST = 30  # values before the deviation is used
+from dsv2.training.spikes import HORIZON, RunningStatistics
 
 
 class Notice(NamedTuple):
@@ -125,8 +122,8 @@ class _SpikeWatch(_Watch):
     def check(self, step: int, metrics: Mapping[str, float]) -> Notice | None:
         value = metrics[self.name]
         seen = self._seen
-        limit = seen.mean + self.threshold * seen.deviation
-        if seen.count < _FEWEST or value <= limit:
+        limit = seen.limit(self.threshold)
+        if value <= limit:
             seen.add(value)
             self.above = 0
             return None
@@ -143,24 +140,3 @@ class _SpikeWatch(_Watch):
             f"step {step}: {self.name} is {shown(value)}, over {shown(limit)} for {above} steps in a row; "
             f"its running mean is {shown(seen.mean)}, its standard deviation {shown(seen.deviation)}",
         )
-
-
-class RunningStatistics:
-    """Mean and standard deviation: exact over the first `HORIZON` values, then forgetting exponentially."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.mean = 0.0
-        self._variance = 0.0
-
-    @property
-    def deviation(self) -> float:
-        return math.sqrt(self._variance)
-
-    def add(self, value: float) -> None:
-        """Take one more value into account."""
-        self.count += 1
-        weight = 1 / min(self.count, HORIZON)
-        distance = value - self.mean
-        self.mean += weight * distance
-        self._variance = (1 - weight) * (self._variance + weight * distance**2)

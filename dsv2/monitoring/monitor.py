@@ -30,6 +30,7 @@ from dsv2.training.evaluate import Evaluation
 from dsv2.training.results import StepResult
 from dsv2.training.rundir import save_config
 from dsv2.training.schedule import StepPlan, count_steps
+from dsv2.training.spikes import SpikeCounts
 
 LONG_WAIT = 1.0  # seconds
 
@@ -99,8 +100,11 @@ class Monitor:
         ):
             self._print(line)
 
-    def step(self, plan: StepPlan, result: StepResult) -> None:
+    def step(self, plan: StepPlan, result: StepResult, spikes: SpikeCounts | None = None) -> None:
         """Report a finished step. Collective at the end of a window of `logging.every` steps.
+
+        Args:
+            spikes: what the run has refused so far; None with spike.policy=off.
 
         Raises:
             Diverged: the loss or the gradient norm is not a finite number.
@@ -108,13 +112,16 @@ class Monitor:
         now = time.perf_counter()
         self.mesh.progress.enter(Part.report)
         step = plan.step + 1
-        if not math.isfinite(result.loss) or not math.isfinite(result.grad_norm) or result.grad_norm < 0:
+        finite = math.isfinite(result.loss) and math.isfinite(result.grad_norm) and result.grad_norm >= 0
+        if result.updated and not finite:
             raise Diverged(
                 f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}; this step is not saved; "
                 "try a lower optim.lr"
             )
         self._step = step
-        metrics = self._step_metrics(plan, result, now - self._last_mark)
+        if not result.updated:
+            self._print(f"spike: step {step}: loss {result.loss:.3f}; its update is skipped")
+        metrics = self._step_metrics(plan, result, spikes, now - self._last_mark)
         self.tracker.log(metrics, step=step)
         seconds_per_step = (now - self._loop_start) / (step - self._first.step)
         self._print(
@@ -135,7 +142,9 @@ class Monitor:
             self.tracker.alert(f"{self.config.name}: {notice.title}", notice.text)
         self._last_mark = time.perf_counter()
 
-    def _step_metrics(self, plan: StepPlan, result: StepResult, seconds: float) -> dict[str, Any]:
+    def _step_metrics(
+        self, plan: StepPlan, result: StepResult, spikes: SpikeCounts | None, seconds: float
+    ) -> dict[str, Any]:
         """Add the step to its window; return the values that are due."""
         stats = result.stats if self._stats is None else self._stats.plus(result.stats)
         self._stats = stats
@@ -151,6 +160,7 @@ class Monitor:
             stats=stats,
             wait_ms=self._wait_ms,
             times=self._times,
+            spikes=spikes,
         )
         is_last = self._step == self._total_steps
         metrics = self._values(When.step, window)
@@ -163,6 +173,20 @@ class Monitor:
             self._wait_ms = 0.0
             self._times = RankTimes()
         return metrics
+
+    def rewound(self, plan: StepPlan, result: StepResult, state: RunState) -> None:
+        """Report that a spike has sent the run back to `state`."""
+        self._print(
+            f"spike: step {plan.step + 1}: loss {result.loss:.3f}; back to step {state.step}, "
+            "without the batches since then"
+        )
+        self._step = state.step
+        self._stats = None
+        self._window_steps = 0
+        self._wait_ms = 0.0
+        self._times = RankTimes()
+        self.tracker.rewound()
+        self._last_mark = time.perf_counter()
 
     def _values(self, when: When, seen: Window | Evaluation | Saved) -> dict[str, Any]:
         values: dict[str, Any] = {}

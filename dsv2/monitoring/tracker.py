@@ -48,7 +48,7 @@ class Tracker:
         self.close(exit_code=0 if error is None else 1)
 
     def log(self, metrics: Mapping[str, float | np.ndarray], step: int) -> None:
-        """Record metrics of one step; steps never go backwards within a session.
+        """Record metrics of one step. Steps go backwards only after `rewound`.
 
         Args:
             metrics: scalars, and images as in `heat_map`; finished pictures go to W&B only.
@@ -75,6 +75,10 @@ class Tracker:
         self._record_maps(maps, step)
         if self._run is not None:
             self._run.log(scalars, images, step)
+
+    def rewound(self) -> None:
+        """Expect smaller steps next: the run went back. The files' readers then discard what came after."""
+        self._session_is_marked = False
 
     def alert(self, title: str, text: str) -> None:
         """Have W&B notify the run's owner, by e-mail or Slack as the owner has set it up."""

@@ -6,7 +6,7 @@ gradient of the mean over the global batch, whatever the layout.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,8 +94,14 @@ class Engine:
         return loaded
 
     @peers_watched()
-    def train_step(self, micro_batches: Sequence[Batch], lr: float) -> StepResult:
-        """Take one optimizer step over this rank's micro-batches."""
+    def train_step(
+        self, micro_batches: Sequence[Batch], lr: float, accepts: Callable[[float], bool] | None = None
+    ) -> StepResult:
+        """Take one optimizer step over this rank's micro-batches.
+
+        Args:
+            accepts: returns whether the update may be applied, given the loss; the same on every rank.
+        """
         begin = time.perf_counter()
         count = len(micro_batches)
         self.deepspeed.train()
@@ -112,11 +118,13 @@ class Engine:
         assert sums is not None, "a step has at least one micro-batch"
         assert stats is not None
         self.mesh.progress.enter(Part.optimizer)
-        grad_norm = self.sharded.step(lr)
-        self._after_step(stats)
-        # In fp64, so that equal losses stay equal. A pipeline stage has zeros for what other stages compute.
-        total = self.mesh[Dim.world].sum((sums / count).double())
-        means = (total / self.mesh[Dim.dp].size).tolist()
+        # The loss is read before the step only if somebody judges it: reading waits for the GPU.
+        means = self._means(sums / count) if accepts else []
+        updated = accepts is None or accepts(means[0])
+        grad_norm = self.sharded.step(lr, apply=updated)
+        if updated:
+            self._after_step(stats)
+        means = means or self._means(sums / count)
         layers = len(means[2:]) // 3
         times = self.mesh.clock.take()
         return StepResult(
@@ -129,7 +137,14 @@ class Engine:
             work_ms=times.work_ms,
             data_s=self.mesh.progress.take_data_s(),
             seconds=time.perf_counter() - begin,
+            updated=updated,
         )
+
+    def _means(self, losses: Tensor) -> list[float]:
+        """Return the means over the global batch."""
+        # In fp64, so that equal losses stay equal. A pipeline stage has zeros for what other stages compute.
+        total = self.mesh[Dim.world].sum(losses.double())
+        return (total / self.mesh[Dim.dp].size).tolist()
 
     @torch.no_grad()
     def _after_step(self, stats: RoutingStats) -> None:

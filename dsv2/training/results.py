@@ -18,3 +18,4 @@ class StepResult(NamedTuple):
     work_ms: float  # forward passes without that waiting
     data_s: float  # fetching the step's data
     seconds: float  # from the batches to the updated weights
+    updated: bool = True  # False: the loss was a spike, and weights and states are as before

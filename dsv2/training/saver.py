@@ -17,7 +17,7 @@ import torch
 
 from dsv2.checkpoint.files import last_good
 from dsv2.checkpoint.host_copy import HostCopy
-from dsv2.checkpoint.state import RunState, Saved, Snapshot
+from dsv2.checkpoint.state import Loaded, RunState, Saved, Snapshot
 from dsv2.checkpoint.store import CheckpointStore
 from dsv2.errors import CheckpointError, Diverged, PeerLost
 from dsv2.parallel.hang import CHECKPOINT_THREAD
@@ -90,6 +90,16 @@ class Saver:
         if is_last and ended[-1].problem is not None:
             raise CheckpointError(ended[-1].problem)
         return ended
+
+    def wait(self) -> list[Saved]:
+        """Return how the running save went, after it has ended."""
+        self._engine.mesh.progress.enter(Part.save)
+        return self._ended()
+
+    def load_newest(self) -> Loaded | None:
+        """Load this run's newest checkpoint; None if it has none. No save may be running. Collective."""
+        found = self._store.find("auto")
+        return self._engine.load(self._store, found) if found else None
 
     def finished(self) -> list[Saved]:
         """Return the save that has ended since the last call, if there is one. It never waits."""

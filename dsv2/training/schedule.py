@@ -47,16 +47,23 @@ def lr_at(config: OptimConfig, step: int, tokens: int) -> float:
     return config.lr * warmup * config.decay_factor**passed
 
 
+def plan_step(config: OptimConfig, sequence_length: int, step: int, tokens: int) -> StepPlan | None:
+    """Return the step after (`step`, `tokens`); None if `total_tokens` are seen. The last may overshoot."""
+    if tokens >= config.total_tokens:
+        return None
+    batch_size = batch_size_at(config, tokens)
+    after = tokens + batch_size * sequence_length
+    return StepPlan(step, tokens, after, batch_size, lr_at(config, step, tokens))
+
+
 def plan_steps(
     config: OptimConfig, sequence_length: int, step: int = 0, tokens: int = 0
 ) -> Iterator[StepPlan]:
-    """Yield every step from (`step`, `tokens`) until `total_tokens` are seen; the last one may overshoot."""
-    while tokens < config.total_tokens:
-        batch_size = batch_size_at(config, tokens)
-        after = tokens + batch_size * sequence_length
-        yield StepPlan(step, tokens, after, batch_size, lr_at(config, step, tokens))
-        step += 1
-        tokens = after
+    """Yield every step from (`step`, `tokens`) to the end of the run."""
+    while plan := plan_step(config, sequence_length, step, tokens):
+        yield plan
+        step = plan.step + 1
+        tokens = plan.tokens_after
 
 
 def count_steps(config: OptimConfig, sequence_length: int, step: int = 0, tokens: int = 0) -> int:

@@ -1,7 +1,14 @@
 """Refuse values and combinations that cannot run, before anything starts: the list of who is asked."""
 
 from dsv2.config.schema import Config
-from dsv2.config.sections import check_checkpoint, check_eval, check_logging, check_run, check_schedule
+from dsv2.config.sections import (
+    check_checkpoint,
+    check_eval,
+    check_logging,
+    check_run,
+    check_schedule,
+    check_spike,
+)
 from dsv2.model.check import check_kernels, check_model
 from dsv2.moe.check import check_experts, check_experts_of_ranks
 from dsv2.optimizers.rules import find_optimizer
@@ -31,6 +38,7 @@ def validate(config: Config, world_size: int) -> None:
     check_batch_sizes(config, world_size)
     check_config(config.data)
     check_run(config)
+    check_spike(config.spike)
     check_logging(config.logging)
     check_watchdog(config.watchdog)
     check_eval(config.eval)

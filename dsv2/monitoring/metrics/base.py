@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from dsv2.parallel.mesh import Mesh
     from dsv2.training.results import StepResult
     from dsv2.training.schedule import StepPlan
+    from dsv2.training.spikes import SpikeCounts
 
 PER_RANK = "/R*"  # ends the name of a per-rank metric: work/R* stands for work/R0, work/R1, ...
 PER_LAYER = "/L*"  # ends the name of a per-layer metric: vio/L* stands for vio/L01, vio/L02, ...
@@ -101,6 +102,7 @@ class Window(NamedTuple):
     stats: "RoutingStats"  # this rank's sums over the window's steps
     wait_ms: float  # this rank's waiting for the experts' exchange, over the window's steps
     times: "RankTimes"  # this rank's, over the window's steps
+    spikes: "SpikeCounts | None" = None  # None with spike.policy=off
 
 
 Seen = TypeVar("Seen")  # a Window, an Evaluation or a Saved

@@ -54,10 +54,22 @@ class Training(Producer[Window]):
             meaning="seen since the start, this step included",
             panel=Panel(Section.training, "Seen", smooth=False),
         ),
+        Metric(
+            name="spike/skipped",
+            unit="times",
+            meaning="a step had no update, since the start; only with `spike.policy=skip` or `rewind`",
+            panel=Panel(Section.training, "Loss spikes", smooth=False),
+        ),
+        Metric(
+            name="spike/rewinds",
+            unit="times",
+            meaning="returns to a checkpoint, since the start; only with `spike.policy=skip` or `rewind`",
+            panel=Panel(Section.training, "Loss spikes", smooth=False),
+        ),
     )
 
     def values(self, seen: Window) -> dict[str, float]:
-        return {
+        values = {
             "train/loss": seen.result.loss,
             "train/loss_lm": seen.result.lm_loss,
             "train/grad_norm": seen.result.grad_norm,
@@ -65,3 +77,7 @@ class Training(Producer[Window]):
             "train/batch_seqs": float(seen.plan.batch_size),
             "train/tokens": float(seen.plan.tokens_after),
         }
+        if seen.spikes is not None:
+            values["spike/skipped"] = float(seen.spikes.skipped)
+            values["spike/rewinds"] = float(seen.spikes.rewinds)
+        return values

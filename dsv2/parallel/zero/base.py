@@ -7,6 +7,7 @@ tests/dist/test_plan_memory.py compares them with real engines.
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 from dsv2.config.rules import refuse
@@ -110,6 +111,16 @@ def shards_of(
         yield Shard(part.name, part.offset, part.total, tensors)
 
 
+@contextmanager
+def _without_update(built: "torch.optim.Optimizer") -> Iterator[None]:
+    """Make the optimizer's step do nothing. DeepSpeed does the rest of its step as always."""
+    built.step = lambda *_, **__: None  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del built.step
+
+
 class Sharded(ABC):
     """One rank's part of a model under DeepSpeed, with its optimizer. `ZeroStage.wrap` makes it.
 
@@ -163,16 +174,21 @@ class Sharded(ABC):
         if not last:
             self.engine.step()  # only counts the micro-batch
 
-    def step(self, lr: float) -> float:
-        """Clip the gradient and update the weights. Return the gradient's norm before clipping."""
-        self.update(lr)
+    def step(self, lr: float, *, apply: bool = True) -> float:
+        """Clip the gradient and update the weights. Return the gradient's norm before clipping.
+
+        Args:
+            apply: False: weights, states and the step count stay as they are.
+        """
+        self.update(lr, apply=apply)
         return float(self.engine.get_global_grad_norm())
 
-    def update(self, lr: float) -> None:
-        """Let DeepSpeed update the weights."""
+    def update(self, lr: float, *, apply: bool) -> None:
+        """Let DeepSpeed update the weights. With `apply=False` it only clears the gradients."""
         for group in self.torch_optimizer.param_groups:
             group["lr"] = lr
-        self.engine.step()
+        with nullcontext() if apply else _without_update(self.torch_optimizer):
+            self.engine.step()
 
     @property
     def torch_optimizer(self) -> Any:

@@ -43,6 +43,7 @@ class ZeRO1BF16(BF16_Optimizer):
         self.kernels = kernels
         self.bf16_states = bf16_states
         self.steps_done = 0
+        self.applies_update = True  # False: the next step only computes the norm
         self._one_term = False  # does a step have one micro-batch on one rank?
         self._expert_group = [all(map(is_expert, group)) for group in self.bf16_groups]
         self._shards: list[Shard] = []
@@ -115,6 +116,8 @@ class ZeRO1BF16(BF16_Optimizer):
         squares = (self.kernels.sum_of_squares(tensors) for tensors in (dense, experts))
         norm = self.mesh.gradient_norm(*squares)
         self._global_grad_norm = norm
+        if not self.applies_update:
+            return
         scale = (self.clip_grad / (norm + 1e-6)).clamp(max=1.0) if self.clip_grad else torch.ones_like(norm)
         self._update(gradients, scale.where(norm.isfinite(), torch.nan))
         if self.mesh[Dim.dp].size > 1:

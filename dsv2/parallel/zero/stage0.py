@@ -31,9 +31,9 @@ class Replicated(Sharded):
     def refresh(self) -> None:
         """Do nothing: the optimizer holds the model's own parameters."""
 
-    def step(self, lr: float) -> float:
+    def step(self, lr: float, *, apply: bool = True) -> float:
         norm = self._clip()
-        self.update(lr)
+        self.update(lr, apply=apply)
         return norm
 
     def _clip(self) -> float:

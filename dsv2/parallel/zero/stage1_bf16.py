@@ -47,6 +47,10 @@ class PartitionedBF16(Partitioned):
         self._first_micro_batch = last
         super().backward(loss, last=last)
 
+    def update(self, lr: float, *, apply: bool) -> None:
+        self.engine.optimizer.applies_update = apply
+        super().update(lr, apply=True)
+
     @property
     def steps_done(self) -> float:
         return self.engine.optimizer.steps_done

@@ -43,6 +43,7 @@ AT_LEAST_ONE = [
     "logging.maps_every",
     "logging.alert_windows",
     "logging.alert_spike_steps",
+    "spike.attempts",
     "eval.sequences",
     "checkpoint.keep",
     "stop_step",
@@ -72,6 +73,7 @@ ABOVE_ZERO = [
     "optim.lr",
     "optim.eps",
     "optim.grad_clip",
+    "spike.deviations",
 ]
 SEEDS = ["seed", "data.seed", "model.balance.exempt_seed"]
 FRACTIONS = ["model.balance.exempt_fraction", "optim.beta1", "optim.beta2", "optim.decay_factor"]
