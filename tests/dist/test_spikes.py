@@ -58,7 +58,7 @@ def test_a_refused_step_leaves_no_trace(layout, pools):
 @pytest.mark.timeout(1800)
 def test_a_run_that_rewinds_resumes_to_the_bit(command, tmp_path):
     """The loss hardly falls, and with a low limit its noise is a spike, before and after step 40."""
-    settings = ["spike.policy=rewind", "spike.deviations=1.2", "spike.attempts=1000", "optim.lr=1e-5"]
+    settings = ["spike.policy=rewind", "spike.deviations=0.5", "spike.attempts=1000", "optim.lr=1e-7"]
     settings += ["eval.every=100", "optim.total_tokens=12800"]  # 50 steps
     output = run(command("whole", *settings))
     spikes = [int(line.split()[2].rstrip(":")) for line in output.splitlines() if "back to step" in line]
