@@ -68,7 +68,8 @@ def plan_steps(
 
 def count_steps(config: OptimConfig, sequence_length: int, step: int = 0, tokens: int = 0) -> int:
     """Return the steps of the whole run, of which `step` steps with `tokens` tokens are done."""
-    while tokens < (end := min(config.total_tokens, config.batch_ramp_tokens)):
+    end = min(config.total_tokens, config.batch_ramp_tokens) if config.batch_size_start else 0
+    while tokens < end:
         tokens_per_step = batch_size_at(config, tokens) * sequence_length
         steps = -(-(min(end, _next_growth(config, tokens)) - tokens) // tokens_per_step)
         tokens += steps * tokens_per_step
