@@ -1,6 +1,7 @@
 # make train    the quickstart, from a clean clone to a trained model (overrides: ARGS="optim.lr=1e-3")
 # make test     format, lint, and every test except the long grid
 # make test-all the same with the long grid
+# make soak     hours of kills, races and steps (ARGS="--kills 5 --worlds 1,2 --steps 500" is shorter)
 # make lint     format, lint and types
 # make clean    remove what make made; runs/ and prepared/ stay
 
@@ -15,7 +16,7 @@ BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 STAMP := .venv/installed
 
-.PHONY: help train test test-all lint format clean
+.PHONY: help train test test-all soak lint format clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -29,6 +30,9 @@ test: format
 
 test-all: format
 	$(PYTEST) $(ARGS)
+
+soak: $(STAMP)
+	$(BIN)/python -m tests.soak $(ARGS)
 
 lint: format
 	$(BIN)/pyright

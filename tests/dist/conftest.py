@@ -5,11 +5,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from tests.dist import traces
-from tests.dist.end_to_end import OFFLINE, PYTHON, ROOT, TINY, kill_hard, run
+from tests.dist.end_to_end import (
+    OFFLINE,
+    PYTHON,
+    ROOT,
+    kill_hard,
+    prepare_command,
+    run,
+    tiny_run,
+    write_texts,
+)
 from tests.dist.pool import Pool
 
 
@@ -50,13 +58,8 @@ def train(pools: Pools) -> Callable[..., traces.Trace]:
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A prepared folder of small made-up sources."""
     folder, out = tmp_path_factory.mktemp("corpus"), tmp_path_factory.mktemp("prepared")
-    rng = np.random.default_rng(0)
-    words = ["alpha", "beta", "gamma", "delta", "return", "import", "def", "class", "=", "+", "(", ")", "\n"]
-    for index in range(40):
-        (folder / f"{index:02d}.txt").write_text(" ".join(rng.choice(words, 400)))
-    prepare = [PYTHON, "-m", "data.prepare", "files", str(folder), "--out", str(out)]
-    settings = ["--vocab-size", "300", "--val-fraction", "0.2"]
-    subprocess.run([*prepare, *settings], cwd=ROOT, check=True, capture_output=True)
+    write_texts(folder)
+    subprocess.run(prepare_command(folder, out), cwd=ROOT, check=True, capture_output=True)
     return out
 
 
@@ -65,8 +68,7 @@ def run_command(corpus: Path) -> Callable[..., list[str]]:
     """The command line of a tiny run: run_command(runs_dir, name, *overrides, launcher=TORCHRUN)."""
 
     def build(runs_dir: Path, name: str, *overrides: str, launcher: list[str] | None = None) -> list[str]:
-        where = [f"data.path={corpus}", f"runs_dir={runs_dir}", f"name={name}"]
-        return [*(launcher or [PYTHON]), "train.py", *TINY, *where, *overrides]
+        return [*(launcher or [PYTHON]), "train.py", *tiny_run(corpus, runs_dir, name, *overrides)]
 
     return build
 

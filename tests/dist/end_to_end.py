@@ -5,6 +5,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 import torch
 import torch.distributed.checkpoint as dcp
@@ -46,6 +47,25 @@ OFFLINE = "logging.wandb=offline"
 MANY_STEPS = 82  # for jobs that are interrupted on their way and end like others
 MANY = f"optim.total_tokens={MANY_STEPS * 256}"
 ENDLESS = "optim.total_tokens=25600000"  # for a job that is there until it is told to stop
+
+
+def write_texts(folder: Path) -> None:
+    """40 small made-up sources, the same ones every time."""
+    rng = np.random.default_rng(0)
+    words = ["alpha", "beta", "gamma", "delta", "return", "import", "def", "class", "=", "+", "(", ")", "\n"]
+    for index in range(40):
+        (folder / f"{index:02d}.txt").write_text(" ".join(rng.choice(words, 400)))
+
+
+def prepare_command(texts: Path, out: Path, *options: str) -> list[str]:
+    """The command line that prepares the folder of `write_texts` for `TINY`."""
+    prepare = [PYTHON, "-m", "data.prepare", "files", str(texts), "--out", str(out)]
+    return [*prepare, "--vocab-size", "300", "--val-fraction", "0.2", *options]
+
+
+def tiny_run(corpus: Path, runs_dir: Path, name: str, *overrides: str) -> list[str]:
+    """The overrides of a tiny run on a prepared folder."""
+    return [*TINY, f"data.path={corpus}", f"runs_dir={runs_dir}", f"name={name}", *overrides]
 
 
 def run(command: list[str], expect: int = 0, **options: object) -> str:
