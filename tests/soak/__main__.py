@@ -6,13 +6,14 @@ A table says how it went. The exit code is 1 if a row failed.
 import argparse
 import os
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -84,26 +85,33 @@ def machine() -> str:
     return f"{cpu}, {os.cpu_count()} cores, torch {torch.__version__}, commit {commit or 'unknown'}"
 
 
+def soak(chosen: argparse.Namespace, folder: Path) -> Iterator[Row]:
+    rng = random.Random(chosen.seed)
+    preparing = Preparing(folder, rng)
+    for world in map(int, chosen.worlds.split(",")):
+        at = folder / f"world-{world}"
+        at.mkdir()
+        name = f"{world} process{'es' * (world > 1)}"
+        yield row(f"kills, {name}", partial(kills, world, chosen.kills, preparing, at, rng))
+        yield row(f"race, {name}", partial(race, world, preparing.whole, at))
+    yield row("long run, 1 process", partial(endure, chosen.steps, preparing.whole, folder))
+
+
 def main() -> int:
     chosen = arguments()
     warnings.filterwarnings("ignore", "torch.distributed is disabled")  # `weights` wants it so
-    rng = random.Random(chosen.seed)
-    rows = []
-    with tempfile.TemporaryDirectory(prefix="dsv2-soak-") as name:
-        folder = Path(name)
-        preparing = Preparing(folder, rng)
-        for world in map(int, chosen.worlds.split(",")):
-            at = folder / f"world-{world}"
-            at.mkdir()
-            killed = partial(kills, world, chosen.kills, preparing, at, rng)
-            rows.append(row(f"kills, {world} processes", killed))
-            rows.append(row(f"race, {world} processes", partial(race, world, preparing.whole, at)))
-        rows.append(row("long run, 1 process", partial(endure, chosen.steps, preparing.whole, folder)))
-    print(f"\n{machine()}, --seed {chosen.seed}\n")
-    print("| what | result | seen | minutes |\n|---|---|---|---|")
+    where = machine()  # now, because the commit may change while jobs run
+    folder = Path(tempfile.mkdtemp(prefix="dsv2-soak-"))
+    rows = list(soak(chosen, folder))
+    print("\n" + where, "".join(f" --{name} {value}" for name, value in vars(chosen).items()), sep=",")
+    print("\n| what | result | seen | minutes |\n|---|---|---|---|")
     for done in rows:
         print(f"| {done.what} | {done.result} | {done.seen} | {done.seconds / 60:.1f} |")
-    return int(any(done.result != "ok" for done in rows))
+    if any(done.result != "ok" for done in rows):
+        print(f"\nthe jobs' files are in {folder}")
+        return 1
+    shutil.rmtree(folder)
+    return 0
 
 
 if __name__ == "__main__":

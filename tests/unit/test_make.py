@@ -55,6 +55,10 @@ def test_make_test_checks_format_and_lint_first(make):
     assert make("lint")[1][-1].strip() == "pyright"
 
 
+def test_make_soak_passes_its_arguments_on(make):
+    assert make("soak", "ARGS=--kills 5")[1] == ["pip", "python -m tests.soak --kills 5"]
+
+
 def test_make_installs_again_only_for_new_requirements(make, box):
     assert make("format")[1][0] == "pip"
     assert "pip" not in make("format")[1]
