@@ -28,6 +28,8 @@ class Export(Verb):
         add("--shard-gb", type=float, default=5.0, metavar="GB", help=size)
         tokenizer = "The run's tokenizer, if it is no longer where the run found it."
         add("--tokenizer", metavar="FILE", help=tokenizer)
+        positions = "Context that config.json promises, tokens (default: the length of training sequences, or YaRN's)."
+        add("--max-position-embeddings", type=int, metavar="N", help=positions)
 
     def run(self, options: Namespace) -> int:
         from dsv2.hf.export import export

@@ -29,7 +29,12 @@ GB = 10**9
 
 
 def export(
-    checkpoint: Path, out: Path, dtype: str = "bf16", shard_gb: float = 5.0, tokenizer: str | None = None
+    checkpoint: Path,
+    out: Path,
+    dtype: str = "bf16",
+    shard_gb: float = 5.0,
+    tokenizer: str | None = None,
+    max_position_embeddings: int | None = None,
 ) -> None:
     """Write the folder `out`.
 
@@ -38,6 +43,7 @@ def export(
         dtype: bf16 or fp32.
         shard_gb: largest file of weights, in GB of 10^9 bytes; one tensor may be larger.
         tokenizer: a file to use instead of the one that the run's configuration names.
+        max_position_embeddings: tokens that config.json promises, instead of those of `with_positions`.
 
     Raises:
         UserError: there is no whole checkpoint or no tokenizer, the format cannot express the model, or
@@ -46,7 +52,7 @@ def export(
     """
     from dsv2.checkpoint.files import find_checkpoint
     from dsv2.checkpoint.saved import saved_config, saved_tokenizer
-    from dsv2.hf.fields import check_exportable, published_config
+    from dsv2.hf.fields import check_exportable, published_config, with_positions
 
     if not 0 < shard_gb < math.inf:
         raise UserError(f"--shard-gb {shard_gb}: must be above 0 and finite")
@@ -54,7 +60,7 @@ def export(
         raise UserError(f"out={out}: already exists; remove it, or give another folder")
     path = find_checkpoint(checkpoint)
     run_config = saved_config(path)
-    model = run_config.model
+    model = with_positions(run_config, max_position_embeddings)
     check_exportable(model)
     pieces = saved_tokenizer(path, run_config, tokenizer)
     # Only now torch is imported, which takes seconds.

@@ -3,14 +3,16 @@
 Most fields have the same names in both. The attention's and the router's fields come from their specs.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from data.reading import is_folder, read_json
 from dsv2.config.rules import refuse
-from dsv2.config.schema import ModelConfig, RopeScalingConfig
+from dsv2.config.schema import Config, ModelConfig, RopeScalingConfig
 from dsv2.errors import UserError
 from dsv2.model.attention.kinds import attention_kind
+from dsv2.model.check import check_model
 from dsv2.moe.routers.kinds import router_of
 
 ARCHITECTURE = "DeepseekV2ForCausalLM"
@@ -60,6 +62,28 @@ def check_exportable(model: ModelConfig) -> None:
     if model.hidden_size % model.num_attention_heads:
         right = f"must be a multiple of model.num_attention_heads={model.num_attention_heads}"
         refuse("model.hidden_size", model.hidden_size, f"{right} for Hugging Face's {ARCHITECTURE}")
+
+
+def with_positions(config: Config, positions: int | None) -> ModelConfig:
+    """Return the run's model with the `max_position_embeddings` that config.json promises.
+
+    Clients take this field for the context in which the weights work. Without YaRN that is the length of
+    the run's training sequences. With YaRN it is the extended context, as in the published configuration.
+
+    Args:
+        positions: replaces that length, for weights that an earlier run trained on longer sequences.
+
+    Raises:
+        UserError: no model can have so many positions.
+    """
+    model = config.model
+    if positions is not None:
+        model = replace(model, max_position_embeddings=positions)
+        check_model(model)
+        return model
+    if model.rope_scaling is not None:
+        return model
+    return replace(model, max_position_embeddings=config.data.sequence_length)
 
 
 def published_config(model: ModelConfig, bos_id: int, eos_id: int, dtype: str) -> dict[str, Any]:

@@ -20,15 +20,13 @@ from data.tokenizers.load import load_tokenizer
 from data.tokenizers.train import train_tokenizer
 from dsv2.checkpoint.reader import CheckpointReader
 from dsv2.config.schema import ModelConfig, RopeScalingConfig
-from dsv2.errors import UserError
 from dsv2.hf import export as export_module
 from dsv2.hf.export import export, plan_shards
-from dsv2.hf.fields import check_exportable, compare_config, published_config
 from dsv2.hf.init_from import HFWeights
 from dsv2.model.init import init_weights
 from dsv2.model.transformer import DeepseekV2
 from tests.unit.data.tokenizers.texts import SENTENCES
-from tests.unit.helpers import REPO, compose_config, run_verb
+from tests.unit.helpers import REPO, run_verb
 from tests.unit.hf.folders import (
     TOKENIZER_PIECES,
     assert_same_weights,
@@ -155,95 +153,24 @@ def test_what_transformers_saves_comes_back_bitwise(tmp_path: Path, original_for
     assert_same_weights(filled(tmp_path / "theirs", model.config), model)
 
 
-PUBLISHED_V2 = {
-    "architectures": ["DeepseekV2ForCausalLM"],
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "bos_token_id": 100000,
-    "eos_token_id": 100001,
-    "ep_size": 1,
-    "first_k_dense_replace": 1,
-    "hidden_act": "silu",
-    "hidden_size": 5120,
-    "intermediate_size": 12288,
-    "kv_lora_rank": 512,
-    "max_position_embeddings": 163840,
-    "model_type": "deepseek_v2",
-    "moe_intermediate_size": 1536,
-    "moe_layer_freq": 1,
-    "n_group": 8,
-    "n_routed_experts": 160,
-    "n_shared_experts": 2,
-    "norm_topk_prob": False,
-    "num_attention_heads": 128,
-    "num_experts_per_tok": 6,
-    "num_hidden_layers": 60,
-    "num_key_value_heads": 128,
-    "pretraining_tp": 1,
-    "q_lora_rank": 1536,
-    "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "rms_norm_eps": 1e-06,
-    "rope_scaling": {
-        "beta_fast": 32,
-        "beta_slow": 1,
-        "factor": 40,
-        "mscale": 0.707,
-        "mscale_all_dim": 0.707,
-        "original_max_position_embeddings": 4096,
-        "type": "yarn",
-    },
-    "rope_theta": 10000,
-    "routed_scaling_factor": 16.0,
-    "scoring_func": "softmax",
-    "seq_aux": True,
-    "tie_word_embeddings": False,
-    "topk_group": 3,
-    "topk_method": "group_limited_greedy",
-    "torch_dtype": "bfloat16",
-    "use_cache": True,
-    "v_head_dim": 128,
-    "vocab_size": 102400,
-}
-PUBLISHED_LITE = PUBLISHED_V2 | {
-    "hidden_size": 2048,
-    "intermediate_size": 10944,
-    "moe_intermediate_size": 1408,
-    "n_group": 1,
-    "n_routed_experts": 64,
-    "num_attention_heads": 16,
-    "num_hidden_layers": 27,
-    "num_key_value_heads": 16,
-    "q_lora_rank": None,
-    "routed_scaling_factor": 1.0,
-    "topk_group": 1,
-    "topk_method": "greedy",
-}
-
-
-@pytest.mark.parametrize(("name", "published"), [("v2", PUBLISHED_V2), ("lite", PUBLISHED_LITE)])
-def test_the_published_configurations(name: str, published: dict[str, Any]) -> None:
-    """Both ways: conf's sizes make them, and they fit conf's sizes."""
-    model = compose_config(f"model={name}", "rope_scaling=yarn").model
-    made = published_config(model, bos_id=100000, eos_id=100001, dtype="bfloat16")
-    assert {key: made.get(key) for key in published} == published
-    compare_config(published, model, Path("there"))
-
-
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("scaling", "options", "positions"),
     [
-        (
-            {"attention": "mqa", "qk_nope_head_dim": 6, "v_head_dim": 6},
-            r"model\.attention=mqa: must be mla",
-        ),
-        ({"n_shared_experts": 0}, r"model\.n_shared_experts=0: must be at least 1 for"),
-        ({"hidden_size": 25}, r"model\.hidden_size=25: must be a multiple of model\.num_attention_heads=3"),
+        (None, {}, 256),
+        (None, {"max_position_embeddings": 512}, 512),
+        (YARN, {}, 163840),
+        (YARN, {"max_position_embeddings": 32768}, 32768),
     ],
 )
-def test_models_that_it_has_no_words_for(changes: dict[str, Any], said: str) -> None:
-    with pytest.raises(UserError, match=said):
-        check_exportable(hf_tiny(**changes))
+def test_config_promises_the_positions_that_work(
+    tmp_path: Path, scaling: RopeScalingConfig | None, options: dict[str, Any], positions: int
+) -> None:
+    """The run's sequences have 256 tokens, and its model allows 163840; `init_from` accepts any length."""
+    model = our_model(hf_tiny(rope_scaling=scaling))
+    folder = exported_folder(tmp_path, model, **options)
+    assert json.loads((folder / "config.json").read_text())["max_position_embeddings"] == positions
+    assert AutoTokenizer.from_pretrained(folder).model_max_length == positions
+    assert_same_weights(filled(folder, model.config), model)
 
 
 def test_a_run_means_its_newest_whole_checkpoint(tmp_path: Path) -> None:
@@ -274,6 +201,8 @@ def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "no state.json; it is no dsv2 checkpoint" in refused(capsys, tmp_path / "empty", out)
     assert "there is no such folder" in refused(capsys, tmp_path / "nowhere", out)
     assert "--shard-gb 0.0: must be above 0" in refused(capsys, path, out, "--shard-gb", "0")
+    said = refused(capsys, path, out, "--max-position-embeddings", "0")
+    assert "model.max_position_embeddings=0: must be" in said
     assert f"out={tmp_path / 'saved'}: already exists" in refused(capsys, path, tmp_path / "saved")
     tokenizer = tmp_path / "saved" / "tokenizer.model"
     train_tokenizer(SENTENCES * 5, 340, tmp_path / "large.model")
