@@ -28,7 +28,9 @@ class Export(Verb):
         add("--shard-gb", type=float, default=5.0, metavar="GB", help=size)
         tokenizer = "The run's tokenizer, if it is no longer where the run found it."
         add("--tokenizer", metavar="FILE", help=tokenizer)
-        positions = "Context that config.json promises, tokens (default: the length of training sequences, or YaRN's)."
+        positions = (
+            "Context that config.json promises, tokens (default: that of the training sequences or YaRN)."
+        )
         add("--max-position-embeddings", type=int, metavar="N", help=positions)
 
     def run(self, options: Namespace) -> int:
