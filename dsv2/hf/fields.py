@@ -152,13 +152,10 @@ def compare_config(content: dict[str, Any], model: ModelConfig, folder: Path) ->
         UserError: names the field of config.json, its value, and this run's value.
     """
     ours = _function_fields(model)
-    defaults = {
-        **_ALWAYS,
-        **attention_kind(model).published_defaults(model),
-        **router_of(model).published_defaults(model),
-    }
+    defaults = {**_ALWAYS, **attention_kind(model).published_defaults(model)}
     given = {name: value for name, value in content.items() if value is not None}
-    theirs = {name: (defaults | given).get(name) for name in ours}
+    fields = router_of(model).read_published(defaults | given)
+    theirs = {name: fields.get(name) for name in ours}
     their_theta, their_scaling = _their_rope(content)
     theirs |= {"rope_theta": their_theta, "rope_scaling": their_scaling}
     ours |= {"rope_theta": model.rope_theta, "rope_scaling": _rope_scaling(model)}

@@ -45,9 +45,13 @@ class Router(ABC):
             UserError: Hugging Face's architecture has no such router.
         """
 
-    def published_defaults(self, model: ModelConfig) -> dict[str, Any]:
-        """Return what a config.json means that leaves out fields of `published`, or has null there."""
-        return {}
+    def read_published(self, content: dict[str, Any]) -> dict[str, Any]:
+        """Return a config.json's fields as `published` writes them for the same routing.
+
+        Args:
+            content: the file's fields, without those that are null.
+        """
+        return content
 
     @abstractmethod
     def build(self, model: ModelConfig, kernels: "KernelSet") -> "RouterModule":

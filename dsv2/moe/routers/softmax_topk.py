@@ -60,19 +60,19 @@ class SoftmaxTopK(Router):
         limited = model.topk_group < model.n_group
         return {
             "topk_method": "group_limited_greedy" if limited else "greedy",
-            "n_group": model.n_group,
-            "topk_group": model.topk_group,
+            # Without a limit the groups do not matter. llama.cpp aborts if all of several groups are allowed.
+            "n_group": model.n_group if limited else 1,
+            "topk_group": model.topk_group if limited else 1,
             "scoring_func": "softmax",
             "norm_topk_prob": False,
             "routed_scaling_factor": model.routed_scaling_factor,
         }
 
-    def published_defaults(self, model: ModelConfig) -> dict[str, Any]:
-        defaults = {"topk_method": "greedy", "scoring_func": "softmax", "norm_topk_prob": False}
-        if model.topk_group < model.n_group:
-            return defaults
-        # Greedy routing ignores the groups.
-        return defaults | {"n_group": model.n_group, "topk_group": model.topk_group}
+    def read_published(self, content: dict[str, Any]) -> dict[str, Any]:
+        fields = {"topk_method": "greedy", "scoring_func": "softmax", "norm_topk_prob": False} | content
+        if fields["topk_method"] == "greedy":  # which ignores the groups
+            return fields | {"n_group": 1, "topk_group": 1}
+        return fields
 
     def build(self, model: ModelConfig, kernels: "KernelSet") -> "SoftmaxTopKRouter":
         from dsv2.moe.routers.softmax_topk_module import SoftmaxTopKRouter

@@ -56,7 +56,10 @@ def filled(folder: Path, config: ModelConfig) -> DeepseekV2:
     return model
 
 
-@pytest.mark.parametrize("changes", [{}, {"q_lora_rank": None, "rope_scaling": YARN}], ids=str)
+CHANGES = [{}, {"q_lora_rank": None, "rope_scaling": YARN}, {"n_group": 4, "topk_group": 4}]
+
+
+@pytest.mark.parametrize("changes", CHANGES, ids=str)
 def test_transformers_loads_it_and_computes_the_same(tmp_path: Path, changes: dict[str, Any]) -> None:
     model = our_model(hf_tiny(**changes)).eval()
     folder = exported_folder(tmp_path, model, shard_gb=2e-5)
@@ -127,6 +130,17 @@ def test_plan_of_shards() -> None:
 def test_round_trip_in_fp32_is_bitwise(tmp_path: Path) -> None:
     model = our_model(hf_tiny())
     assert_same_weights(filled(exported_folder(tmp_path, model), model.config), model)
+
+
+def test_without_a_group_limit_it_routes_the_same_in_any_groups(tmp_path: Path) -> None:
+    model = our_model(hf_tiny(n_group=4, topk_group=4)).eval()
+    folder = exported_folder(tmp_path, model)
+    ids = torch.arange(3, 43).unsqueeze(0)
+    with torch.no_grad():
+        logits = model(ids, None, torch.zeros(1, dtype=torch.long))
+        for groups in (1, 2, 4):
+            again = filled(folder, hf_tiny(n_group=groups, topk_group=groups)).eval()
+            assert torch.equal(again(ids, None, torch.zeros(1, dtype=torch.long)), logits)
 
 
 def test_round_trip_in_bf16_is_bitwise_for_bf16_weights(tmp_path: Path) -> None:

@@ -109,3 +109,21 @@ def test_config_promises_no_more_than_yarn_reaches() -> None:
     assert with_positions(run, 163840).max_position_embeddings == 163840
     with pytest.raises(UserError, match=r"model\.max_position_embeddings=163841: must be at most 163840"):
         with_positions(run, 163841)
+
+
+@pytest.mark.parametrize(
+    "groups", [{"n_group": 4, "topk_group": 4}, {"n_group": 1, "topk_group": 1}], ids=str
+)
+def test_without_a_limit_there_is_one_group(groups: dict[str, int]) -> None:
+    """llama.cpp aborts if all of several groups are allowed; `init_from` accepts any groups of it."""
+    model = hf_tiny(**groups)
+    content = published_config(model, 1, 2, "float32")
+    assert {name: content[name] for name in ("topk_method", "n_group", "topk_group")} == {
+        "topk_method": "greedy",
+        "n_group": 1,
+        "topk_group": 1,
+    }
+    compare_config(content, model, Path("there"))
+    compare_config(content | {"n_group": 4, "topk_group": 4}, model, Path("there"))
+    with pytest.raises(UserError, match=r"has topk_method=greedy, this run's .*=group_limited_greedy"):
+        compare_config(content, hf_tiny(n_group=4, topk_group=2), Path("there"))
