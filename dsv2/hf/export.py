@@ -72,12 +72,7 @@ def export(
 
     reader = CheckpointReader(path)
     config = published_config(model, pieces.bos_id, pieces.eos_id, DTYPES[dtype])
-    partial = out.with_name(f"{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
-    try:
-        partial.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be created ({error.strerror}); give another folder") from None
+    partial = _partial_folder(out)
     try:
         write_tokenizer(pieces, model.max_position_embeddings, partial)
         _write_json(partial / "config.json", config)
@@ -89,6 +84,17 @@ def export(
         raise CheckpointError(f"{out} could not be written: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _partial_folder(out: Path) -> Path:
+    """Return a new, empty folder, which becomes `out` when it is complete."""
+    partial = out.with_name(f"{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be created ({error.strerror}); give another folder") from None
+    return partial
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
