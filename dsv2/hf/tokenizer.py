@@ -16,7 +16,7 @@ from dsv2.errors import UserError
 
 
 def write_tokenizer(tokenizer: Tokenizer, longest: int, folder: Path) -> None:
-    """Write tokenizer.json and tokenizer_config.json into `folder`.
+    """Write tokenizer.json and tokenizer_config.json into `folder`; a sentencepiece model also as it is.
 
     With its special tokens switched off, the written tokenizer encodes every text as `tokenizer` does.
     A converted sentencepiece model puts bos before a text by default, as documents begin in training. A
@@ -37,6 +37,7 @@ def write_tokenizer(tokenizer: Tokenizer, longest: int, folder: Path) -> None:
     else:
         written = _from_sentencepiece(tokenizer)
         written.save(str(target))
+        shutil.copyfile(tokenizer.path, folder / "tokenizer.model")  # the only form that llama.cpp converts
     config = {
         # LlamaTokenizerFast and similar classes would replace parts of tokenizer.json with their own.
         "tokenizer_class": "PreTrainedTokenizerFast",

@@ -40,7 +40,7 @@ def documents() -> list[str]:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, documents: list[str]) -> tuple[Tokenizer, Any]:
     folder = tmp_path_factory.mktemp("trained")
-    ours = train_tokenizer(documents[::40] + [RUNS] * 3, 2000, folder / "tokenizer.model")
+    ours = train_tokenizer(documents[::40] + [RUNS] * 3, 2000, folder / "trained.model")
     return ours, exported(ours, folder)
 
 
@@ -49,7 +49,7 @@ def repetitive(tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokenizer, Any
     """Trained on runs, so that most pieces can be cut in many ways, and overlap with themselves."""
     folder = tmp_path_factory.mktemp("repetitive")
     texts = ["a" * n + "b" * m + " " * k for n in range(1, 25) for m in range(4) for k in range(9)]
-    ours = train_tokenizer([*texts, RUNS, RUNS.replace("a", "ab")] * 2, 330, folder / "tokenizer.model")
+    ours = train_tokenizer([*texts, RUNS, RUNS.replace("a", "ab")] * 2, 330, folder / "trained.model")
     return ours, exported(ours, folder)
 
 
@@ -131,6 +131,14 @@ def test_it_can_be_trained_with_again(trained: tuple[Tokenizer, Any]) -> None:
         assert again.encode(text) == ours.encode(text)
 
 
+def test_a_sentencepiece_model_is_shipped_too(trained: tuple[Tokenizer, Any]) -> None:
+    """For clients that read nothing else; its ids are those of the tokenizer.json beside it."""
+    ours, theirs = trained
+    copy = ours.path.with_name("tokenizer.model")
+    assert copy.read_bytes() == ours.path.read_bytes()
+    assert load_tokenizer(copy).encode(RUNS) == theirs(RUNS, add_special_tokens=False).input_ids
+
+
 def byte_level_json(folder: Path) -> Path:
     from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
     from tokenizers import Tokenizer as HFTokenizer
@@ -160,6 +168,7 @@ def test_tokenizer_json_is_passed_through(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     theirs = exported(ours, tmp_path / "out")
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == ours.path.read_bytes()
+    assert not (tmp_path / "out" / "tokenizer.model").exists()
     assert (theirs.bos_token_id, theirs.eos_token_id) == (ours.bos_id, ours.eos_id) == (1, 0)
     for text in (*ODD_TEXTS, *SENTENCES, RUNS, "a [word] inside", "<end> and <begin> are text"):
         check_same(ours, theirs, text)
