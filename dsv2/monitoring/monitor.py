@@ -63,6 +63,7 @@ class Monitor:
         self._window_steps = 0
         self._wait_ms = 0.0
         self._times = RankTimes()  # this window's on this rank
+        self._has_waited = False  # for a save, and a line has said so
         # A finished run stays finished, whatever happens to another evaluation or while it is printed.
         self._is_finished = self._earlier_status() == self._status("finished", state.step)
 
@@ -216,7 +217,8 @@ class Monitor:
             self.tracker.log(self._values(When.save, save), step=self._step)
             if save.problem is not None:
                 self._print(f"warning: {save.problem}; the run continues")
-            elif save.waited_s > LONG_WAIT:
+            elif save.waited_s > LONG_WAIT and not self._has_waited:
+                self._has_waited = True
                 self._print(
                     f"warning: training waited {save.waited_s:.1f} s for the checkpoint of step {save.step}, "
                     f"which took {save.seconds:.1f} s; raise checkpoint.every"

@@ -169,7 +169,8 @@ def test_what_is_no_checkpoint(run_dir, name, capsys):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_no_gpu(run_dir, capsys):
-    assert run_verb("generate", str(run_dir), "--prompt", "one", "--device", "cuda") == 2
+    arguments = ["--prompt", "one", "--max-tokens", "8", "--device", "cuda"]
+    assert run_verb("generate", str(run_dir), *arguments) == 2
     assert capsys.readouterr().err == "error: --device cuda: there is no GPU here; use --device cpu\n"
 
 

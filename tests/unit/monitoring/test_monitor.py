@@ -269,10 +269,11 @@ def test_a_target_that_was_passed_is_printed(run_dir, capsys, tokens, is_printed
     assert (line in capsys.readouterr().out) is is_printed
 
 
-def test_a_wait_for_a_slow_disk_is_told(run_dir, capsys):
+def test_a_wait_for_a_slow_disk_is_told_once(run_dir, capsys):
     with monitor(run_dir) as watch:
         watch.saved([Saved(2, stopped_s=0.1, seconds=3.0, waited_s=0.9)])
-        watch.saved([Saved(4, stopped_s=0.1, seconds=3.0, waited_s=1.2)])
+        for step in (4, 6):
+            watch.saved([Saved(step, stopped_s=0.1, seconds=3.0, waited_s=1.2)])
     assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")] == [
         "warning: training waited 1.2 s for the checkpoint of step 4, which took 3.0 s; "
         "raise checkpoint.every"
