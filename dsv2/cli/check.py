@@ -11,7 +11,7 @@ from argparse import ArgumentParser, Namespace
 
 from dsv2.cli.adjust import adjust
 from dsv2.cli.base import ExitCode, Verb
-from dsv2.config.schema import Config
+from dsv2.config.schema import Config, Device
 from dsv2.errors import UserError
 
 
@@ -31,9 +31,11 @@ def check(processes: int, overrides: list[str]) -> Config:
     from dsv2.training.rundir import claim, let_go
     from dsv2.training.start import check_files, find_device, find_start
 
+    if config.runtime.device is Device.cuda:
+        find_device(config, processes)  # first: data=stdlib may be prepared below, which takes a minute
     check_files(config)
     let_go(claim(config.run_dir), config.run_dir)
-    # Only now torch is imported, which takes seconds.
+    # On the CPU, torch is imported only now, which takes seconds.
     device = find_device(config, processes)
     check_memory(config, processes, find_room(device, processes, started=False))
     find_start(config)

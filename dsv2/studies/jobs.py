@@ -81,10 +81,10 @@ def run(job: Job, gpu: str | None) -> int:
 
 
 def refused(job: Job) -> int:
-    """Check the run without training; return the exit code of the check, which prints its own message."""
+    """Check the run without training; return the check's exit code. A refusal goes to stderr."""
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
     command = [sys.executable, "-m", "dsv2", "check", "1", *job.overrides]
-    return subprocess.run(command, env=environment, check=False).returncode
+    return subprocess.run(command, stdout=subprocess.DEVNULL, env=environment, check=False).returncode
 
 
 def gpus(config: Config) -> list[str]:

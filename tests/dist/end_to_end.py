@@ -102,6 +102,16 @@ def wait_for_step(run_dir: Path, step: int) -> None:
     raise TimeoutError(f"{run_dir} did not reach step {step}")
 
 
+def wait_for_checkpoint(run_dir: Path) -> None:
+    """Wait until the run has a whole checkpoint. Metrics may be a few steps ahead of it."""
+    deadline = time.monotonic() + 900
+    while time.monotonic() < deadline:
+        if any(path.suffix == "" for path in (run_dir / "checkpoints").glob("step-*")):
+            return
+        time.sleep(0.02)
+    raise TimeoutError(f"{run_dir} has no checkpoint")
+
+
 def scalars(run_dir: Path, name: str) -> dict[int, float]:
     return {int(m["step"]): m[name] for m in read_metrics(run_dir) if name in m}
 

@@ -24,6 +24,7 @@ from tests.dist.end_to_end import (
     read_wandb,
     run,
     scalars,
+    wait_for_checkpoint,
     wait_for_step,
     weights,
 )
@@ -79,7 +80,7 @@ def test_killed_run_resumes_to_the_bit_and_reads_back(command, started, whole, t
     job_command = command("killed", *TWO, MANY, OFFLINE, launcher=TORCHRUN)
     overrides = job_command[job_command.index("train.py") + 1 :]
     job = started([*LAUNCHER, *overrides], tmp_path / "output")
-    wait_for_step(tmp_path / "killed", 5)
+    wait_for_checkpoint(tmp_path / "killed")  # the W&B run's id is in it
     rank = psutil.Process(job.pid).children()[1]
     rank.kill()
     begin = time.monotonic()

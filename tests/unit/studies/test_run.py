@@ -244,6 +244,7 @@ SMALL = [
     "data.sequence_length=32",
     "optim.batch_size=4",
     "optim.total_tokens=1024",
+    "optim.warmup_steps=2",
     "eval.sequences=2",
     "logging.every=4",
 ]
