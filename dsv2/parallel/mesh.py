@@ -35,14 +35,24 @@ def _collective(call: Callable[..., T], *args: Any, **options: Any) -> T:
 
 @contextmanager
 def peers_watched() -> Iterator[None]:
-    """Turn torch's `DistError` into PeerLost where DeepSpeed runs its own collectives.
+    """Turn an error of a collective into PeerLost where DeepSpeed runs its own collectives.
 
-    gloo raises a plain RuntimeError. Inside DeepSpeed it could mean anything, so it is not translated.
+    gloo raises a plain RuntimeError, which could mean anything. It counts if a collective of torch raised it.
     """
     try:
         yield
-    except dist.DistError as error:
-        raise _peer_lost(error) from error
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or _raised_in(error) == dist.all_reduce.__module__:
+            raise _peer_lost(error) from error
+        raise
+
+
+def _raised_in(error: BaseException) -> str | None:
+    """Return the name of the module whose code raised the error."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace.tb_frame.f_globals.get("__name__") if trace else None
 
 
 def _peer_lost(error: RuntimeError) -> PeerLost:

@@ -2,6 +2,7 @@
 
 import ast
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -92,3 +93,14 @@ def test_an_error_of_distribution_is_a_lost_peer_and_no_other_is(error, expected
             step()
         assert type(raised.value) is expected
         assert error in (raised.value, raised.value.__cause__)
+
+
+def test_a_lost_peer_is_told_from_other_errors_by_where_the_error_was_raised():
+    """gloo raises a plain RuntimeError inside a collective that DeepSpeed called."""
+    collective: dict[str, Any] = {"__name__": "torch.distributed.distributed_c10d"}
+    exec("def fail():\n    raise RuntimeError('reset by peer')", collective)
+    with pytest.raises(PeerLost, match="reset by peer"), peers_watched():
+        collective["fail"]()
+    with pytest.raises(RuntimeError, match="shapes") as caught, peers_watched():
+        raise RuntimeError("shapes")
+    assert type(caught.value) is RuntimeError
