@@ -18,6 +18,11 @@ class Unreadable(Exception):
     """A file or folder exists, or may exist, and cannot be read now. Nothing was changed. Exit code 1."""
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text; of an error without text, its type."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser whose complaints are UserErrors."""
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from data.errors import UserError
+from data.errors import UserError, first_line
 
 FILE_READERS = ("arrow", "csv", "json", "parquet", "text")  # the library's own readers of local files
 
@@ -30,9 +30,9 @@ def open_stream(
     try:
         return datasets.load_dataset(dataset, subset, data_files=data_files, split=split, streaming=True)
     except ConnectionError as error:
-        raise UserError(f"{name} cannot be reached: {_first_line(error)}; is there a network?") from error
+        raise UserError(f"{name} cannot be reached: {first_line(error)}; is there a network?") from error
     except Exception as error:  # such as RuntimeError for a folder with a loading script, which never runs
-        raise UserError(f"{name} cannot be opened: {_first_line(error)}") from error
+        raise UserError(f"{name} cannot be opened: {first_line(error)}") from error
 
 
 def rows_of(dataset: Any, name: str) -> Iterator[dict[str, Any]]:
@@ -54,7 +54,7 @@ def rows_of(dataset: Any, name: str) -> Iterator[dict[str, Any]]:
             yield row
     except unreadable as error:
         raise UserError(
-            f"{name}: cannot be read after {count} rows ({_first_line(error)}); fix or remove the broken row"
+            f"{name}: cannot be read after {count} rows ({first_line(error)}); fix or remove the broken row"
         ) from error
 
 
@@ -75,7 +75,3 @@ def text_of(row: Mapping[str, Any], column: str, field: str, where: str | Path) 
 
 def _listed(names: Iterable[str]) -> str:
     return ", ".join(repr(name) for name in names) or "no columns"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -21,6 +21,7 @@ MANIFEST = "manifest.json"
 SEAL = "manifest_crc32"
 PROGRESS = "progress.json"  # exists until the manifest is written
 TOKEN_BYTES = "token_bytes.npy"  # int32 [vocab_size]: UTF-8 bytes of each id
+AGAIN = "remove the folder and prepare it again"
 _SHARD = re.compile(r"(train|validation)-\d{5,}\.arrow")  # the names that a preparation gives
 
 
@@ -127,12 +128,10 @@ def load_manifest(folder: str | Path) -> Manifest:
         actual = size_of(file)
         if actual != shard.file_bytes:
             state = "is missing" if actual is None else f"has {actual} bytes instead of {shard.file_bytes}"
-            raise UserError(
-                f"data.path={folder}: {file.name} {state}; remove the folder and prepare it again"
-            )
+            raise UserError(f"data.path={folder}: {file.name} {state}; {AGAIN}")
     for name in (manifest.tokenizer_file, TOKEN_BYTES):
         if not is_file(folder / name):
-            raise UserError(f"data.path={folder}: {name} is missing; remove the folder and prepare it again")
+            raise UserError(f"data.path={folder}: {name} is missing; {AGAIN}")
     return manifest
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data.errors import UserError
-from data.prepared.manifest import Shard
+from data.errors import UserError, first_line
+from data.prepared.manifest import AGAIN, Shard
 from data.reading import reading
 
 COLUMN = "input_ids"
@@ -91,8 +91,9 @@ def read_tokens(path: Path) -> list[np.ndarray]:
         columns = [batch.column(COLUMN) for batch in batches]
         return [column.flatten().to_numpy(zero_copy_only=True) for column in columns]
     except (pa.ArrowException, OSError, KeyError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"data: {path} is not a shard ({reason}); prepare its folder again") from error
+        raise UserError(
+            f"data: {path} is not a shard ({first_line(error)}); prepare its folder again"
+        ) from error
 
 
 def open_shard(folder: Path, shard: Shard) -> list[np.ndarray]:
@@ -105,13 +106,12 @@ def open_shard(folder: Path, shard: Shard) -> list[np.ndarray]:
     tokens = sum(map(len, arrays))
     if tokens != shard.tokens:
         raise UserError(
-            f"data.path={folder}: {shard.file} holds {tokens} tokens instead of {shard.tokens}; "
-            "remove the folder and prepare it again"
+            f"data.path={folder}: {shard.file} holds {tokens} tokens instead of {shard.tokens}; {AGAIN}"
         )
     if shard.crc32 and len(arrays) != len(shard.crc32):
         raise UserError(
             f"data.path={folder}: {shard.file} holds {len(arrays)} record batches instead of "
-            f"{len(shard.crc32)}; remove the folder and prepare it again"
+            f"{len(shard.crc32)}; {AGAIN}"
         )
     return arrays
 
@@ -121,7 +121,7 @@ def check_batch(ids: np.ndarray, crc32: int, file: Path, number: int) -> None:
     if zlib.crc32(ids.data) != crc32:
         raise UserError(
             f"data.path={file.parent}: {file.name} does not hold what was written (the checksum of record "
-            f"batch {number} differs); remove the folder and prepare it again"
+            f"batch {number} differs); {AGAIN}"
         )
 
 

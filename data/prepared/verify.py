@@ -11,12 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from data.errors import UserError
-from data.prepared.manifest import TOKEN_BYTES, Manifest, load_manifest
+from data.errors import UserError, first_line
+from data.prepared.manifest import AGAIN, TOKEN_BYTES, Manifest, load_manifest
 from data.prepared.shards import verified_tokens
 from data.reading import reading
-
-AGAIN = "remove the folder and prepare it again"
 
 
 def check_small_files(folder: Path, manifest: Manifest) -> None:
@@ -49,8 +47,9 @@ def read_token_bytes(folder: Path, manifest: Manifest) -> np.ndarray:
     try:
         sizes = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
     except Exception as error:  # whatever strange bytes may raise
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"data.path={folder}: {TOKEN_BYTES} cannot be read ({reason}); {AGAIN}") from None
+        raise UserError(
+            f"data.path={folder}: {TOKEN_BYTES} cannot be read ({first_line(error)}); {AGAIN}"
+        ) from None
     if sizes.dtype != np.int32 or sizes.shape != (manifest.vocab_size,):
         found = f"{sizes.dtype} {list(sizes.shape)} instead of int32 [{manifest.vocab_size}]"
         raise UserError(f"data.path={folder}: {TOKEN_BYTES} holds {found}; {AGAIN}")

@@ -137,6 +137,12 @@ def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
+def newest_step(folder: Path) -> int | None:
+    """Return the step of the newest whole checkpoint in the folder; None if there is none."""
+    whole = complete_checkpoints(folder)
+    return step_of(whole[0]) if whole else None
+
+
 def last_good(folder: Path) -> str:
     """Return a clause that names the newest whole checkpoint in the folder, or says that there is none."""
     try:

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from data.errors import first_line
 from dsv2.checkpoint.files import check, damaged_file
 from dsv2.checkpoint.safe_reader import SafeReader
 from dsv2.config.compose import from_plain
@@ -58,8 +59,7 @@ class CheckpointReader:
         try:
             self._reader.read_data(planner.create_local_plan(), planner).wait()
         except Exception as error:  # whatever unpickling damaged bytes may raise
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(
-                f"checkpoint {self.path}: {key} cannot be read ({reason}); use an older one"
+                f"checkpoint {self.path}: {key} cannot be read ({first_line(error)}); use an older one"
             ) from error
         return flat

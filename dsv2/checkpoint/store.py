@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
+from data.errors import first_line
 from dsv2.checkpoint import tensors
 from dsv2.checkpoint.files import (
     FORMAT,
@@ -293,7 +294,7 @@ class CheckpointStore:
             if len(rng) == everyone.size:
                 torch.set_rng_state(rng[everyone.rank])
         except Exception as error:  # whatever strange bytes may raise
-            reason = _in_words(error)
+            reason = first_line(error)
             raise UserError(
                 f"checkpoint {path}: rng.pt cannot be read ({reason}); use an older one"
             ) from None
@@ -316,7 +317,7 @@ def _on_main(action: Callable[[], None], everyone: MeshDim) -> None:
         try:
             action()
         except Exception as error:  # of any kind: the other ranks are waiting for the outcome
-            problem = _in_words(error)
+            problem = first_line(error)
     if problem := everyone.objects(problem)[0]:
         raise CheckpointError(problem)
 
@@ -324,11 +325,7 @@ def _on_main(action: Callable[[], None], everyone: MeshDim) -> None:
 def _root_cause(error: CheckpointException) -> str:
     """Return the message of the first rank that failed, from the exceptions of all ranks."""
     failures = list(error.failures.values())
-    return _in_words(failures[0][0] if failures else error)
-
-
-def _in_words(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
+    return first_line(failures[0][0] if failures else error)
 
 
 def _is_disk_full(folder: Path) -> bool:

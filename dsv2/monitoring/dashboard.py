@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data.errors import first_line
 from dsv2.errors import UserError
 from dsv2.monitoring.panels import SECTIONS, Chart
 
@@ -80,7 +81,9 @@ def create(entity: str | None, project: str) -> str:
     try:
         logged_in = wandb.login(prompt=False, verify=True)
     except Exception as error:
-        raise UserError(f"W&B: the login failed ({_one_line(error)}); see `wandb login`, {offline}") from None
+        raise UserError(
+            f"W&B: the login failed ({first_line(error)}); see `wandb login`, {offline}"
+        ) from None
     if not logged_in:
         raise UserError(f"W&B: not logged in; run `wandb login` first, {offline}")
     try:
@@ -89,10 +92,6 @@ def create(entity: str | None, project: str) -> str:
         return workspace.url
     except Exception as error:
         where = f"--entity {entity} --project {project}" if entity else f"--project {project}"
-        raise UserError(f"{where}: W&B did not save the view ({_one_line(error)})") from None
+        raise UserError(f"{where}: W&B did not save the view ({first_line(error)})") from None
     finally:
         wandb.teardown()
-
-
-def _one_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

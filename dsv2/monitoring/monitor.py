@@ -6,12 +6,13 @@ metrics themselves are declared and computed in dsv2/monitoring/metrics.
 
 import math
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from data.streams.sources import source_of
-from dsv2.checkpoint.files import complete_checkpoints, step_of
+from dsv2.checkpoint.files import newest_step
 from dsv2.checkpoint.state import Loaded, RunState, Saved
 from dsv2.config.compose import to_yaml
 from dsv2.config.schema import Config
@@ -59,10 +60,7 @@ class Monitor:
         moe_layers = config.model.num_hidden_layers - config.model.first_k_dense_replace
         experts = moe_layers * config.model.n_routed_experts
         self._alerts = Alerts(config.logging, routed_experts=experts, hosts=mesh.hosts)
-        self._stats: RoutingStats | None = None  # this window's sums on this rank
-        self._window_steps = 0
-        self._wait_ms = 0.0
-        self._times = RankTimes()  # this window's on this rank
+        self._begin_window()
         self._has_waited = False  # for a save, and a line has said so
         # A finished run stays finished, whatever happens to another evaluation or while it is printed.
         self._is_finished = self._earlier_status() == self._status("finished", state.step)
@@ -143,6 +141,13 @@ class Monitor:
             self.tracker.alert(f"{self.config.name}: {notice.title}", notice.text)
         self._last_mark = time.perf_counter()
 
+    def _begin_window(self) -> None:
+        """Forget the sums of this rank over the window's steps."""
+        self._stats: RoutingStats | None = None
+        self._window_steps = 0
+        self._wait_ms = 0.0
+        self._times = RankTimes()
+
     def _step_metrics(
         self, plan: StepPlan, result: StepResult, spikes: SpikeCounts | None, seconds: float
     ) -> dict[str, Any]:
@@ -169,10 +174,7 @@ class Monitor:
             metrics |= self._values(When.window, window)
             if self._step % self.config.logging.maps_every == 0 or is_last:
                 metrics |= self._values(When.maps, window)
-            self._stats = None
-            self._window_steps = 0
-            self._wait_ms = 0.0
-            self._times = RankTimes()
+            self._begin_window()
         return metrics
 
     def rewound(self, plan: StepPlan, result: StepResult, state: RunState) -> None:
@@ -182,10 +184,7 @@ class Monitor:
             "without the batches since then"
         )
         self._step = state.step
-        self._stats = None
-        self._window_steps = 0
-        self._wait_ms = 0.0
-        self._times = RankTimes()
+        self._begin_window()
         self.tracker.rewound()
         self._last_mark = time.perf_counter()
 
@@ -283,11 +282,10 @@ class Monitor:
 
     def _saved_step(self) -> int:
         """Return the step of the newest whole checkpoint; without one, the step where this session began."""
-        try:
-            whole = complete_checkpoints(self.config.run_dir / "checkpoints")
-        except Unreadable:
-            whole = []
-        return step_of(whole[0]) if whole else self._first.step
+        saved = None
+        with suppress(Unreadable):
+            saved = newest_step(self.config.run_dir / "checkpoints")
+        return self._first.step if saved is None else saved
 
     def _earlier_status(self) -> dict[str, Any]:
         try:

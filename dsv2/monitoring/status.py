@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from data.reading import read_json
-from dsv2.checkpoint.files import complete_checkpoints, step_of
+from dsv2.checkpoint.files import newest_step
 from dsv2.errors import Unreadable, UserError
 
 STATUS = "status.json"
@@ -32,8 +32,8 @@ def mark_failed(run_dir: Path) -> None:
     with contextlib.suppress(OSError, Unreadable, UserError):
         status = read_status(run_dir)
         if status.get("state") == "running":
-            whole = complete_checkpoints(run_dir / "checkpoints")
-            step = step_of(whole[0]) if whole else status.get("step", 0)
+            saved = newest_step(run_dir / "checkpoints")
+            step = status.get("step", 0) if saved is None else saved
             write_status(run_dir, status | {"state": "failed", "step": step})
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
+import psutil
 import torch.distributed as dist
 
 from dsv2.config.schema import WatchdogConfig
@@ -131,7 +132,7 @@ class Watchdog:
 
     def _find_lost(self) -> int | None:
         """Return a rank of this machine whose process has ended."""
-        return next((rank for rank, peer in self._here.items() if not _is_alive(peer.pid)), None)
+        return next((rank for rank, peer in self._here.items() if not psutil.pid_exists(peer.pid)), None)
 
     def _passed_limit(self) -> str:
         """Return the limit that this rank has passed, as field=value; "" if none."""
@@ -268,16 +269,6 @@ def _machine() -> str:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
         return f"{boot}-{Path('/proc/self/ns/pid').stat().st_ino}"
     return socket.gethostname()
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _write_flight_record(path: Path) -> None:

@@ -7,7 +7,6 @@ gradient of the mean over the global batch, whatever the layout.
 
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -62,10 +61,6 @@ class Engine:
     @property
     def model(self) -> nn.Module:
         return self.deepspeed.module
-
-    def save(self, store: CheckpointStore, state: RunState) -> Path:
-        """Save a checkpoint and return its folder. Collective; see `snapshot` and `CheckpointStore.save`."""
-        return store.save(self.snapshot(state), self.mesh[Dim.world])
 
     def snapshot(self, state: RunState) -> Snapshot:
         """Return what this rank contributes to a checkpoint. Its tensors are views. Collective.

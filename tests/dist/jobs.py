@@ -244,6 +244,13 @@ def types_reduced(rank: int, world_size: int, **layout: Any) -> set[torch.dtype]
     return {call.args[0].dtype for call in all_reduce.call_args_list if call.args[0].numel() > 1000}
 
 
+def save(engine: Any, store: Any, state: Any) -> None:
+    """Save a checkpoint, and return when it is complete."""
+    from dsv2.parallel.plan import Dim
+
+    store.save(engine.snapshot(state), engine.mesh[Dim.world])
+
+
 def train_and_save(rank: int, world_size: int, folder: str, save_at: int, steps: int, **layout: Any) -> tuple:
     """Train `steps` steps and save after `save_at` of them: (trace, final weights' parts, random state)."""
     from dsv2.checkpoint.state import RunState
@@ -254,7 +261,7 @@ def train_and_save(rank: int, world_size: int, folder: str, save_at: int, steps:
     torch.manual_seed(1000 + rank)  # every rank's own
     random_state = torch.get_rng_state().numpy()
     state = RunState(step=save_at, tokens=save_at * BATCH * SEQUENCE, data={"consumed": 1}, wandb_id="w")
-    engine.save(CheckpointStore(Path(folder), 3, SETTINGS), state)
+    save(engine, CheckpointStore(Path(folder), 3, SETTINGS), state)
     trace.losses += steps_of(engine, save_at, steps - save_at, layout["micro_batch"]).losses
     return trace, owned(engine, "fp32"), random_state
 

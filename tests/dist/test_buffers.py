@@ -68,7 +68,7 @@ def train_and_save(rank: int, world_size: int, folder: str, **layout: Any) -> di
         for layer in engine.model.modules():
             if isinstance(layer, CountingGate):
                 layer.start_2[0] = 0.75
-    engine.save(CheckpointStore(Path(folder), 3, jobs.SETTINGS), RunState(step=SAVE_AT))
+    jobs.save(engine, CheckpointStore(Path(folder), 3, jobs.SETTINGS), RunState(step=SAVE_AT))
     return buffers_of(engine)
 
 

@@ -27,7 +27,7 @@ def save_twice(rank: int, world_size: int, folder: str, **layout: Any) -> None:
     engine = jobs.make_engine(rank, world_size, **layout)
     for step in (1, 2):
         jobs.steps_of(engine, step - 1, 1, layout["micro_batch"])
-        engine.save(_store(folder), RunState(step=step, tokens=10 * step))
+        jobs.save(engine, _store(folder), RunState(step=step, tokens=10 * step))
 
 
 def go_on(rank: int, world_size: int, folder: str, resume: str, **layout: Any) -> Any:
@@ -46,7 +46,7 @@ def go_on(rank: int, world_size: int, folder: str, resume: str, **layout: Any) -
         return str(error)
     weights = jobs.owned(engine, "fp32")
     jobs.steps_of(engine, done.state.step, 1, layout["micro_batch"])
-    engine.save(_store(folder), RunState(step=3, tokens=done.state.tokens + 10))
+    jobs.save(engine, _store(folder), RunState(step=3, tokens=done.state.tokens + 10))
     return done.state.step, done.warnings, weights
 
 
@@ -161,7 +161,7 @@ def full_for_one(rank: int, world_size: int, folder: str, **layout: Any) -> list
         if step == 2 and rank == world_size - 1:
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, unlimited[1]))
         try:
-            engine.save(_store(folder), RunState(step=step, tokens=10 * step))
+            jobs.save(engine, _store(folder), RunState(step=step, tokens=10 * step))
         except CheckpointError as error:
             dist.barrier()
             refusals.append((str(error), names(Path(folder))))
