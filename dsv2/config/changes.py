@@ -25,6 +25,23 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     return [f"{n} {_written(a)} -> {_written(b)}{unused.get(n, '')}" for n, a, b in values if a != b]
 
 
+def differing(configs: list[dict[str, Any]]) -> dict[str, list[str | None]]:
+    """Return each option whose value differs, with its value in every configuration, as in overrides.
+
+    A value is None if the configuration has no such option, such as YaRN's fields for plain RoPE. A run's
+    name and folder are left out: they always differ.
+
+    Args:
+        configs: results of `to_plain`.
+    """
+    flat = [_flat(config) for config in configs]
+    names = dict.fromkeys(name for options in flat for name in options if name not in ("name", "runs_dir"))
+    values = {
+        name: [_written(options[name]) if name in options else None for options in flat] for name in names
+    }
+    return {name: of_runs for name, of_runs in values.items() if len(set(of_runs)) > 1}
+
+
 def _written(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value)
 

@@ -23,6 +23,7 @@ from dsv2.monitoring import console
 from dsv2.monitoring.alerts import Alerts
 from dsv2.monitoring.metrics.base import Producer, RankTimes, When, Window
 from dsv2.monitoring.metrics.producers import PRODUCERS
+from dsv2.monitoring.sessions import record_session
 from dsv2.monitoring.status import read_status, write_status
 from dsv2.monitoring.tracker import Tracker
 from dsv2.parallel.mesh import Mesh
@@ -68,6 +69,7 @@ class Monitor:
     def __enter__(self) -> "Monitor":
         if self.mesh.is_main and not self._is_finished:
             save_config(self.config.run_dir, to_yaml(self.config), resumed=self._first.step > 0)
+            record_session(self.config.run_dir, self.mesh, self._first.step)
         for line in self._opening_lines():
             self._print(line)
         self._write_status("finished" if self._is_finished else "running")

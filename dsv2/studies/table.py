@@ -1,17 +1,16 @@
 """The result of a study: figures of every run, their mean and spread, as JSON and as a table."""
 
 import os
-import shutil
 import statistics
-import subprocess
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dsv2.config.schema import Config, Device
 from dsv2.formats import fmt_count
 from dsv2.model.sizes import cached_elements, count_parameters
+from dsv2.monitoring.sessions import commit
 from dsv2.studies.arms import STUDIES
-from dsv2.studies.jobs import ROOT, Job, is_finished
+from dsv2.studies.jobs import Job, is_finished
 
 
 class Column(NamedTuple):
@@ -96,15 +95,6 @@ def spread(values: list[float]) -> dict[str, Any]:
     """Return the values, their mean and, for two values or more, their sample standard deviation."""
     std = statistics.stdev(values) if len(values) > 1 else None
     return {"mean": statistics.fmean(values), "std": std, "values": values}
-
-
-def commit() -> str:
-    """Return the code's commit, with "-dirty" if files differ from it; "unknown" outside a repository."""
-    if not (ROOT / ".git").exists() or shutil.which("git") is None:
-        return "unknown"
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
 
 
 def hardware(config: Config) -> str:

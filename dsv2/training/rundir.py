@@ -11,6 +11,7 @@ from dsv2.errors import UserError
 
 METRICS_FILE = "metrics.jsonl"
 MAPS_FILE = "maps.jsonl"
+SESSIONS_FILE = "sessions.jsonl"
 CONFIG_FILE = "config.yaml"
 LOCK = ".lock"
 OWNER = ".lock-owner"
@@ -53,7 +54,7 @@ def _require_files(run_dir: Path) -> None:
     Raises:
         OSError: one of them is a folder, or cannot be written.
     """
-    for name in (METRICS_FILE, MAPS_FILE, CONFIG_FILE):
+    for name in (METRICS_FILE, MAPS_FILE, SESSIONS_FILE, CONFIG_FILE):
         if (path := run_dir / name).exists():
             path.open("ab").close()
 

@@ -1,22 +1,19 @@
 """One self-contained HTML page of a run: curves, routing maps over time, final values, configuration.
 
 `python -m dsv2 report RUN_DIR` writes it. The page needs no network. report.js draws the curves and maps.
-The run's files may come from someone else, so every text is escaped. The page's policy also lets a browser
-run the page's own script and nothing else.
+comparison.py writes the page of several runs.
 """
 
-import base64
-import hashlib
 import json
 from html import escape
 from pathlib import Path
 
-from dsv2.errors import UserError
 from dsv2.formats import fmt_count
 from dsv2.model.sizes import count_parameters
 from dsv2.monitoring.metrics.base import PER_LAYER
 from dsv2.monitoring.metrics.producers import METRICS
 from dsv2.monitoring.panels import SECTIONS, Chart, ChartSection
+from dsv2.monitoring.report.parts import Document, anchor, card, document, number, save
 from dsv2.monitoring.report.run import (
     MOST_MAPS,
     MOST_POINTS,
@@ -27,17 +24,7 @@ from dsv2.monitoring.report.run import (
     read_run,
 )
 
-ASSETS = Path(__file__).parent
 EXPERT_LOAD = "map/expert_load"  # the map that is also shown over time
-
-
-def number(value: float | None) -> str:
-    """Return a value as text for a table: 0.0123, 4.235, 12.3K."""
-    if value is None:
-        return "not a number"
-    if value != 0 and abs(value) < 1e-3:
-        return f"{value:.2e}"
-    return fmt_count(value) if abs(value) >= 10_000 else f"{value:.4g}"
 
 
 def tiles(run: Run) -> str:
@@ -45,16 +32,6 @@ def tiles(run: Run) -> str:
     return "".join(
         f'<div class="tile"><b>{number(value)}</b><span>{escape(label)}</span></div>'
         for label, value in figures(run).items()
-    )
-
-
-def card(title: str, unit: str, kind: str, wide: bool = False, **attributes: str) -> str:
-    """Return an empty card; report.js fills it by its `kind` and the attributes."""
-    values = "".join(f' data-{key}="{escape(value)}"' for key, value in attributes.items())
-    small = f"<small>{escape(unit)}</small>" if unit else ""
-    return (
-        f'<div class="card{" wide" if wide else ""}" data-kind="{kind}"{values}>'
-        f"<header><b>{escape(title)}</b>{small}</header></div>"
     )
 
 
@@ -90,10 +67,6 @@ def section_html(run: Run, section: ChartSection) -> str:
         parts.append(f'<p class="none">{escape(text)}: {escape(", ".join(names))}</p>' if names else "")
     title = escape(section.title)
     return f'<section id="{anchor(section.title)}"><h2>{title}</h2>{"".join(parts)}</section>'
-
-
-def anchor(title: str) -> str:
-    return escape(title.lower().replace(" ", "-"))
 
 
 def final_values(run: Run) -> str:
@@ -148,21 +121,6 @@ def configuration(run: Run) -> str:
     return "".join(parts)
 
 
-def policy(script: str, style: str) -> str:
-    """Return the content security policy that lets a browser use this script and this style alone.
-
-    The pictures of the maps are the only images; the script draws them itself, as data: addresses.
-    """
-
-    def hashed(text: str) -> str:
-        return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-
-    return (
-        f"default-src 'none'; script-src {hashed(script)}; style-src {hashed(style)}; img-src data:; "
-        "base-uri 'none'; form-action 'none'"
-    )
-
-
 def build_page(run: Run) -> str:
     """Return the whole page."""
     counts = count_parameters(run.config.model)
@@ -170,38 +128,28 @@ def build_page(run: Run) -> str:
     name = escape(run.config.name)
     state = escape(run.status.get("state", "unknown"))
     of = escape(f" of {run.status['total_steps']}" if "total_steps" in run.status else "")
-    titles = [*(section.title for section in SECTIONS), "Final values", "Configuration"]
-    links = "".join(f'<a href="#{anchor(title)}">{escape(title)}</a>' for title in titles)
     thinned_note = (
         f"Curves are thinned to {MOST_POINTS} points; the extremes of every stretch are kept. "
         if len(run.rows) > MOST_POINTS
         else ""
     ) + (f"{MOST_MAPS} of {len(run.maps)} maps are shown. " if len(run.maps) > MOST_MAPS else "")
-    # A "<" would let a text end the script element.
-    data = json.dumps(page_data(run), allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
-    style = (ASSETS / "report.css").read_text(encoding="utf-8")
-    script = (ASSETS / "report.js").read_text(encoding="utf-8")
-    return f"""<!doctype html>
-<html lang="en">
-<head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy(script, style)}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{name}</title><style>{style}</style></head>
-<body><nav><div><strong>{name}</strong>{links}
-<label><input type="checkbox" id="smooth" checked> smooth</label></div></nav>
-<main><h1>{name}</h1><span class="badge {state}">{state}</span>
+    body = f"""<h1>{name}</h1><span class="badge {state}">{state}</span>
 <p class="lead">step {step}{of} &middot; {fmt_count(counts.total)} parameters, {fmt_count(counts.active)}
 active per token &middot; {escape(str(run.folder))}</p>
 <noscript><p>Curves and maps need JavaScript; the tables below do not.</p></noscript>
 <div class="tiles">{tiles(run)}</div>
 {"".join(section_html(run, section) for section in SECTIONS)}
 <section id="final-values"><h2>Final values</h2>{final_values(run)}</section>
-<section id="configuration"><h2>Configuration</h2>{configuration(run)}</section>
-<footer>{thinned_note}A smoothed curve is the mean over a sliding window. The values themselves are drawn
-faintly behind it; the mouse shows them too.</footer>
-</main>
-<script type="application/json" id="data">{data}</script>
-<script>{script}</script></body></html>
-"""
+<section id="configuration"><h2>Configuration</h2>{configuration(run)}</section>"""
+    return document(
+        Document(
+            title=run.config.name,
+            sections=[*(section.title for section in SECTIONS), "Final values", "Configuration"],
+            body=body,
+            notes=thinned_note,
+            data=page_data(run),
+        )
+    )
 
 
 def write_page(run_dir: Path, out: Path) -> Path:
@@ -210,9 +158,4 @@ def write_page(run_dir: Path, out: Path) -> Path:
     Raises:
         UserError: the folder is no run, or `out` cannot be written.
     """
-    text = build_page(read_run(run_dir))
-    try:
-        out.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot be written ({error.strerror})") from None
-    return out
+    return save(build_page(read_run(run_dir)), out)

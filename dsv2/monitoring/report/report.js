@@ -2,6 +2,7 @@
 // Draws a run's curves and maps into the cards that page.py has written, from the JSON in #data (see page_data in run.py):
 // {steps: [before the first, last], series: {name: [steps, values]}, maps: [{step, name: rows}], first_layer, groups,
 //  heat: {stops, colours}, exact: [names of curves that are not smoothed]}
+// On the page of several runs (comparison.py), runs: [{label, series}] replaces series, and there are no maps.
 
 window.addEventListener("error", (event) => { document.body.dataset.error = event.message; });
 const data = JSON.parse(document.getElementById("data").textContent);
@@ -18,9 +19,11 @@ function element(tag, attributes = {}, ...children) {
 }
 
 // The page's policy forbids style attributes, but not this way to set a style.
-function swatch(colour) {
+function swatch(colour, dash) {
   const made = element("i");
-  made.style.background = colour;
+  const [line, gap] = (dash ?? "1 0").split(" ").map(Number);
+  made.style.background = dash
+    ? `repeating-linear-gradient(90deg, ${colour} 0 ${line}px, transparent ${line}px ${line + gap}px)` : colour;
   return made;
 }
 
@@ -54,9 +57,9 @@ function ticks(low, high, count) {
 
 function showTip(event, title, lines) {
   tip.replaceChildren(element("b", {}, title));
-  for (const [colour, text] of lines) {
+  for (const [mark, text] of lines) {
     const line = element("div");
-    if (colour) line.append(swatch(colour));
+    if (mark) line.append(mark);
     line.append(text);
     tip.append(line);
   }
@@ -140,13 +143,18 @@ function bounds(lines) {
   return [low === 0 ? 0 : low - margin, high + margin];
 }
 
-function curves(card, names) {
-  const lines = names.map((name, index) => (
-    { name, colour: `var(--s${index % 3})`, steps: data.series[name][0], values: data.series[name][1] }
-  ));
+// The lines of a card: a run's metrics, or a metric's runs. `dash` is undefined for a solid line.
+const metricLines = (names) => names.map((name, index) => (
+  { name, exact: EXACT.has(name), colour: `var(--s${index % 3})`, steps: data.series[name][0], values: data.series[name][1] }
+));
+const runStyle = (index) => ({ colour: `var(--s${index % 8})`, dash: [undefined, "5 3", "2 2"][Math.floor(index / 8)] });
+const runLines = (name) => data.runs.flatMap(({ label, series }, index) => (name in series
+  ? [{ name: label, exact: EXACT.has(name), ...runStyle(index), steps: series[name][0], values: series[name][1] }] : []));
+
+function curves(card, lines) {
   const legend = card.appendChild(element("div", { class: "legend" }));
-  for (const { name, colour, values } of lines)
-    legend.append(element("span", {}, swatch(colour), `${name} `,
+  for (const { name, colour, dash, values } of lines)
+    legend.append(element("span", {}, swatch(colour, dash), `${name} `,
       element("b", {}, format(values[values.length - 1]))));
   const box = card.appendChild(element("div"));
   const [low, high] = bounds(lines);
@@ -158,10 +166,11 @@ function curves(card, names) {
       shape(frame.root, "line", { class: "gridline", x1: LEFT, x2: frame.right, y1: y(tick), y2: y(tick) });
       shape(frame.root, "text", { x: LEFT - 7, y: y(tick) + 4, "text-anchor": "end" }, format(tick));
     }
-    for (const { name, colour, steps, values } of lines) {
-      const soft = document.getElementById("smooth").checked && values.length > 60 && !EXACT.has(name);
+    for (const { name, exact, colour, dash, steps, values } of lines) {
+      const soft = document.getElementById("smooth").checked && values.length > 60 && !exact;
       const draw = (points, kind) => shape(frame.root, "path", {
-        class: kind, stroke: colour, d: path(steps, points, frame.x, y), "data-name": name });
+        class: kind, stroke: colour, d: path(steps, points, frame.x, y), "data-name": name,
+        ...(dash && kind === "curve" ? { "stroke-dasharray": dash } : {}) });
       draw(values, soft ? "curve faint" : "curve");
       if (soft) draw(smoothed(values), "curve");
       if (values.length < 40)
@@ -173,10 +182,10 @@ function curves(card, names) {
       const step = frame.stepAt(event), longest = lines.reduce((a, b) => (b.steps.length > a.steps.length ? b : a));
       const shown = longest.steps[nearest(longest.steps, step)];
       markAll(shown);
-      showTip(event, `step ${shown}`, lines.map(({ name, colour, steps, values }) => {
+      showTip(event, `step ${shown}`, lines.map(({ name, colour, dash, steps, values }) => {
         const index = nearest(steps, shown);
         const where = steps[index] === shown ? "" : ` (step ${steps[index]})`;
-        return [colour, `${name} ${format(values[index])}${where}`];
+        return [swatch(colour, dash), `${name} ${format(values[index])}${where}`];
       }));
     });
   } };
@@ -352,9 +361,14 @@ function slider() {
   label.textContent = `step ${data.maps[frameShown.index].step}`;
 }
 
-const kinds = { curves: (card) => curves(card, JSON.parse(card.dataset.names)),
+const kinds = { curves: (card) => curves(card, metricLines(JSON.parse(card.dataset.names))),
+  runs: (card) => curves(card, runLines(card.dataset.name)),
   layers: (card) => layers(card, card.dataset.prefix), map: (card) => map(card, card.dataset.name), time: expertsOverTime };
 for (const card of document.querySelectorAll("[data-kind]")) kinds[card.dataset.kind](card);
+for (const label of document.querySelectorAll("[data-run]")) {
+  const { colour, dash } = runStyle(Number(label.dataset.run));
+  label.prepend(swatch(colour, dash));
+}
 const drawAll = () => { for (const chart of charts) chart.draw(); };
 drawAll();
 slider();

@@ -17,6 +17,7 @@ from dsv2.monitoring.metrics.producers import METRICS
 from dsv2.monitoring.panels import Chart, ChartSection
 from dsv2.monitoring.pictures import HEAT_COLOURS, HEAT_STOPS
 from dsv2.monitoring.records import METRICS_FILE, read_maps, read_metrics
+from dsv2.monitoring.sessions import read_sessions
 from dsv2.monitoring.status import read_status
 
 MOST_POINTS = 2000  # of one curve
@@ -37,6 +38,7 @@ class Run(NamedTuple):
     status: dict[str, Any]  # {} if the file is missing
     config: Config
     config_texts: dict[str, str]  # file name -> text, newest first
+    sessions: list[dict[str, Any]]  # see read_sessions
 
     @property
     def names(self) -> list[str]:
@@ -90,6 +92,7 @@ def read_run(folder: Path) -> Run:
         status=read_status(folder),
         config=config,
         config_texts=texts,
+        sessions=read_sessions(folder),
     )
 
 

@@ -207,7 +207,8 @@ def test_other_errors_and_good_ends_do_not_alert(run_dir):
 def test_a_finished_run_stays_finished_whatever_happens_to_another_evaluation(run_dir):
     with monitor(run_dir) as watch:
         feed(watch, [result() for _ in range(7)])
-    kept = {name: (run_dir / name).read_text() for name in ("config.yaml", "status.json")}
+    names = ("config.yaml", "status.json", "sessions.jsonl")
+    kept = {name: (run_dir / name).read_text() for name in names}
     assert '"finished"' in kept["status.json"]
     other = replace(CONFIG, logging=replace(CONFIG.logging, every=5))
     text = failing_session(run_dir, KeyboardInterrupt(), config=other)

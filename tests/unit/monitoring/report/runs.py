@@ -1,17 +1,26 @@
 """A run's files and its page, for the tests of the report."""
 
 import html.parser
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from dsv2.config.schema import Config, LoggingConfig, WandbMode
 from dsv2.monitoring.panels import SECTIONS
 from dsv2.monitoring.tracker import Tracker, open_tracker
 from tests.unit.helpers import run_verb
 
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+needs_browser = pytest.mark.skipif(
+    CHROMIUM is None, reason="no chromium, chromium-browser or google-chrome on PATH"
+)
+
 LAYERS, EXPERTS, GROUPS = 3, 16, 4  # of model=debug
+MARKUP = "<script>alert(1)</script><img src=x onerror=alert(1)>\"'&"
 
 
 def tracker_of(run_dir: Path) -> Tracker:
@@ -80,3 +89,27 @@ class Parsed(html.parser.HTMLParser):
             self.data += data
         elif self._section:
             self.sections[self._section] += data
+
+
+def in_a_browser(text: str, folder: Path, dark: bool = False) -> Parsed:
+    """Return the page as it is after its script has run; the page's file goes to `folder`."""
+    page = folder / "visited.html"
+    page.write_text(text)
+    assert CHROMIUM is not None
+    done = subprocess.run(
+        [
+            CHROMIUM,
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            f"--user-data-dir={folder / 'profile'}",
+            f"--blink-settings=preferredColorScheme={0 if dark else 1}",
+            "--virtual-time-budget=5000",
+            "--dump-dom",
+            page.as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    return Parsed(done.stdout)

@@ -17,9 +17,16 @@ from dsv2.monitoring.pictures import HEAT_COLOURS, heat_map
 from dsv2.monitoring.records import read_maps, read_metrics
 from dsv2.monitoring.report import run as report
 from tests.unit.helpers import REPO, run_verb
-from tests.unit.monitoring.report.runs import EXPERTS, LAYERS, Parsed, log_steps, tracker_of, write_page
-
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+from tests.unit.monitoring.report.runs import (
+    EXPERTS,
+    LAYERS,
+    Parsed,
+    in_a_browser,
+    log_steps,
+    needs_browser,
+    tracker_of,
+    write_page,
+)
 
 
 def cards_by_kind() -> dict[str, int]:
@@ -191,38 +198,20 @@ pixels.src = picture();
 }</script></body>"""
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium, chromium-browser or google-chrome on PATH")
+@needs_browser
 @pytest.mark.parametrize("dark", [False, True])
 def test_a_browser_draws_it(tmp_path, run_dir, dark):
-    page = tmp_path / "visited.html"
     # The page's policy stands, with the visitor's script as the only further one.
     script = VISITOR.removeprefix("<script>").removesuffix("</script></body>")
     allowed = f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
-    text = write_page(run_dir).replace("script-src ", f"script-src {allowed} ", 1)
-    page.write_text(text.replace("</body>", VISITOR))
-    assert CHROMIUM is not None
-    done = subprocess.run(
-        [
-            CHROMIUM,
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            f"--user-data-dir={tmp_path / 'profile'}",
-            f"--blink-settings=preferredColorScheme={0 if dark else 1}",
-            "--virtual-time-budget=5000",
-            "--dump-dom",
-            page.as_uri(),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    (body,) = (attributes for tag, attributes in Parsed(done.stdout).elements if tag == "body")
+    text = write_page(run_dir)
+    visited = text.replace("script-src ", f"script-src {allowed} ", 1).replace("</body>", VISITOR)
+    elements = in_a_browser(visited, tmp_path, dark=dark).elements
+    (body,) = (attributes for tag, attributes in elements if tag == "body")
     assert "data-error" not in body, body["data-error"]
-    elements = Parsed(done.stdout).elements
     # Every metric's curve has a path of as many points; each card a drawing; each map a picture.
     drawn = {a["data-name"]: a["d"] for tag, a in elements if tag == "path" and a["class"] == "curve"}
-    data = json.loads(Parsed(page.read_text()).data)
+    data = json.loads(Parsed(text).data)
     scalars = {name for name in data["series"] if "/L" not in name}
     assert set(drawn) == scalars
     for name, d in drawn.items():

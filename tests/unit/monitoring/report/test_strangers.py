@@ -12,9 +12,7 @@ from data.config import DataConfig
 from dsv2.config.compose import to_yaml
 from dsv2.config.schema import Config
 from tests.unit.helpers import compose_config, run_verb
-from tests.unit.monitoring.report.runs import Parsed, write_page
-
-MARKUP = "<script>alert(1)</script><img src=x onerror=alert(1)>\"'&"
+from tests.unit.monitoring.report.runs import MARKUP, Parsed, write_page
 
 
 def test_no_text_of_the_run_becomes_markup(run_dir):
