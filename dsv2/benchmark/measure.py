@@ -102,17 +102,12 @@ def measure(config: Config, device: Any, arguments: Namespace) -> dict[str, Any]
 
 def _parts(engine: Any, step: Any, keep: Path | None) -> dict[str, Any]:
     """Profile one step; return the share of each part, also as text. The trace goes to `keep`."""
-    from dsv2.benchmark.ranges import Ranges, methods_of_modules, parts_of_modules, record
-    from dsv2.benchmark.trace import read
+    from dsv2.profiling.ranges import ranges_of_engine, record
+    from dsv2.profiling.trace import read
 
-    methods = [
-        (engine.deepspeed, "step", "optimizer"),
-        (engine.deepspeed, "allreduce_gradients", "gradients"),
-        *methods_of_modules(engine.model),
-    ]
     with tempfile.TemporaryDirectory() as folder:
         file = keep or Path(folder) / "trace.json"
-        with Ranges(parts_of_modules(engine.model), methods):
+        with ranges_of_engine(engine):
             record(step, file, engine.mesh.device.type == "cuda")
         breakdown = read(file)
     return {

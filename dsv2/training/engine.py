@@ -105,7 +105,7 @@ class Engine:
         for index, batch in enumerate(micro_batches):
             self.mesh.progress.enter(Part.compute)
             with self.mesh.clock.working(self.mesh.device):
-                output: ModelOutput = self.sharded.forward(*self._inputs(batch))
+                output: ModelOutput = self.sharded.forward(*self.inputs(batch))
             self.sharded.backward(output.loss / count, last=index == count - 1)
             losses = torch.cat((torch.stack((output.loss.detach(), output.lm_loss)), *output.balance))
             sums = losses if sums is None else sums + losses
@@ -154,7 +154,7 @@ class Engine:
     def lm_losses(self, batch: Batch) -> Tensor:
         """Return the cross-entropy of every label, fp32 [B, S], in nats; nothing is dropped."""
         self.deepspeed.eval()
-        ids, labels, sequence_ids = self._inputs(batch)
+        ids, labels, sequence_ids = self.inputs(batch)
         logits = self.sharded.forward(ids, None, sequence_ids)
         losses = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
         return losses.view_as(labels)
@@ -166,6 +166,6 @@ class Engine:
         ids = input_ids_BS.to(self.mesh.device)
         return self.sharded.forward(ids, None, torch.zeros(len(ids), dtype=torch.long, device=ids.device))
 
-    def _inputs(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    def inputs(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         device = self.mesh.device
         return batch.input_ids.to(device), batch.labels.to(device), batch.sequence_ids.to(device)

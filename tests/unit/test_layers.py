@@ -19,6 +19,7 @@ LAYERS = (  # a package imports only from entries before its own
     "dsv2.model",
     "dsv2.inference dsv2.hf",
     "dsv2.training",
+    "dsv2.profiling",
     "dsv2.monitoring dsv2.planner",
     "dsv2.benchmark dsv2.studies",
     "dsv2.cli",

@@ -1,35 +1,44 @@
 """The share of each part: real traces of small models on the CPU, and traces as a GPU would leave them."""
 
+import gzip
+import json
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from dsv2.benchmark.ranges import PARTS, PREFIX, STEP, Ranges, methods_of_modules, parts_of_modules, record
-from dsv2.benchmark.trace import Breakdown, breakdown, read
 from dsv2.model.init import init_weights
 from dsv2.model.transformer import DeepseekV2
+from dsv2.moe import layer
+from dsv2.moe.dispatch import Pending
 from dsv2.moe.execution import Execution
+from dsv2.profiling.ranges import PARTS, PREFIX, STEP, Ranges, methods_of_modules, parts_of_modules, record
+from dsv2.profiling.trace import Breakdown, breakdown, read
 from tests.unit.helpers import KINDS, tiny_config
 
 BACKWARD = "autograd::engine::evaluate_function: "
 
 
 class Trainer:
-    """A model with the two methods that the engine has ranges on."""
+    """A model, with methods that get ranges as the engine's and the stream's do."""
 
     def __init__(self, recompute: bool = False, **changes: Any):
         config = tiny_config(**changes)
         self.model = DeepseekV2(config, Execution(recompute=recompute))
         init_weights(self.model, 0.02, seed=0)
-        self.ids = torch.randint(config.vocab_size, (2, 9), generator=torch.Generator().manual_seed(0))
+        self.vocab_size = config.vocab_size
         self.adam = torch.optim.AdamW(self.model.parameters())
 
     def step(self) -> None:
-        out = self.model(self.ids[:, :-1], self.ids[:, 1:], torch.arange(2))
+        ids = self.fetch()
+        out = self.model(ids[:, :-1], ids[:, 1:], torch.arange(2))
         out.loss.backward()
         self.optimize()
+
+    def fetch(self) -> Tensor:
+        return torch.randint(self.vocab_size, (2, 9), generator=torch.Generator().manual_seed(0))
 
     def optimize(self) -> None:
         self.adam.step()
@@ -37,7 +46,8 @@ class Trainer:
 
 
 def methods_of(trainer: Trainer) -> list[tuple[Any, str, str]]:
-    return [(trainer, "optimize", "optimizer"), *methods_of_modules(trainer.model)]
+    methods = [(trainer, "optimize", "optimizer"), (trainer, "fetch", "data")]
+    return [*methods, *methods_of_modules(trainer.model)]
 
 
 def profiled(trainer: Trainer, folder) -> Breakdown:
@@ -55,6 +65,44 @@ def test_every_part_has_a_share_and_they_add_up(tmp_path, recompute):
     assert min(found.parts.values()) > 0
     assert found.share("other") < 0.3  # Python between modules is most of so small a step
     assert "routed experts" in found.table()
+    backward = found.backward
+    for part in ("data", "optimizer"):
+        assert backward[part] == 0
+    for part in ("attention", "routing", "routed experts", "head, loss"):
+        assert 0 < backward[part] < found.parts[part]
+    assert backward["gradients"] == found.parts["gradients"]
+
+
+class Ending(nn.Module):
+    """Its last operation keeps nothing for backward, so torch does not recompute it."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) + 1
+
+
+def test_recomputation_that_ends_early_leaves_no_range_open(monkeypatch):
+    opened = []
+
+    class Range:
+        def __init__(self, name: str):
+            self.name = name
+
+        def __enter__(self) -> None:
+            opened.append(self.name)
+
+        def __exit__(self, *raised: Any) -> None:
+            assert opened.pop() == self.name
+
+    monkeypatch.setattr(torch.profiler, "record_function", Range)
+    model = Ending(Ending(nn.Tanh()))
+    with Ranges({model: "routing", model.inner: "dense FFN"}, []):
+        x = torch.ones(3, requires_grad=True)
+        checkpoint(model, x, use_reentrant=False).sum().backward()
+    assert opened == []
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -73,7 +121,7 @@ def test_backward_counts_for_the_part_of_its_forward(tmp_path, kind):
     products = {"attention projections", "routed experts", "shared experts", "dense FFN", "head, loss"}
     assert products <= parts_of["MmBackward0"] <= products | {"routing"}
     assert parts_of["SoftmaxBackward0"] == {"routing"}
-    assert parts_of["aten::argsort"] == {"routing"}
+    assert parts_of["aten::argsort"] == {"dispatch"}
 
 
 class Twice(torch.autograd.Function):
@@ -110,9 +158,12 @@ def test_an_autograd_function_of_ones_own(tmp_path):
 
 def test_hooks_and_methods_are_gone_afterwards():
     trainer = Trainer()
+    before = (layer.combine, Pending.wait)
     with Ranges(parts_of_modules(trainer.model), methods_of(trainer)):
         assert "optimize" in vars(trainer)
+        assert before != (layer.combine, Pending.wait)
     assert "optimize" not in vars(trainer)
+    assert before == (layer.combine, Pending.wait)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in trainer.model.modules())
 
 
@@ -194,7 +245,8 @@ def test_kernels_belong_to_what_launched_them():
     found = breakdown(gpu_trace() + KERNELS)
     microseconds = {part: round(ms * 1e3, 6) for part, ms in found.parts.items() if ms}
     assert microseconds == {
-        "routing": 10 + 20 + 5 + 30,
+        "routing": 10 + 30,
+        "dispatch": 20 + 5,
         "routed experts": 100 + 100 + 10,
         "head, loss": 100,
         "gradients": 5,
@@ -203,8 +255,67 @@ def test_kernels_belong_to_what_launched_them():
         "idle": 1000 - 485,
     }
     assert found.step_ms == 1
-    assert found.share("routing") == pytest.approx(0.065)
+    assert found.share("routing") == pytest.approx(0.04)
+    assert found.on_gpu
+    assert {part: round(ms * 1e3, 6) for part, ms in found.backward.items() if ms} == {
+        "routing": 30,
+        "routed experts": 100,
+        "head, loss": 100,
+        "gradients": 5,
+    }
     assert found.as_json()["idle"] == {"ms": pytest.approx(0.515), "share": pytest.approx(0.515)}
+
+
+def shifted(events: list[dict[str, Any]], by: float, numbers: int) -> list[dict[str, Any]]:
+    """The same events later, with sequence numbers and correlations that no other event has."""
+    later = []
+    for event in events:
+        arguments = dict(event["args"])
+        for name in arguments.keys() & {"Sequence number", "correlation", "External id"}:
+            arguments[name] += numbers
+        later.append(event | {"ts": event["ts"] + by, "args": arguments})
+    return later
+
+
+def test_several_steps_give_their_mean_and_what_runs_between_them_counts_for_none(tmp_path):
+    one = gpu_trace() + KERNELS
+    between = [launch(1100, 500), kernel("evaluation", 1100, 1900, 500)]
+    two = breakdown(one + between + shifted(one, 2000, 1000))
+    assert two.steps == 2
+    alone = breakdown(one)
+    assert two.step_ms == pytest.approx(alone.step_ms)
+    assert two.parts == pytest.approx(alone.parts)
+    assert two.backward == pytest.approx(alone.backward)
+    assert "evaluation" not in {kernel.name for kernel in two.kernels}
+
+
+def test_time_without_kernels_counts_as_data_while_the_host_fetches_them():
+    trace = [
+        host(STEP, 0, 1000, cat="user_annotation"),
+        part("data", 10, 110),
+        part("data", 200, 300),
+        launch(210, 1),
+        launch(120, 2),
+        part("data", 400, 450),
+        kernel("copy", 220, 240, 1, "gpu_memcpy"),
+        kernel("gemm", 280, 420, 2),
+    ]
+    found = breakdown(trace)
+    microseconds = {part: round(ms * 1e3, 6) for part, ms in found.parts.items() if ms}
+    fetching = 100 + (100 - 20 - 20) + (50 - 20)
+    assert microseconds == {"data": 20 + fetching, "other": 140, "idle": 1000 - 160 - fetching}
+
+
+def test_a_compressed_trace_reads_the_same_and_half_a_trace_is_refused(tmp_path):
+    content = json.dumps({"traceEvents": gpu_trace() + KERNELS})
+    (tmp_path / "trace.json").write_text(content)
+    (tmp_path / "trace.json.gz").write_bytes(gzip.compress(content.encode()))
+    assert read(tmp_path / "trace.json.gz") == read(tmp_path / "trace.json")
+    (tmp_path / "half.json").write_text(content[: len(content) // 2])
+    with pytest.raises(json.JSONDecodeError):
+        read(tmp_path / "half.json")
+    with pytest.raises(ValueError, match="no step is marked"):
+        breakdown(KERNELS[:-1])
 
 
 def test_the_top_kernels_name_their_part():

@@ -1,17 +1,20 @@
-"""Mark a model's modules and methods with named ranges, and record a trace of one step.
+"""Mark a model's modules and methods with named ranges, and record a trace of steps.
 
-The ranges are hooks (`Ranges`), so the model does not know them. dsv2/benchmark/trace.py reads the trace.
+The ranges are hooks (`Ranges`), so the model does not know them. dsv2/profiling/trace.py reads the trace.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 PARTS: tuple[str, ...] = (
+    "data",  # fetching a step's data, and copying it to the device
     "embedding",
     "attention",  # the kernel, RoPE, and joining the parts of queries and keys
     "attention projections",  # with the norms between them
-    "routing",  # all of an MoE layer except its experts: router, losses, statistics, plan, exchange
+    "routing",  # the router, its losses and statistics, and the sum of a layer's terms
+    "dispatch",  # which row goes where, sending rows between ranks, and summing each token's results
     "routed experts",
     "shared experts",
     "dense FFN",
@@ -68,18 +71,45 @@ def parts_of_modules(model: Any) -> dict[Any, str]:
 
 
 def methods_of_modules(model: Any) -> list[tuple[Any, str, str]]:
-    """Return the methods at which a part begins without a call of a module: (module, name, part)."""
+    """Return where a part begins without a call of a module, as `Ranges` takes it."""
     from dsv2.model.block import DecoderLayer
+    from dsv2.moe import layer
+    from dsv2.moe.dispatch import Pending
 
     attentions = [layer.self_attn for layer in model.modules() if isinstance(layer, DecoderLayer)]
-    return [(module, name, "attention projections") for module in attentions for name in module.projections]
+    projections = [
+        (module, name, "attention projections") for module in attentions for name in module.projections
+    ]
+    dispatch = [(layer, name, "dispatch") for name in ("plan_dispatch", "start_dispatch", "combine")]
+    return [*projections, *dispatch, (Pending, "wait", "dispatch")]
+
+
+def ranges_of_engine(engine: Any, stream: Any = None) -> "Ranges":
+    """Return the ranges of everything that a training step does.
+
+    Args:
+        engine: a `dsv2.training.engine.Engine`.
+        stream: where the steps' data come from; None if they are not fetched within a step.
+    """
+    methods = [
+        (engine, "inputs", "data"),
+        (engine.deepspeed, "step", "optimizer"),
+        (engine.deepspeed, "allreduce_gradients", "gradients"),
+        *methods_of_modules(engine.model),
+    ]
+    if stream is not None:
+        methods.append((stream, "take", "data"))
+    return Ranges(parts_of_modules(engine.model), methods)
 
 
 class Ranges:
     """A context that puts named ranges around the forward of modules and around methods."""
 
     def __init__(self, modules: dict[Any, str], methods: list[tuple[Any, str, str]]):
-        """Take modules with their parts, and methods as (object, name of its method, part)."""
+        """Take modules with their parts, and methods as (object, name of its method, part).
+
+        The object may also be a class, or a Python module with a function of that name.
+        """
         self._modules = modules
         self._methods = methods
         self._undo: list[Callable[[], Any]] = []
@@ -99,16 +129,26 @@ class Ranges:
 
             self._undo += [
                 module.register_forward_pre_hook(enter, prepend=True).remove,
-                module.register_forward_hook(leave).remove,
+                # Always: torch ends the recomputation of a layer with an exception.
+                module.register_forward_hook(leave, always_call=True).remove,
             ]
         for owner, name, part in self._methods:
+            self._undo.append(_way_back(owner, name))
             setattr(owner, name, _in_range(getattr(owner, name), part))
-            self._undo.append(lambda owner=owner, name=name: delattr(owner, name))
         return self
 
     def __exit__(self, *raised: Any) -> None:
         for undo in self._undo:
             undo()
+        self._undo.clear()
+
+
+def _way_back(owner: Any, name: str) -> Callable[[], None]:
+    """Return what undoes a later `setattr(owner, name, ...)`."""
+    if name not in vars(owner):  # a method of the owner's class
+        return lambda: delattr(owner, name)
+    before = vars(owner)[name]
+    return lambda: setattr(owner, name, before)
 
 
 def _in_range(function: Callable[..., Any], part: str) -> Callable[..., Any]:
@@ -121,21 +161,38 @@ def _in_range(function: Callable[..., Any], part: str) -> Callable[..., Any]:
     return wrapped
 
 
+def torch_profiler(on_gpu: bool) -> Any:
+    """Return a profiler. It only warms up after its `start()`, and records from its first `step()` on."""
+    from torch.profiler import ProfilerAction, ProfilerActivity, profile
+
+    # With shapes the trace also has the operands' types, which tell work on indices from work on activations.
+    return profile(
+        activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu,
+        record_shapes=True,
+        schedule=lambda number: ProfilerAction.RECORD if number else ProfilerAction.WARMUP,
+    )
+
+
+@contextmanager
+def marked_step(on_gpu: bool) -> Iterator[None]:
+    """Mark a step in the trace. It ends when the GPU has done its work."""
+    import torch
+    from torch.profiler import record_function
+
+    with record_function(STEP):
+        yield
+        if on_gpu:
+            torch.cuda.synchronize()
+
+
 def record(step: Callable[[], Any], file: Path, on_gpu: bool) -> None:
     """Write the trace of one step to `file`. A step before it only warms up the profiler."""
-    import torch
-    from torch.profiler import ProfilerActivity, profile, record_function, schedule
-
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
-    # With shapes the trace also has the operands' types, which tell work on indices from work on activations.
-    with profile(
-        activities=activities, record_shapes=True, schedule=schedule(wait=0, warmup=1, active=1)
-    ) as recorded:
-        for counts in (False, True):
-            if counts:
-                recorded.step()
-            with record_function(STEP):
-                step()
-                if on_gpu:
-                    torch.cuda.synchronize()
-    recorded.export_chrome_trace(str(file))
+    profiler = torch_profiler(on_gpu)
+    profiler.start()
+    with marked_step(on_gpu):
+        step()
+    profiler.step()
+    with marked_step(on_gpu):
+        step()
+    profiler.stop()
+    profiler.export_chrome_trace(str(file))
