@@ -73,6 +73,7 @@ def run(config: Config, mesh: "Mesh", start: "Start") -> None:
     with without_warnings_logged():
         from dsv2.monitoring.monitor import Monitor
         from dsv2.monitoring.tracker import open_tracker
+        from dsv2.profiling.profiler import Profiler
         from dsv2.training.batches import share_of_step
         from dsv2.training.job import build_job
         from dsv2.training.saver import Saver
@@ -86,13 +87,15 @@ def run(config: Config, mesh: "Mesh", start: "Start") -> None:
         open_tracker(config, wandb_id=state.wandb_id, is_main=mesh.is_main) as tracker,
         Monitor(config, mesh, tracker, state, loaded) as monitor,
         Saver(engine, store, asynchronous=config.checkpoint.asynchronous) as saver,
+        Profiler(config, engine, stream) as profiler,
     ):
         state = replace(state, wandb_id=tracker.wandb_id)
         guard = SpikeGuard(config.spike, state.spikes)
         while plan := plan_step(config.optim, config.data.sequence_length, state.step, state.tokens):
             mesh.progress.enter(Part.data, plan.step + 1)
-            batches = share_of_step(stream, plan.batch_size, config.runtime.micro_batch_size, mesh)
-            result = engine.train_step(batches, plan.lr, guard.judge(plan.step + 1))
+            with profiler.step(plan.step + 1):
+                batches = share_of_step(stream, plan.batch_size, config.runtime.micro_batch_size, mesh)
+                result = engine.train_step(batches, plan.lr, guard.judge(plan.step + 1))
             if guard.asks_to_rewind(result):
                 monitor.saved(saver.wait())
                 state = guard.rewind(state, saver.load_newest())
@@ -100,6 +103,7 @@ def run(config: Config, mesh: "Mesh", start: "Start") -> None:
                 continue
             state = state.after(plan.step + 1, plan.tokens_after)
             monitor.step(plan, result, guard.counts)  # raises Diverged
+            monitor.profiled(profiler.finish())
             monitor.saved(saver.finished())
             is_last = state.tokens >= config.optim.total_tokens or stop.requested()
             if is_due(config.eval.every, state.step) and not is_last:

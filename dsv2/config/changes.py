@@ -7,7 +7,10 @@ from dsv2.config.renamed import with_new_names
 from dsv2.config.schema import Config
 
 # Options that say where a run is and how far this call takes it, but not how it trains.
-_OF_THE_CALL = {"name", "runs_dir", "resume", "new_stage", "init_from", "stop_step", "logging.project"}
+_OF_THE_CALL = {
+    "name", "runs_dir", "resume", "new_stage", "init_from", "stop_step", "logging.project", "profile.steps",
+    "profile.ranks",
+}  # fmt: skip
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

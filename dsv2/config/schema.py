@@ -175,12 +175,22 @@ class LoggingConfig:
 
 
 @dataclass
+class ProfileConfig:
+    """A profile of some steps of training; docs/performance.md explains what it holds."""
+
+    # first and last profiled step, both included and counted from 1, such as [100,103]; null: none
+    steps: list[int] | None = None
+    # ranks that write a trace, counted from 0; null: every rank
+    ranks: list[int] | None = field(default_factory=lambda: [0])
+
+
+@dataclass
 class WatchdogConfig:
     """When a job without progress is ended; docs/guide.md explains what it leaves behind."""
 
     # longest time that a micro-batch, an update or fetching a step's data may take, seconds; 0: no limit
     limit_s: float = 300.0
-    # the same for the start, a session's first step, a batch of an evaluation, and a save
+    # the same for the start, a session's first step, a batch of an evaluation, a save, and writing a profile
     slow_limit_s: float = 1800.0
 
 
@@ -222,6 +232,7 @@ class Config:
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     spike: SpikeConfig = field(default_factory=SpikeConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -12,7 +12,15 @@ from dsv2.config.rules import (
     require_positive,
     require_seed,
 )
-from dsv2.config.schema import CheckpointConfig, Config, EvalConfig, LoggingConfig, OptimConfig, SpikeConfig
+from dsv2.config.schema import (
+    CheckpointConfig,
+    Config,
+    EvalConfig,
+    LoggingConfig,
+    OptimConfig,
+    ProfileConfig,
+    SpikeConfig,
+)
 
 LARGEST_BATCH = 10**6  # sequences
 
@@ -81,6 +89,27 @@ def check_logging(logging: LoggingConfig) -> None:
             refuse(f"logging.{field.name}", limit, right)
     if logging.alert_dead is not None and logging.alert_dead > 1:
         refuse("logging.alert_dead", logging.alert_dead, "must be a share of the experts, at most 1")
+
+
+def check_profile(profile: ProfileConfig, world_size: int, stop_step: int | None) -> None:
+    """Check the steps, as far as no checkpoint is needed, and the ranks."""
+    if profile.ranks is not None and (
+        not profile.ranks
+        or len(set(profile.ranks)) < len(profile.ranks)
+        or not set(profile.ranks) <= set(range(world_size))
+    ):
+        ranks = "0" if world_size == 1 else f"ranks from 0 to {world_size - 1}, each once"
+        refuse("profile.ranks", profile.ranks, f"must list {ranks}; or null, for every rank")
+    if profile.steps is None:
+        return
+    if len(profile.steps) != 2:
+        refuse("profile.steps", profile.steps, "must be the first and the last step, such as [100,103]")
+    first, last = profile.steps
+    if not 1 <= first <= last:
+        right = "must be a first step, at least 1, and a last step that is not before it, such as [100,103]"
+        refuse("profile.steps", profile.steps, right)
+    if stop_step is not None and last > stop_step:
+        refuse("profile.steps", profile.steps, f"must end at stop_step={stop_step} or earlier")
 
 
 def check_eval(evaluation: EvalConfig) -> None:

@@ -228,6 +228,13 @@ class Monitor:
             self._write_status("running")
         self._last_mark = time.perf_counter()
 
+    def profiled(self, lines: list[str]) -> None:
+        """Report a profile that has been written. Its time does not count for the next step."""
+        for line in lines:
+            self._print(line)
+        if lines:
+            self._last_mark = time.perf_counter()
+
     def final(self, evaluation: Evaluation, sample: str | None) -> None:
         """Report the last evaluation, the loss that token frequencies alone would give, and a sample."""
         self.tracker.log(self._values(When.evaluation, evaluation), step=self._total_steps)

@@ -15,6 +15,7 @@ class Part(StrEnum):
     report = "report"
     evaluation = "evaluation"
     save = "save"
+    profile = "profile"  # writing it
 
 
 class Position(NamedTuple):

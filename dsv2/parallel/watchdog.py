@@ -38,7 +38,7 @@ ANSWER_S = 5.0  # how long a called rank may take to answer
 ALONE_S = 15.0  # a rank that gets no message in this time after a call ends with its own
 LOST_S = 6.0  # how long a rank may take to end by itself after another one has died
 STORE_TIMEOUT = timedelta(seconds=5)
-SLOW_PARTS = (Part.start, Part.evaluation, Part.save)
+SLOW_PARTS = (Part.start, Part.evaluation, Part.save, Part.profile)
 STACKS = "stacks"  # folder in the run's folder
 
 

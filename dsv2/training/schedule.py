@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from dsv2.config.rules import refuse
-from dsv2.config.schema import OptimConfig
+from dsv2.config.schema import Config, OptimConfig
 
 
 class StepPlan(NamedTuple):
@@ -76,6 +76,25 @@ def count_steps(config: OptimConfig, sequence_length: int, step: int = 0, tokens
         step += steps
     rest = max(0, config.total_tokens - tokens)
     return step + -(-rest // (config.batch_size * sequence_length))
+
+
+def check_profiled_steps(config: Config, step: int, tokens: int) -> None:
+    """Refuse to profile steps that the run does not have.
+
+    Args:
+        config: validated.
+        step: steps done where the session begins.
+        tokens: seen by then.
+
+    Raises:
+        UserError: names the field, its value and what would be right.
+    """
+    if config.profile.steps is None:
+        return
+    steps = count_steps(config.optim, config.data.sequence_length, step, tokens)
+    if config.profile.steps[1] > steps:
+        right = f"must end at step {steps} or earlier, the last step of the run"
+        refuse("profile.steps", config.profile.steps, right)
 
 
 def check_warmup(config: OptimConfig, sequence_length: int) -> None:

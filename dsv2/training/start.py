@@ -72,12 +72,14 @@ def find_start(config: Config) -> Start:
     """Find where the run begins; call `check_files` first.
 
     Raises:
-        UserError: the checkpoint or the weights do not fit the configuration or the data.
+        UserError: the checkpoint or the weights do not fit the configuration or the data; or the run ends
+            before the steps that it shall profile.
     """
     from data.streams.sources import check_resumed, check_tokenizer
     from dsv2.checkpoint.files import check
     from dsv2.checkpoint.store import CheckpointStore
     from dsv2.hf.init_from import HFWeights
+    from dsv2.training.schedule import check_profiled_steps
 
     store = CheckpointStore(
         config.run_dir / "checkpoints",
@@ -86,6 +88,7 @@ def find_start(config: Config) -> Start:
         keep_every=config.checkpoint.keep_every,
     )
     found = store.find(config.resume, config.stop_step)
+    check_profiled_steps(config, found.state.step if found else 0, found.state.tokens if found else 0)
     if found:
         saved = check(found.path)
         if found.state.data:

@@ -5,6 +5,7 @@ from dsv2.config.sections import (
     check_checkpoint,
     check_eval,
     check_logging,
+    check_profile,
     check_run,
     check_schedule,
     check_spike,
@@ -40,6 +41,7 @@ def validate(config: Config, world_size: int) -> None:
     check_run(config)
     check_spike(config.spike)
     check_logging(config.logging)
+    check_profile(config.profile, world_size, config.stop_step)
     check_watchdog(config.watchdog)
     check_eval(config.eval)
     check_checkpoint(config.checkpoint)

@@ -168,6 +168,7 @@ def progress(rank: int, world_size: int, folder: str) -> list[Any]:
         ("data", 4),
         ("evaluation", 4),
         ("save", 4),
+        ("profile", 4),
     ]:
         bench.mesh.progress.enter(Part(part), step)
         seen.append(bench.watchdog._limit_of(bench.mesh.progress.position))
@@ -179,5 +180,5 @@ def progress(rank: int, world_size: int, folder: str) -> list[Any]:
 def test_slow_parts_have_a_longer_limit_and_nothing_is_left_behind(pools, tmp_path):
     for seen in pools[2].run("tests.dist.test_watchdog:progress", folder=str(tmp_path)):
         slow, fast = "slow_limit_s", "limit_s"
-        assert seen == [slow, slow, slow, fast, slow, slow, True]
+        assert seen == [slow, slow, slow, fast, slow, slow, slow, True]
     assert not (tmp_path / "stacks").exists()

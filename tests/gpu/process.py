@@ -1,10 +1,17 @@
-"""Functions in processes of their own, as a process group lives once a process; sizes of a small model."""
+"""What the tests on GPUs share: functions in separate processes, a training command, sizes of a small model.
+
+A process group lives once per process.
+"""
 
 import multiprocessing
+import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,6 +19,7 @@ from dsv2.errors import UserError
 from dsv2.kernels.sets import KernelSet, load_kernels
 from dsv2.kernels.specs import find_spec
 
+ROOT = Path(__file__).parents[2]
 SIZES = {
     "vocab_size": 512,
     "hidden_size": 128,
@@ -49,6 +57,22 @@ def need(kernels: str) -> None:
 def kernel_set(kernels: str) -> KernelSet:
     need(kernels)
     return load_kernels(kernels)
+
+
+def train_command(folder: Path) -> list[str]:
+    """A command that trains 50 steps in bf16 on made-up texts, which it prepares in the folder."""
+    text = folder / "text"
+    text.mkdir()
+    words = np.random.default_rng(0).choice(["alpha", "beta", "gamma", "delta", "\n"], (30, 500))
+    for index, row in enumerate(words):
+        (text / f"{index}.txt").write_text(" ".join(row))
+    data = folder / "data"
+    prepare = ["-m", "data.prepare", "files", str(text), "--out", str(data), "--vocab-size", "300"]
+    subprocess.run([sys.executable, *prepare, "--val-fraction", "0.2"], cwd=ROOT, check=True)
+    command = [sys.executable, "train.py", "data=local", f"data.path={data}", "runtime=gpu"]
+    command += [f"runs_dir={folder}", "data.sequence_length=64", "optim.total_tokens=51200"]
+    command += ["optim.lr=3e-3", "optim.warmup_steps=5", "eval.sequences=8", "logging.wandb=disabled"]
+    return [*command, "runtime.micro_batch_size=16"]
 
 
 def alone(function: Callable[..., Any], *arguments: Any) -> Any:

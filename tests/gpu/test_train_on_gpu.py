@@ -2,8 +2,6 @@
 
 import json
 import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,9 +11,9 @@ from dsv2.model.init import init_weights
 from dsv2.model.transformer import DeepseekV2
 from dsv2.monitoring.records import read_metrics
 from tests.dist.jobs import global_batch, model_config
+from tests.gpu.process import ROOT, train_command
 
 pytestmark = pytest.mark.gpu
-ROOT = Path(__file__).parents[2]
 
 
 def test_fp32_loss_and_gradients_equal_the_cpus():
@@ -38,27 +36,9 @@ def test_fp32_loss_and_gradients_equal_the_cpus():
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_bf16_run_learns_stops_and_resumes(tmp_path, stage):
     """NCCL, bf16, recomputed layers and dropping, through train.py; a resumed run goes on as before."""
-    text = tmp_path / "text"
-    text.mkdir()
-    words = np.random.default_rng(0).choice(["alpha", "beta", "gamma", "delta", "\n"], (30, 500))
-    for index, row in enumerate(words):
-        (text / f"{index}.txt").write_text(" ".join(row))
-    prepare = [
-        "-m",
-        "data.prepare",
-        "files",
-        str(text),
-        "--out",
-        str(tmp_path / "data"),
-        "--vocab-size",
-        "300",
-    ]
-    subprocess.run([sys.executable, *prepare, "--val-fraction", "0.2"], cwd=ROOT, check=True)
-    command = [sys.executable, "train.py", "data=local", f"data.path={tmp_path / 'data'}", "runtime=gpu"]
-    command += [f"runs_dir={tmp_path}", "data.sequence_length=64", "optim.total_tokens=51200"]
-    command += ["optim.lr=3e-3", "optim.warmup_steps=5", "eval.sequences=8", "logging.wandb=disabled"]
+    command = train_command(tmp_path)
     command += ["model.balance.token_dropping=true", "runtime.recompute=true"]
-    command += [f"parallel.zero_stage={stage}", "runtime.micro_batch_size=16"]
+    command += [f"parallel.zero_stage={stage}"]
     subprocess.run([*command, "name=whole"], cwd=ROOT, check=True)
     subprocess.run([*command, "name=stopped", "stop_step=20"], cwd=ROOT, check=True)
     subprocess.run([*command, "name=stopped"], cwd=ROOT, check=True)

@@ -28,7 +28,7 @@ def test_every_value_is_listed():
     sections = {name for name, hint in field_types().items() if name not in DOCS}
     assert sections == {
         "model", "model.balance", "data", "optim", "parallel", "runtime",
-        "spike", "logging", "watchdog", "eval", "checkpoint",
+        "spike", "logging", "profile", "watchdog", "eval", "checkpoint",
     }  # fmt: skip
 
 

@@ -12,8 +12,9 @@ from data.prepare.corpus import prepare
 from data.prepare.settings import Settings
 from data.tokenizers.load import load_tokenizer
 from data.tokenizers.train import train_tokenizer
-from dsv2.config.schema import Config, EvalConfig, OptimConfig
+from dsv2.config.schema import Config, EvalConfig, OptimConfig, ProfileConfig
 from dsv2.errors import UserError
+from dsv2.training.schedule import check_profiled_steps
 from dsv2.training.start import check_files, find_start
 from tests.unit.data.tokenizers.texts import SENTENCES
 from tests.unit.helpers import run_verb
@@ -97,6 +98,21 @@ def test_a_new_stage(folders, tmp_path):
     with pytest.raises(UserError) as caught:
         find_start(run_on(folders, "other", **stage))
     assert_names_both(str(caught.value), folders, folders / "saved" / "tokenizer.model")
+
+
+def test_profiled_steps_that_the_run_lacks(folders):
+    """A resumed run counts what it has done, which a larger batch may have taken in fewer steps."""
+    last = 10_000 // (16 * 16) + 1
+    [checkpoint] = (folders / "saved").glob("step-*")
+    for more in ({}, {"resume": str(checkpoint), "new_stage": True}):
+        find_start(run_on(folders, "same", profile=ProfileConfig([1, last]), **more))
+        with pytest.raises(UserError) as caught:
+            find_start(run_on(folders, "same", profile=ProfileConfig([1, last + 1]), **more))
+        right = f"must end at step {last} or earlier, the last step of the run"
+        assert str(caught.value) == f"profile.steps=[1, {last + 1}]: {right}"
+    check_profiled_steps(run_on(folders, "same", profile=ProfileConfig([1000, 1001])), 1000, 10_000 - 1)
+    with pytest.raises(UserError, match="at step 1001 or earlier"):
+        check_profiled_steps(run_on(folders, "same", profile=ProfileConfig([1000, 1002])), 1000, 10_000 - 1)
 
 
 def test_a_checkpoint_of_an_earlier_version_names_no_tokenizer(folders):
