@@ -22,7 +22,7 @@ from dsv2.profiling.ranges import marked_step, ranges_of_engine, torch_profiler
 from dsv2.profiling.trace import read
 
 FOLDER = "profile"  # in the run's folder
-LARGEST = 2**29  # bytes of a trace that is read for the table; Python needs about ten times as much
+LARGEST = 2**30  # bytes of a trace that is read for the table; Python needs about six times as much
 MOST_ENTRIES = 1_000_000  # allocations and frees in a snapshot of the memory
 CHUNK = 2**20  # bytes that are compressed at once
 
