@@ -179,6 +179,8 @@ python -m dsv2 report RUN_DIR</p>
 {overview(runs)}{tables}
 {"".join(section_html(runs, section) for section in SHOWN)}
 <section id="final-values"><h2>Final values</h2>{final_values(runs)}</section>"""
+    has_tokens = any("train/tokens" in run.names for run in runs)
+    switch = '<label><input type="checkbox" id="tokens"> over tokens</label>' if has_tokens else ""
     thinned_note = "Long curves are thinned; the extremes of every stretch are kept. "
     return document(
         Document(
@@ -187,7 +189,7 @@ python -m dsv2 report RUN_DIR</p>
             body=body,
             notes=thinned_note,
             data=comparison_data(runs),
-            controls=f'<div class="legend runs">{"".join(marked(labels(runs)))}</div>',
+            controls=f'{switch}<div class="legend runs">{"".join(marked(labels(runs)))}</div>',
         )
     )
 

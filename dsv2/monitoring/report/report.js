@@ -2,12 +2,13 @@
 // Draws a run's curves and maps into the cards that page.py has written, from the JSON in #data (see page_data in run.py):
 // {steps: [before the first, last], series: {name: [steps, values]}, maps: [{step, name: rows}], first_layer, groups,
 //  heat: {stops, colours}, exact: [names of curves that are not smoothed]}
-// On the page of several runs (comparison.py), runs: [{label, series}] replaces series, and there are no maps.
+// On the page of several runs (comparison.py), runs: [{label, series}] replaces series, and there are no maps. There,
+// tokens may replace steps on the horizontal axis. A "step" below is then a number of tokens.
 
 window.addEventListener("error", (event) => { document.body.dataset.error = event.message; });
 const data = JSON.parse(document.getElementById("data").textContent);
 const LEFT = 52, RIGHT = 10, TOP = 8, BOTTOM = 24, HEIGHT = 210;
-const EXACT = new Set(data.exact);
+const EXACT = new Set(data.exact), TOKENS = "train/tokens";
 const charts = []; // {draw(), mark(step or null)}
 const tip = document.body.appendChild(element("div", { id: "tip", hidden: "" }));
 
@@ -78,7 +79,7 @@ function markAll(step) {
 
 // An SVG with the axis of steps, the same for every chart; x(step) is a step's horizontal position.
 function stepAxis(box, height) {
-  const [first, last] = data.steps;
+  const [first, last] = axisEnds();
   const width = Math.max(box.clientWidth, 200), right = width - RIGHT, bottom = height - BOTTOM;
   const root = shape(box, "svg", { viewBox: `0 0 ${width} ${height}`, height });
   const span = Math.max(last - first, 1);
@@ -148,10 +149,27 @@ const metricLines = (names) => names.map((name, index) => (
   { name, exact: EXACT.has(name), colour: `var(--s${index % 3})`, steps: data.series[name][0], values: data.series[name][1] }
 ));
 const runStyle = (index) => ({ colour: `var(--s${index % 8})`, dash: [undefined, "5 3", "2 2"][Math.floor(index / 8)] });
-const runLines = (name) => data.runs.flatMap(({ label, series }, index) => (name in series
-  ? [{ name: label, exact: EXACT.has(name), ...runStyle(index), steps: series[name][0], values: series[name][1] }] : []));
+const runLines = (name) => data.runs.flatMap(({ label, series }, index) => (name in series && hasPositions(series)
+  ? [{ name: label, exact: EXACT.has(name), ...runStyle(index), steps: positions(series, series[name][0]),
+    values: series[name][1] }] : []));
 
-function curves(card, lines) {
+const isOverTokens = () => document.getElementById("tokens")?.checked ?? false;
+const hasPositions = (series) => !isOverTokens() || TOKENS in series;
+const axisEnds = () => (isOverTokens() ? [0, Math.max(...runLines(TOKENS).flatMap(({ steps }) => steps))] : data.steps);
+
+// Where a run's steps are on the axis. Between two recorded steps, tokens grow evenly.
+function positions(series, steps) {
+  if (!isOverTokens()) return steps;
+  const [known, tokens] = series[TOKENS];
+  return steps.map((step) => {
+    const here = nearest(known, step), there = known[here] < step ? here + 1 : here - 1;
+    if (known[here] === step || there < 0 || there >= known.length) return tokens[here];
+    return tokens[here] + (tokens[there] - tokens[here]) * (step - known[here]) / (known[there] - known[here]);
+  });
+}
+
+function curves(card, linesNow) {
+  let lines = linesNow();
   const legend = card.appendChild(element("div", { class: "legend" }));
   for (const { name, colour, dash, values } of lines)
     legend.append(element("span", {}, swatch(colour, dash), `${name} `,
@@ -160,6 +178,7 @@ function curves(card, lines) {
   const [low, high] = bounds(lines);
   const chart = { mark() {}, draw() {
     box.replaceChildren();
+    lines = linesNow();
     const frame = stepAxis(box, HEIGHT);
     const y = (value) => frame.bottom - ((value - low) / (high - low)) * (frame.bottom - TOP);
     for (const tick of ticks(low, high, 4)) {
@@ -182,9 +201,10 @@ function curves(card, lines) {
       const step = frame.stepAt(event), longest = lines.reduce((a, b) => (b.steps.length > a.steps.length ? b : a));
       const shown = longest.steps[nearest(longest.steps, step)];
       markAll(shown);
-      showTip(event, `step ${shown}`, lines.map(({ name, colour, dash, steps, values }) => {
+      const title = isOverTokens() ? `${format(shown)} tokens` : `step ${shown}`;
+      showTip(event, title, lines.map(({ name, colour, dash, steps, values }) => {
         const index = nearest(steps, shown);
-        const where = steps[index] === shown ? "" : ` (step ${steps[index]})`;
+        const where = steps[index] === shown ? "" : isOverTokens() ? ` (at ${format(steps[index])})` : ` (step ${steps[index]})`;
         return [swatch(colour, dash), `${name} ${format(values[index])}${where}`];
       }));
     });
@@ -361,8 +381,8 @@ function slider() {
   label.textContent = `step ${data.maps[frameShown.index].step}`;
 }
 
-const kinds = { curves: (card) => curves(card, metricLines(JSON.parse(card.dataset.names))),
-  runs: (card) => curves(card, runLines(card.dataset.name)),
+const kinds = { curves: (card) => curves(card, () => metricLines(JSON.parse(card.dataset.names))),
+  runs: (card) => curves(card, () => runLines(card.dataset.name)),
   layers: (card) => layers(card, card.dataset.prefix), map: (card) => map(card, card.dataset.name), time: expertsOverTime };
 for (const card of document.querySelectorAll("[data-kind]")) kinds[card.dataset.kind](card);
 for (const label of document.querySelectorAll("[data-run]")) {
@@ -372,7 +392,7 @@ for (const label of document.querySelectorAll("[data-run]")) {
 const drawAll = () => { for (const chart of charts) chart.draw(); };
 drawAll();
 slider();
-document.getElementById("smooth").addEventListener("change", drawAll);
+for (const id of ["smooth", "tokens"]) document.getElementById(id)?.addEventListener("change", drawAll);
 let pending = 0;
 window.addEventListener("resize", () => { clearTimeout(pending); pending = setTimeout(drawAll, 120); });
 document.body.dataset.drawn = charts.length;

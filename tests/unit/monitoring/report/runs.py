@@ -1,5 +1,7 @@
 """A run's files and its page, for the tests of the report."""
 
+import base64
+import hashlib
 import html.parser
 import shutil
 import subprocess
@@ -91,10 +93,13 @@ class Parsed(html.parser.HTMLParser):
             self.sections[self._section] += data
 
 
-def in_a_browser(text: str, folder: Path, dark: bool = False) -> Parsed:
-    """Return the page as it is after its script has run; the page's file goes to `folder`."""
+def in_a_browser(text: str, folder: Path, visitor: str = "", dark: bool = False) -> Parsed:
+    """Return the page as it is after its script and then the visitor's; the page's file goes to `folder`."""
     page = folder / "visited.html"
-    page.write_text(text)
+    # The page's policy stands, with the visitor's script as the only further one.
+    allowed = f"'sha256-{base64.b64encode(hashlib.sha256(visitor.encode()).digest()).decode()}'"
+    text = text.replace("script-src ", f"script-src {allowed} ", 1)
+    page.write_text(text.replace("</body>", f"<script>{visitor}</script></body>"))
     assert CHROMIUM is not None
     done = subprocess.run(
         [

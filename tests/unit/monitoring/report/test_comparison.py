@@ -281,3 +281,36 @@ def test_a_browser_draws_each_run_in_its_own_colour(tmp_path, runs):
     assert len({style for of_run in styles.values() for style in of_run}) == len(labels)
     assert styles[labels[0]] == {("var(--s0)", None)}
     assert styles[labels[9]] == {("var(--s1)", "5 3")}
+
+
+# What a person does: draw over tokens, and look at the first curve's end.
+VISITOR = """{
+const box = document.getElementById("tokens");
+box.checked = true;
+box.dispatchEvent(new Event("change"));
+const card = document.querySelector("[data-name='train/loss_lm'] svg"), place = card.getBoundingClientRect();
+const end = (path) => Number(path.getAttribute("d").split(/[ML]/).pop().split(" ")[0]);
+const drawn = [...card.querySelectorAll("[class=curve]")];
+const shares = drawn.map((path) => (end(path) - 52) / (place.width - 62));
+const at = { clientX: place.left + 52 + (place.width - 62) / 2, clientY: place.top + 50 };
+card.dispatchEvent(new MouseEvent("mousemove", at));
+const tip = document.getElementById("tip").innerText.split("\\n");
+document.body.dataset.seen = JSON.stringify({ shares, tip });
+}"""
+
+
+@needs_browser
+def test_curves_over_tokens(tmp_path, runs):
+    """100 steps of 2048 tokens, and 30 steps of 4096: the second ends at 60 % of the axis."""
+    path = runs[1] / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines:
+        line["train/tokens"] *= 2
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    elements = in_a_browser(compare(*runs[:2]), tmp_path, VISITOR).elements
+    (body,) = (attributes for tag, attributes in elements if tag == "body")
+    assert "data-error" not in body, body["data-error"]
+    seen = json.loads(body["data-seen"] or "{}")
+    assert seen["shares"] == pytest.approx([1.0, 0.6], abs=2e-3)
+    # At half of the axis: step 50 of the first, step 25 of the second.
+    assert seen["tip"] == ["102.4K tokens", f"twin ({runs[0]}) 0.2", f"twin ({runs[1]}) 0.9"]
