@@ -1,6 +1,7 @@
 # make train    the quickstart, from a clean clone to a trained model (overrides: ARGS="optim.lr=1e-3")
 # make test     format, lint, and every test except the long grid
 # make test-all the same with the long grid
+# make harness  lm-evaluation-harness against our own loss, in an environment of its own
 # make soak     hours of kills, races and steps (ARGS="--kills 5 --worlds 1,2 --steps 500" is shorter)
 # make lint     format, lint and types
 # make clean    remove what make made; runs/ and prepared/ stay
@@ -15,8 +16,9 @@ BIN := .venv/bin
 # Two files at a time. They begin in the order of their names: tests/dist comes first, and takes longest.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 STAMP := .venv/installed
+HARNESS := .venv-harness
 
-.PHONY: help train test test-all soak lint format clean
+.PHONY: help train test test-all harness soak lint format clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -30,6 +32,9 @@ test: format
 
 test-all: format
 	$(PYTEST) $(ARGS)
+
+harness: $(STAMP) $(HARNESS)/installed
+	$(BIN)/python -m pytest -m harness -s tests/unit/hf/test_harness.py $(ARGS)
 
 soak: $(STAMP)
 	$(BIN)/python -m tests.soak $(ARGS)
@@ -55,6 +60,12 @@ $(STAMP): requirements.txt
 	  /^(Building|Installing collected)/ { print substr($$0, 1, 100); fflush() }'
 	@touch $@
 
+$(HARNESS)/installed: requirements-harness.txt
+	@rm -f $@
+	$(PYTHON) -m venv $(HARNESS)
+	$(HARNESS)/bin/python -m pip install --disable-pip-version-check --progress-bar off -r requirements-harness.txt
+	@touch $@
+
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-harness .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './runs/*' -prune -exec rm -rf {} +

@@ -13,9 +13,9 @@ FAKE_PYTHON = """#!/bin/bash
 case "$*" in
 -V) echo Python 3.10.4 ;;
 -c*) exit "${OLD:-0}" ;;
-"-m venv .venv")
-    mkdir -p .venv/bin
-    for name in python ruff pyright; do cp "$0" .venv/bin/$name; done ;;
+"-m venv "*)
+    mkdir -p "$3/bin"
+    for name in python ruff pyright; do cp "$0" "$3/bin/$name"; done ;;
 *"pip install"*) echo pip >>"$RECORDS/made"; exit "${PIP_FAILS:-0}" ;;
 *) echo "${0##*/} $*" >>"$RECORDS/made" ;;
 esac
@@ -53,6 +53,15 @@ def test_make_test_checks_format_and_lint_first(make):
     assert make("test")[1] == ["pip", *lint, f"{tests} -m not full"]
     assert make("test-all")[1] == [*lint, tests]
     assert make("lint")[1][-1].strip() == "pyright"
+
+
+def test_make_harness_installs_into_its_own_environment(make, box):
+    (box.root / "requirements-harness.txt").write_text("lm-eval\n")
+    test = "python -m pytest -m harness -s tests/unit/hf/test_harness.py -x"
+    assert make("harness", "ARGS=-x")[1] == ["pip", "pip", test]
+    assert all((box.root / name / "installed").exists() for name in (".venv", ".venv-harness"))
+    assert make("harness", "ARGS=-x")[1] == [test]
+    assert make("test", "ARGS=-x")[1][0] == "ruff check .", "other targets do not need it"
 
 
 def test_make_soak_passes_its_arguments_on(make):
@@ -94,12 +103,13 @@ def test_make_refuses_an_old_or_missing_python(make, box):
 
 
 def test_make_clean_keeps_runs_and_prepared_data(make, box):
-    for folder in ("runs/lite/__pycache__", "prepared/stdlib", "dsv2/__pycache__", ".venv", ".ruff_cache"):
+    made = ("dsv2/__pycache__", ".venv", ".venv-harness", ".ruff_cache")
+    for folder in ("runs/lite/__pycache__", "prepared/stdlib", *made):
         (box.root / folder).mkdir(parents=True)
     assert make("clean")[0].returncode == 0
     left = {str(path.relative_to(box.root)) for path in box.root.rglob("*") if path.is_dir()}
     assert {"runs/lite/__pycache__", "prepared/stdlib"} <= left
-    assert not {"dsv2/__pycache__", ".venv", ".ruff_cache"} & left
+    assert not set(made) & left
 
 
 def test_ci_runs_make_test_in_a_fresh_environment(box):
