@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -32,17 +32,14 @@ from dsv2.checkpoint.files import (
     checksum,
     complete_checkpoints,
     damaged_file,
-    find_checkpoint,
     free_name,
-    newest_first,
     state_text,
     step_of,
     sync_folder,
 )
-from dsv2.checkpoint.state import Found, Loaded, RunState, Snapshot
+from dsv2.checkpoint.find import CheckpointFinder
+from dsv2.checkpoint.state import Found, Loaded, Snapshot
 from dsv2.config.changes import differences
-from dsv2.config.compose import check_saved, to_plain
-from dsv2.config.schema import Config
 from dsv2.errors import CheckpointError, Unreadable, UserError
 from dsv2.optimizers.base import Shard
 from dsv2.parallel.mesh import Mesh, MeshDim
@@ -51,22 +48,20 @@ from dsv2.parallel.plan import Dim
 FULL = 1 << 20  # bytes: a file system with less free space than this counts as full
 
 
-class CheckpointStore:
-    """A run's checkpoints.
+class CheckpointStore(CheckpointFinder):
+    """A run's checkpoints, to be found, saved and loaded.
 
     Args:
-        folder: where the checkpoints are.
+        folder: see `CheckpointFinder`.
         keep: how many complete checkpoints remain after a save, the new one included.
         keep_every: checkpoints of steps that this number divides remain as well; 0: none.
-        settings: the run's whole configuration as plain values. It is saved too, and its model is compared
-            with the checkpoint's. With `new_stage`, another run's checkpoint gives weights and states only.
+        settings: see `CheckpointFinder`. Each checkpoint holds them.
     """
 
     def __init__(self, folder: Path, keep: int, settings: dict[str, Any], *, keep_every: int = 0):
-        self.folder = folder
+        super().__init__(folder, settings)
         self.keep = keep
         self.keep_every = keep_every
-        self.settings = settings
 
     def save(self, snapshot: Snapshot, everyone: MeshDim) -> Path:
         """Write `folder/step-N` and delete the checkpoints that need not be kept. Collective.
@@ -131,94 +126,6 @@ class CheckpointStore:
     def _is_kept_for_good(self, path: Path) -> bool:
         return self.keep_every > 0 and step_of(path) % self.keep_every == 0
 
-    def find(self, resume: str, stop_step: int | None = None) -> Found | None:
-        """Return the checkpoint that `resume` means, or None for a fresh start.
-
-        Args:
-            resume: `auto`, the newest whole checkpoint of this run; `never`; or a path. A path names a
-                checkpoint, or a run's folder for its newest one. If this run already has checkpoints, a path
-                to another run's is ignored.
-            stop_step: the run is to stop after this step.
-
-        Raises:
-            Unreadable: the file system refuses to read the folder or a checkpoint. Nothing older is used,
-                because the run would later write over what it could not read.
-            UserError: the path has no whole checkpoint, or names one of this run that is not its newest.
-                `never` was given although the run has checkpoints. The run has checkpoints, but none is
-                whole. The checkpoint is another model's, or has reached `stop_step`.
-        """
-        found = self._find(resume)
-        if found and stop_step is not None and found.state.step >= stop_step:
-            raise UserError(
-                f"stop_step={stop_step}: must be after step {found.state.step}, which {found.path} has "
-                "reached; or null to run to the end"
-            )
-        return found
-
-    def _find(self, resume: str) -> Found | None:
-        present = newest_first(self.folder)
-        if resume == "never":
-            if present:
-                raise UserError(
-                    f"resume=never: {self.folder} already holds {present[0].name}; use resume=auto to "
-                    "continue that run, or another name=NAME to start afresh beside it"
-                )
-            return None
-        if resume != "auto":
-            chosen = find_checkpoint(Path(resume), option=f"resume={resume}")
-            content = check(chosen)
-            is_own = self._is_own(chosen)
-            if is_own and chosen.name != present[0].name:
-                raise UserError(
-                    f"resume={resume}: this run has the newer {present[0].name}, which would be overwritten; "
-                    "use another name=NAME to branch off"
-                )
-            if is_own or not present:
-                return self._found(chosen, content, [], [])
-        warnings = []
-        for index, path in enumerate(present):
-            try:
-                content = check(path)
-            except UserError as error:
-                warnings.append(str(error))
-                continue
-            return self._found(path, content, warnings, present[index + 1 :])
-        if present:
-            raise UserError(
-                f"resume={resume}: no checkpoint in {self.folder} is whole ({warnings[0]}); move the folder "
-                "away to start afresh"
-            )
-        return None
-
-    def _is_own(self, path: Path) -> bool:
-        return path.resolve().parent == self.folder.resolve()
-
-    def _begins_stage(self, path: Path) -> bool:
-        return bool(self.settings.get("new_stage")) and not self._is_own(path)
-
-    def _state(self, path: Path, content: dict[str, Any]) -> RunState:
-        state = RunState() if self._begins_stage(path) else RunState.of(content["run"])
-        return state if self._is_own(path) else replace(state, wandb_id=None)
-
-    def _found(self, path: Path, content: dict[str, Any], warnings: list[str], older: list[Path]) -> Found:
-        """Refuse a checkpoint of another model.
-
-        The balance recipe and the longest length may change, and RoPE's scaling at the start of a new stage.
-        """
-        stage = self._begins_stage(path)
-        may_change = {"balance", "max_position_embeddings"} | ({"rope_scaling"} if stage else set())
-        check_saved(content["config"], f"the configuration of checkpoint {path}")
-        # A checkpoint of an older version has fewer fields: the defaults stand for the missing ones.
-        saved = to_plain(Config())["model"] | content["config"]["model"]
-        for key, value in self.settings["model"].items():
-            if key not in may_change and saved.get(key) != value:
-                raise UserError(
-                    f"model.{key}={value}: the checkpoint {path} was saved with {saved.get(key)}; "
-                    "use that, or start another run with name=NAME"
-                    + (", from its weights with new_stage=true" if key == "rope_scaling" else "")
-                )
-        return Found(path, self._state(path, content), warnings, older)
-
     def load(self, found: Found, shards: Iterable[Shard], mesh: Mesh) -> Loaded:
         """Fill the shards of a new engine of any layout, and set this rank's random state. Collective.
 
@@ -247,7 +154,7 @@ class CheckpointStore:
             path = older.pop(0)
         content = self._read(path, shards, mesh)
         return Loaded(
-            state=self._state(path, content),
+            state=self.state_of(path, content),
             path=path,
             warnings=warnings,
             changed=differences(content["config"], self.settings),

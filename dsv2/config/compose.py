@@ -11,11 +11,18 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from data.reading import read_text
 from dsv2.config.fields import CONF, field_types
-from dsv2.config.mistakes import COMPOSITION_ERRORS, check_command_line, explain, names_key, unknown_key
+from dsv2.config.mistakes import (
+    COMPOSITION_ERRORS,
+    check_command_line,
+    explain,
+    names_key,
+    not_bool,
+    unknown_key,
+)
 from dsv2.config.renamed import with_new_names
 from dsv2.config.schema import Config
 from dsv2.config.typed import as_typed, literal
@@ -140,6 +147,8 @@ def check_saved(plain: dict[str, Any], what: str) -> None:
 
 
 def _merged(plain: dict[str, Any]) -> Any:
+    if wrong := not_bool("", with_new_names(plain)):
+        raise ValidationError(wrong)
     return OmegaConf.merge(OmegaConf.structured(Config), _literal(with_new_names(plain)))
 
 

@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from dsv2.config.fields import GROUPS, field_docs, field_types, options_of
 from dsv2.config.renamed import FIELDS, OPTIONS
-from dsv2.config.rules import TOKENS
+from dsv2.config.rules import TOKENS, written
 from dsv2.config.typed import as_typed
 from dsv2.errors import UserError
 
@@ -87,8 +87,26 @@ def check_command_line(overrides: list[str], read_by_hydra: bool = False) -> Non
         is_choice = override.type is OverrideType.CHANGE and isinstance(value, str) and value.isidentifier()
         if key in GROUPS and key != "experiment" and not is_choice:
             raise UserError(f"{override.input_line}: must name a file of conf/{key}, without .yaml")
+        if wrong := not_bool(key, value):
+            raise UserError(wrong)
         if override.is_sweep_override():
             raise UserError(f"{override.input_line}: {ONE_RUN}")
+
+
+def not_bool(key: str, value: Any) -> str | None:
+    """Describe the first field of the type bool that has another value: OmegaConf takes 3 and `on` for true.
+
+    Args:
+        key: dotted name of a field or a section.
+        value: the field's value, or a dict with the section's values.
+    """
+    if isinstance(value, dict):
+        inside = (not_bool(f"{key}.{name}".lstrip("."), item) for name, item in value.items())
+        return next(filter(None, inside), None)
+    is_right = written(value).lower() in ("true", "false") or "${" in str(value)
+    if is_right or field_types().get(key) is not bool:
+        return None
+    return f"{key}={written(value)}: must be {KINDS[bool]}"
 
 
 def _refuse_removal(override: str | None, key: str) -> NoReturn:

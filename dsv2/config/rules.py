@@ -16,10 +16,10 @@ MOST_FP32 = 3.4e38
 
 def refuse(field_name: str, value: object, right: str) -> NoReturn:
     """Raise UserError: `field_name`=`value`: `right`."""
-    raise UserError(f"{field_name}={_written(value)}: {right}")
+    raise UserError(f"{field_name}={written(value)}: {right}")
 
 
-def _written(value: object) -> str:
+def written(value: object) -> str:
     """Return a value as the command line has it."""
     if value is None:
         return "null"

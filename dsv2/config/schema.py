@@ -144,12 +144,12 @@ class RuntimeConfig:
 
 @dataclass
 class SpikeConfig:
-    """What happens to a step whose loss is a spike or not finite."""
+    """What happens to a step whose total loss, with the balance losses, is a spike or not finite."""
 
     # off: nothing; skip: the step has no update; rewind: training returns to the newest checkpoint of the
     # run and leaves out the batches since then
     policy: SpikePolicy = SpikePolicy.off
-    # a spike exceeds the loss's running mean (over about 100 steps) by this many running standard deviations
+    # a spike exceeds the total loss's running mean (about 100 steps) by this many running standard deviations
     deviations: float = 6.0
     attempts: int = 10  # the run ends as diverged after this many spikes without progress
 
@@ -169,7 +169,7 @@ class LoggingConfig:
     # alert if a rank's own time is above this many times that of the others; 0 or null: no alert
     alert_slow_rank: float | None = 1.5
     alert_windows: int = 5  # consecutive windows before an alert about routing or a slow rank
-    # alert if the loss exceeds its mean by this many deviations; 0 or null: no alert
+    # alert if train/loss_total exceeds its mean by this many deviations; 0 or null: no alert
     alert_spike: float | None = 6.0
     alert_spike_steps: int = 3  # consecutive steps before an alert about the loss
 

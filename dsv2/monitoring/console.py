@@ -23,7 +23,7 @@ def step_line(
     Args:
         step: counted from 1.
         total_steps: of the whole run.
-        loss: nats per token, balance losses included.
+        loss: cross-entropy alone, as in `eval_line`: nats per token, without the balance losses.
         grad_norm: global norm before clipping.
         lr: this step's learning rate.
         tok_s: tokens per second over all ranks.

@@ -116,12 +116,12 @@ class Monitor:
         finite = math.isfinite(result.loss) and math.isfinite(result.grad_norm) and result.grad_norm >= 0
         if result.updated and not finite:
             raise Diverged(
-                f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}; this step is not saved; "
-                "try a lower optim.lr"
+                f"step {step}: total loss {result.loss}, gradient norm {result.grad_norm}; this step is not "
+                "saved; try a lower optim.lr"
             )
         self._step = step
         if not result.updated:
-            self._print(f"spike: step {step}: loss {result.loss:.3f}; its update is skipped")
+            self._print(f"spike: step {step}: total loss {result.loss:.3f}; its update is skipped")
         metrics = self._step_metrics(plan, result, spikes, now - self._last_mark)
         self.tracker.log(metrics, step=step)
         seconds_per_step = (now - self._loop_start) / (step - self._first.step)
@@ -129,7 +129,7 @@ class Monitor:
             console.step_line(
                 step=step,
                 total_steps=self._total_steps,
-                loss=result.loss,
+                loss=result.lm_loss,
                 grad_norm=result.grad_norm,
                 lr=plan.lr,
                 tok_s=metrics["perf/tok_s"],
@@ -182,7 +182,7 @@ class Monitor:
     def rewound(self, plan: StepPlan, result: StepResult, state: RunState) -> None:
         """Report that a spike has sent the run back to `state`."""
         self._print(
-            f"spike: step {plan.step + 1}: loss {result.loss:.3f}; back to step {state.step}, "
+            f"spike: step {plan.step + 1}: total loss {result.loss:.3f}; back to step {state.step}, "
             "without the batches since then"
         )
         self._step = state.step

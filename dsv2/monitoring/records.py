@@ -18,7 +18,17 @@ from data.reading import is_file, reading
 from dsv2.errors import UserError
 from dsv2.training.rundir import MAPS_FILE, METRICS_FILE
 
-__all__ = ["MAPS_FILE", "METRICS_FILE", "RecordWriter", "read_maps", "read_metrics", "read_records"]
+__all__ = [
+    "MAPS_FILE",
+    "METRICS_FILE",
+    "NO_METRICS",
+    "RecordWriter",
+    "read_maps",
+    "read_metrics",
+    "read_records",
+]
+
+NO_METRICS = ("step", "time")  # fields of a row that are no metrics: two equal runs differ in `time`
 
 
 class RecordWriter:
@@ -68,9 +78,10 @@ class RecordWriter:
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, float]]:
-    """Return the run's scalars, `{"step": 12, "train/loss": 4.1, ...}`, one dict per step, sorted by step.
+    """Return the run's scalars, `{"step": 12, "time": 1764331200.125, "train/loss_lm": 4.1, ...}`.
 
-    `null` becomes NaN; see `read_records` for resumed sessions and torn lines.
+    One dict per step, sorted by step. `time` is when the step's last line was written, in Unix seconds; lines
+    of earlier versions have none. `null` becomes NaN; see `read_records` for resumed sessions and torn lines.
 
     Raises:
         UserError: see `read_records`; or a value is no number.

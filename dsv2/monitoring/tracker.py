@@ -1,6 +1,7 @@
 """Metrics of a run: W&B for people, `RUN_DIR/metrics.jsonl` for programs and in case W&B fails.
 
-Every scalar goes to both. metrics.jsonl has one JSON object per line, `{"step": 12, "train/loss": 4.1}`.
+Every scalar goes to both. metrics.jsonl has one JSON object per line, `{"step": 12, "time": 1764331200.125,
+"train/loss_lm": 4.1}`. `time` is when the line was written, in Unix seconds; W&B keeps its own `_timestamp`.
 Each line is written at once, because W&B loses up to 32 KiB of records when a process is killed. W&B gets
 heat maps as pictures. Their numbers go to `RUN_DIR/maps.jsonl`, with three decimals, as `{"step": 100,
 "map/dev_load": [[1.02, 0.98], ...]}`. Each session starts that file with a line that holds only its first
@@ -10,6 +11,7 @@ step. Readers then discard maps that an earlier session wrote after the checkpoi
 import math
 import os
 import secrets
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -71,7 +73,7 @@ class Tracker:
                 scalars[name] = _number(value)
         if scalars:
             finite = {name: _finite(value) for name, value in scalars.items()}
-            self._lines.append({"step": step, **finite})
+            self._lines.append({"step": step, "time": round(time.time(), 3), **finite})
         self._record_maps(maps, step)
         if self._run is not None:
             self._run.log(scalars, images, step)

@@ -107,7 +107,7 @@ class SpikeGuard:
         self._furthest = max(self._furthest, step)
         if self._in_a_row > self._config.attempts:
             raise Diverged(
-                f"step {step}: loss {loss:.3f}, limit {limit:.3f}; more than spike.attempts="
+                f"step {step}: total loss {loss:.3f}, limit {limit:.3f}; more than spike.attempts="
                 f"{self._config.attempts} spikes without progress; this step is not saved; "
                 "try a lower optim.lr"
             )

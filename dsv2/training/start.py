@@ -7,9 +7,10 @@ from dsv2.config.compose import to_plain
 from dsv2.config.schema import Config
 from dsv2.errors import UserError
 
-if TYPE_CHECKING:  # these import torch
+if TYPE_CHECKING:
     import torch
 
+    from dsv2.checkpoint.find import CheckpointFinder
     from dsv2.checkpoint.state import Found
     from dsv2.checkpoint.store import CheckpointStore
     from dsv2.hf.init_from import HFWeights
@@ -30,16 +31,31 @@ def check_files(config: Config) -> None:
         UserError: names the field, its value and what would be right.
     """
     from data.streams.sources import source_of
-    from dsv2.checkpoint.files import find_checkpoint, newest_first
+    from dsv2.checkpoint.find import CheckpointFinder
     from dsv2.hf.fields import compare_config, read_config
 
     source_of(config.data).check(config.data, config.model.vocab_size, config.eval.sequences)
-    if config.resume not in ("auto", "never"):
-        find_checkpoint(Path(config.resume), option=f"resume={config.resume}")
-    elif config.init_from is not None and not newest_first(config.run_dir / "checkpoints"):
+    found = _find_checkpoint(config, CheckpointFinder(config.run_dir / "checkpoints", to_plain(config)))
+    if found is None and config.init_from is not None:
         folder = Path(config.init_from)
         compare_config(read_config(folder), config.model, folder)
         _check_tokenizer_of(folder, config)
+
+
+def _find_checkpoint(config: Config, finder: "CheckpointFinder") -> "Found | None":
+    """Return the checkpoint to begin at, which fits the configuration and the data; None: there is none."""
+    from data.streams.sources import check_resumed, check_tokenizer
+    from dsv2.checkpoint.files import check
+    from dsv2.training.schedule import check_profiled_steps
+
+    found = finder.find(config.resume, config.stop_step)
+    check_profiled_steps(config, found.state.step if found else 0, found.state.tokens if found else 0)
+    if found:
+        saved = check(found.path)
+        if found.state.data:
+            check_resumed(config.data, found.state.data, saved["config"]["data"])
+        check_tokenizer(config.data, saved["run"].get("tokenizer"), f"checkpoint {found.path}")
+    return found
 
 
 def _check_tokenizer_of(folder: Path, config: Config) -> None:
@@ -75,11 +91,8 @@ def find_start(config: Config) -> Start:
         UserError: the checkpoint or the weights do not fit the configuration or the data; or the run ends
             before the steps that it shall profile.
     """
-    from data.streams.sources import check_resumed, check_tokenizer
-    from dsv2.checkpoint.files import check
     from dsv2.checkpoint.store import CheckpointStore
     from dsv2.hf.init_from import HFWeights
-    from dsv2.training.schedule import check_profiled_steps
 
     store = CheckpointStore(
         config.run_dir / "checkpoints",
@@ -87,13 +100,7 @@ def find_start(config: Config) -> Start:
         to_plain(config),
         keep_every=config.checkpoint.keep_every,
     )
-    found = store.find(config.resume, config.stop_step)
-    check_profiled_steps(config, found.state.step if found else 0, found.state.tokens if found else 0)
-    if found:
-        saved = check(found.path)
-        if found.state.data:
-            check_resumed(config.data, found.state.data, saved["config"]["data"])
-        check_tokenizer(config.data, saved["run"].get("tokenizer"), f"checkpoint {found.path}")
+    found = _find_checkpoint(config, store)
     if found is not None or config.init_from is None:
         return Start(store, found, None)
     return Start(store, None, HFWeights(Path(config.init_from), config.model))

@@ -62,7 +62,7 @@ def test_a_whole_run_prints_keeps_and_logs(whole):
     assert "validation loss" in output
     assert "unigram entropy" in output
     assert "sample:" in output
-    assert sorted(scalars(run_dir, "train/loss")) == list(range(1, MANY_STEPS + 1))
+    assert sorted(scalars(run_dir, "train/loss_total")) == list(range(1, MANY_STEPS + 1))
     assert [p.name for p in sorted((run_dir / "checkpoints").iterdir())] == ["step-00000080", "step-00000082"]
     assert "n_routed_experts: 16" in (run_dir / "config.yaml").read_text()
     # The offline W&B run holds what metrics.jsonl mirrors.
@@ -108,7 +108,7 @@ def test_killed_run_resumes_to_the_bit_and_reads_back(command, started, whole, t
     assert f"resumed after step {status['step']}" in output
 
     undisturbed, killed = whole[0], tmp_path / "killed"
-    for name in ("train/loss", "train/grad_norm", "val/loss", "val/bpb"):
+    for name in ("train/loss_total", "train/grad_norm", "val/loss", "val/bpb"):
         want = scalars(undisturbed, name)
         # A job that is told to stop at a step due for evaluation leaves that out.
         got = {step: value for step, value in scalars(killed, name).items() if step != status["step"]}
@@ -141,7 +141,7 @@ def test_signal_saves_and_exits_0_then_another_layout_continues(command, started
     (note,) = [line for line in output.splitlines() if "note: changed since that checkpoint: " in line]
     assert "checkpoint.every 0 -> 4" in note
     assert "parallel.zero_stage 3 -> " in note
-    losses, want = scalars(tmp_path / "stopped", "train/loss"), scalars(whole[0], "train/loss")
+    losses, want = scalars(tmp_path / "stopped", "train/loss_total"), scalars(whole[0], "train/loss_total")
     assert losses.keys() == want.keys()
     # Many steps enlarge what another order of sums changes in the last bit.
     np.testing.assert_allclose([losses[s] for s in want], list(want.values()), rtol=1e-4)

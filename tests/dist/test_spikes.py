@@ -66,6 +66,6 @@ def test_a_run_that_rewinds_resumes_to_the_bit(command, tmp_path):
     run(command("parts", *settings, "stop_step=40"))
     run(command("parts", *settings))
     assert_same_bits(weights(tmp_path / "parts", 50), weights(tmp_path / "whole", 50))
-    for name in ("train/loss", "spike/rewinds"):
+    for name in ("train/loss_total", "spike/rewinds"):
         assert scalars(tmp_path / "parts", name) == scalars(tmp_path / "whole", name)
     assert scalars(tmp_path / "whole", "spike/rewinds")[50] == len(spikes)

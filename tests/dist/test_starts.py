@@ -23,7 +23,7 @@ def test_start_from_another_runs_checkpoint(command, begun, tmp_path):
     found = run([PYTHON, "-m", "dsv2", "check", "1", *overrides], expect=2)  # before anything is started
     assert "error: the checkpoint is of other data: data.seed was 0, is 9; set" in found
     assert "resumed after step 10" in run(command("other", OFFLINE, f"resume={source}"))
-    assert min(scalars(tmp_path / "other", "train/loss")) == 9
+    assert min(scalars(tmp_path / "other", "train/loss_lm")) == 9
     ids = [
         json.loads((path / "state.json").read_text())["run"]["wandb_id"]
         for path in (source, tmp_path / "other" / "checkpoints" / f"step-{STEPS:08d}")
@@ -61,7 +61,7 @@ def test_long_context_stage(command, begun, tmp_path):
     assert state["run"]["data"]["fingerprint"]["sequence_length"] == 64
     assert state["run"]["tokenizer"]["file"].endswith("/tokenizer.model")
     # Twice the length and other frequencies cost little: the loss is far from where pretraining began.
-    short_losses, long_losses = scalars(begun, "train/loss"), scalars(long, "train/loss")
+    short_losses, long_losses = scalars(begun, "train/loss_lm"), scalars(long, "train/loss_lm")
     assert abs(long_losses[1] - short_losses[12]) < 0.25 * (short_losses[1] - short_losses[12])
 
     text = run([PYTHON, "-m", "dsv2", "generate", str(long), "--prompt", "alpha beta", "--max-tokens", "8"])
@@ -91,7 +91,10 @@ def test_streamed_dataset_stops_resumes_and_is_exact(command, corpus, tmp_path):
     run(command("whole", *stream))
     run(command("stopped", *stream, "stop_step=7"))
     assert "resumed after step 7" in run(command("stopped", *stream, *TWO, launcher=TORCHRUN))
-    whole, stopped = scalars(tmp_path / "whole", "train/loss"), scalars(tmp_path / "stopped", "train/loss")
+    whole, stopped = (
+        scalars(tmp_path / "whole", "train/loss_lm"),
+        scalars(tmp_path / "stopped", "train/loss_lm"),
+    )
     assert {s: stopped[s] for s in range(1, 8)} == {s: whole[s] for s in range(1, 8)}
     np.testing.assert_allclose([stopped[s] for s in whole], list(whole.values()), rtol=2e-6)
 

@@ -13,7 +13,8 @@ from tests.dist.end_to_end import assert_same_bits, prepare_command, scalars, we
 from tests.soak.jobs import Job, start_training
 
 STEPS = 48
-TIMES = ("perf/", "ranks/", "work/", "data/", "step/", "comm/a2a_ms")  # metrics that differ from run to run
+# What differs from run to run.
+TIMES = ("time", "perf/", "ranks/", "work/", "data/", "step/", "comm/a2a_ms")
 PREPARATION = "a preparation"
 SAVE = "a save"
 SAME = "the same"

@@ -39,19 +39,20 @@ class Balance(Producer[Window]):
         Metric(
             name="moe/add_expert",
             unit=ADDED_UNIT,
-            meaning="what the expert balance loss adds to `train/loss`: alpha times its sum over layers",
+            meaning="what the expert balance loss adds to `train/loss_total`: alpha times its sum over "
+            "layers",
             panel=ADDED,
         ),
         Metric(
             name="moe/add_device",
             unit=ADDED_UNIT,
-            meaning="what the device balance loss adds to `train/loss`",
+            meaning="what the device balance loss adds to `train/loss_total`",
             panel=ADDED,
         ),
         Metric(
             name="moe/add_comm",
             unit=ADDED_UNIT,
-            meaning="what the communication balance loss adds to `train/loss`",
+            meaning="what the communication balance loss adds to `train/loss_total`",
             panel=ADDED,
         ),
     )

@@ -9,26 +9,27 @@ class Training(Producer[Window]):
     when = When.step
     metrics = (
         Metric(
-            name="train/loss",
+            name="train/loss_lm",
             unit="nats per token",
-            meaning="the minimized loss: cross-entropy plus the balance losses times their alphas",
+            meaning="cross-entropy alone, mean over the global batch; the `loss` of the console's step lines",
             panel=LOSS,
+        ),
+        Metric(
+            name="train/loss_total",
+            unit="nats per token",
+            meaning="the minimized loss: cross-entropy plus the balance losses times their alphas; "
+            "`train/loss` in runs of earlier versions",
+            panel=Panel(Section.training, "Total loss", after="Loss"),
             alert=Alert(
                 title="loss spike",
                 threshold="alert_spike",
                 lasting="alert_spike_steps",
-                meaning="`train/loss` exceeds its running mean (over about 100 steps) by `alert_spike` "
+                meaning="`train/loss_total` exceeds its running mean (over about 100 steps) by `alert_spike` "
                 "running standard deviations, for `alert_spike_steps` steps in a row; not in a session's "
                 "first 30 steps",
                 text_format="{:.3f}",
                 spike=True,
             ),
-        ),
-        Metric(
-            name="train/loss_lm",
-            unit="nats per token",
-            meaning="cross-entropy alone, mean over the global batch",
-            panel=LOSS,
         ),
         Metric(
             name="train/grad_norm",
@@ -70,8 +71,8 @@ class Training(Producer[Window]):
 
     def values(self, seen: Window) -> dict[str, float]:
         values = {
-            "train/loss": seen.result.loss,
             "train/loss_lm": seen.result.lm_loss,
+            "train/loss_total": seen.result.loss,
             "train/grad_norm": seen.result.grad_norm,
             "train/lr": seen.plan.lr,
             "train/batch_seqs": float(seen.plan.batch_size),

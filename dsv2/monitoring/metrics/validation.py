@@ -14,7 +14,8 @@ class Validation(Producer["Evaluation"]):
         Metric(
             name="val/loss",
             unit="nats per token",
-            meaning="cross-entropy on the first `eval.sequences` validation sequences; nothing is dropped",
+            meaning="cross-entropy alone, on the first `eval.sequences` validation sequences; nothing is "
+            "dropped",
             panel=Panel(Section.training, "Loss"),
         ),
         Metric(

@@ -6,6 +6,7 @@ A run that is still training can be read like a finished one. page.py turns the 
 import math
 import re
 import statistics
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from dsv2.errors import UserError
 from dsv2.monitoring.metrics.producers import METRICS
 from dsv2.monitoring.panels import Chart, ChartSection
 from dsv2.monitoring.pictures import HEAT_COLOURS, HEAT_STOPS
-from dsv2.monitoring.records import METRICS_FILE, read_maps, read_metrics
+from dsv2.monitoring.records import METRICS_FILE, NO_METRICS, read_maps, read_metrics
 from dsv2.monitoring.sessions import read_sessions
 from dsv2.monitoring.status import read_status
 
@@ -43,7 +44,7 @@ class Run(NamedTuple):
     @property
     def names(self) -> list[str]:
         """Return every metric of the run, in the order of first appearance."""
-        return [name for name in dict.fromkeys(name for row in self.rows for name in row) if name != "step"]
+        return [name for name in dict.fromkeys(chain(*self.rows)) if name not in NO_METRICS]
 
     def curve(self, name: str) -> Curve:
         """Return a metric's values over steps."""

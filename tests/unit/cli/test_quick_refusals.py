@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+from tests.unit.checkpoint.test_files import make as make_checkpoint
 from tests.unit.helpers import REPO, cpu_seconds_of_children
 
 PROGRAM = """
@@ -25,6 +26,7 @@ def test_refusals_that_need_no_tensors_are_quick(tmp_path, jsonl):
     metrics = tmp_path / "runs" / "folders" / "metrics.jsonl"
     metrics.mkdir(parents=True)
     (tmp_path / "plain").write_text("")
+    other = make_checkpoint(tmp_path / "runs" / "other" / "checkpoints", 7, {"hidden_size": 16})
     missing = tmp_path / "missing"
     cases = {
         f"checkpoint {missing}: there is no such folder": ["generate", missing, "--prompt", "x"],
@@ -40,6 +42,14 @@ def test_refusals_that_need_no_tensors_are_quick(tmp_path, jsonl):
         ],
         f"resume={missing}: there is no such folder": ["check", 1, *good, f"resume='{missing}'"],
         f"init_from={missing}: there is no such folder": ["check", 1, *good, f"init_from='{missing}'"],
+        f"model.hidden_size=192: the checkpoint {other} was saved with 16": ["check", 1, *good, "name=other"],
+        f"resume=never: {other.parent} already holds {other.name}": [
+            "check",
+            1,
+            *good,
+            "name=other",
+            "resume=never",
+        ],
         f"runs_dir={tmp_path}/runs: {metrics} cannot be written (Is a dir": [
             "check",
             1,

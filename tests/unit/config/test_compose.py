@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -194,6 +195,10 @@ def test_a_configuration_saved_under_old_names_is_read():
         ("stop_step=x", "must be a whole number or null"),
         ("optim.total_tokens=1e9", "must be a whole number; write it out: optim.total_tokens=1_000_000_000"),
         ("runtime.recompute=maybe", "must be true or false"),
+        ("checkpoint.asynchronous=1", "must be true or false"),
+        ("checkpoint.asynchronous=0.0", "must be true or false"),
+        ("checkpoint.asynchronous=on", "must be true or false"),
+        ("checkpoint.asynchronous=null", "must be true or false"),
         ("optim.decay_at=[soon]", "must be a list in brackets (each item a number)"),
         ("optim.decay_at=0.5", "must be a list in brackets (each item a number)"),
         ("data.data_files=5", "must be a list in brackets (each item a text) or null"),
@@ -209,3 +214,30 @@ def test_a_configuration_saved_under_old_names_is_read():
 def test_a_value_of_another_kind_is_refused_in_words(override, right):
     with pytest.raises(UserError, match=f"^{re.escape(f'{override}: {right}')}$"):
         compose_config(override)
+
+
+@pytest.mark.parametrize("name", [name for name, kind in field_types().items() if kind is bool])
+def test_no_field_of_true_or_false_takes_a_number(name):
+    section, _, field = name.rpartition(".")
+    message = f"^{re.escape(f'{name}=3: must be true or false')}$"
+    with pytest.raises(UserError, match=message):
+        compose_config(f"{name}=3")
+    nested: dict[str, Any] = {field: 3}
+    for part in reversed(section.split(".") if section else []):
+        nested = {part: nested}
+    with pytest.raises(
+        UserError, match=re.escape(f"a saved configuration does not fit this version: {name}=3")
+    ):
+        from_plain(nested)
+
+
+def test_a_number_within_a_section_is_refused_too():
+    with pytest.raises(UserError, match=r"^checkpoint\.asynchronous=3: must be true or false$"):
+        compose_config("checkpoint={keep: 2, asynchronous: 3}")
+
+
+@pytest.mark.parametrize("value", ["true", "True", "'true'", "${new_stage}", "false"])
+def test_true_and_false_are_taken_in_every_spelling(value):
+    assert compose_config(f"runtime.recompute={value}").runtime.recompute is (
+        value.strip("'").lower() == "true"
+    )

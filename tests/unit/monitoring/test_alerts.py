@@ -15,7 +15,7 @@ def routing(values: list[float | None], name: str, **config) -> dict[int, str]:
     alerts = Alerts(LoggingConfig(**config), EXPERTS)
     found = {}
     for step, value in enumerate(values, start=1):
-        metrics = {"train/loss": 2.0} | ({} if value is None else {name: value})
+        metrics = {"train/loss_total": 2.0} | ({} if value is None else {name: value})
         for alert in alerts.check(step, metrics):
             assert alert.title == "routing collapse"
             found[step] = alert.text
@@ -26,7 +26,7 @@ def spikes(losses: list[float], **config) -> dict[int, str]:
     alerts = Alerts(LoggingConfig(**config), EXPERTS)
     found = {}
     for step, loss in enumerate(losses, start=1):
-        for alert in alerts.check(step, {"train/loss": loss}):
+        for alert in alerts.check(step, {"train/loss_total": loss}):
             assert alert.title == "loss spike"
             found[step] = alert.text
     return found
@@ -55,8 +55,8 @@ def test_one_window_below_ends_the_episode():
 def test_both_kinds_of_collapse_are_counted_apart():
     alerts = Alerts(LoggingConfig(alert_max_vio=4.0, alert_dead=0.1, alert_windows=2), EXPERTS)
     rows = [{"moe/max_vio_max": 5.0, "moe/dead": 0.0}, {"moe/max_vio_max": 0.0, "moe/dead": 9.0}]
-    assert [alerts.check(step, {"train/loss": 1.0, **row}) for step, row in enumerate(rows)] == [[], []]
-    both = {"train/loss": 1.0, "moe/max_vio_max": 5.0, "moe/dead": 9.0}
+    assert [alerts.check(step, {"train/loss_total": 1.0, **row}) for step, row in enumerate(rows)] == [[], []]
+    both = {"train/loss_total": 1.0, "moe/max_vio_max": 5.0, "moe/dead": 9.0}
     assert [a.text.split(" is ")[0] for a in alerts.check(3, both)] == ["step 3: moe/dead"]
     assert [a.text.split(" is ")[0] for a in alerts.check(4, both)] == ["step 4: moe/max_vio_max"]
 
@@ -73,7 +73,7 @@ NOISE = [3.0, 5.0] * 20  # mean 4, standard deviation 1
 
 def test_a_spike_must_last_and_comes_once():
     assert spikes([*NOISE, *[11.0] * 5, 4.0, 4.0], alert_spike=6.0, alert_spike_steps=3) == {
-        43: "step 43: train/loss is 11.000, over 10.000 for 3 steps in a row; "
+        43: "step 43: train/loss_total is 11.000, over 10.000 for 3 steps in a row; "
         "its running mean is 4.000, its standard deviation 1.000"
     }
     assert spikes([*NOISE, 11.0, 11.0, 4.0, 11.0, 11.0], alert_spike=6.0, alert_spike_steps=3) == {}

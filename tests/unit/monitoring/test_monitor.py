@@ -160,6 +160,19 @@ def test_each_window_has_its_own_steps_and_the_last_one_what_is_left(run_dir):
         assert {name: rows[end][name] for name in want} == pytest.approx(want, rel=1e-12)
 
 
+def test_the_consoles_loss_is_that_of_an_evaluation_without_balance_losses(run_dir, capsys):
+    with monitor(run_dir) as watch:
+        feed(watch, [result(loss=2.0)])  # its cross-entropy is 1.5
+        watch.evaluation(1, Evaluation(1.25, 0.5))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[1] for line in lines if line.startswith(("step 1", "eval 1"))] == [
+        "loss 1.500",
+        "loss 1.250",
+    ]
+    (row,) = read_metrics(run_dir)
+    assert (row["train/loss_lm"], row["train/loss_total"], row["val/loss"]) == (1.5, 2.0, 1.25)
+
+
 @pytest.mark.parametrize(
     ("loss", "grad_norm"), [(float("nan"), 1.0), (float("inf"), 1.0), (2.0, float("nan")), (2.0, -1.0)]
 )
@@ -167,7 +180,9 @@ def test_divergence_alerts_and_is_a_failure(run_dir, loss, grad_norm):
     tracker = Recorder()
     with pytest.raises(Diverged) as caught, monitor(run_dir, tracker=tracker) as watch:
         feed(watch, [result(), result(loss=loss, grad_norm=grad_norm), result()])
-    assert str(caught.value).startswith(f"step 2: loss {loss}, gradient norm {grad_norm}; this step is not")
+    assert str(caught.value).startswith(
+        f"step 2: total loss {loss}, gradient norm {grad_norm}; this step is not"
+    )
     assert tracker.alerts == [("monitored diverged", str(caught.value))]
     assert tracker.exit_codes == [1]
     assert json.loads((run_dir / "status.json").read_text())["state"] == "failed"

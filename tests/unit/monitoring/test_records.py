@@ -6,9 +6,9 @@ from dsv2.errors import UserError
 from dsv2.monitoring.records import read_maps, read_metrics
 
 ROWS = {
-    '{"step": 1, "train/loss": "<b>"}': r"metrics.jsonl, step 1: 'train/loss' is no number: '<b>'",
-    '{"step": 1, "train/loss": [1]}': r"metrics.jsonl, step 1: 'train/loss' is no number: \[1\]",
-    '{"step": 1, "train/loss": true}': r"metrics.jsonl, step 1: 'train/loss' is no number: True",
+    '{"step": 1, "train/loss_lm": "<b>"}': r"metrics.jsonl, step 1: 'train/loss_lm' is no number: '<b>'",
+    '{"step": 1, "train/loss_lm": [1]}': r"metrics.jsonl, step 1: 'train/loss_lm' is no number: \[1\]",
+    '{"step": 1, "train/loss_lm": true}': r"metrics.jsonl, step 1: 'train/loss_lm' is no number: True",
     '{"step": Infinity}': r"metrics.jsonl, line 1: not a JSON object with a step",
     '{"step": "1"}': r"metrics.jsonl, line 1: not a JSON object with a step",
     "[" * 100_000: r"metrics.jsonl, line 1: not a JSON object with a step",

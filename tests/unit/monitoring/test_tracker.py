@@ -1,12 +1,15 @@
 """The tracker without an account: what is written, and what is read back."""
 
 import math
+import re
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from dsv2.errors import UserError
+from dsv2.monitoring import tracker as tracker_module
 from dsv2.monitoring.pictures import heat_map
 from dsv2.monitoring.records import read_maps, read_metrics
 from dsv2.monitoring.wandb_run import wandb_command
@@ -15,22 +18,27 @@ from tests.unit.monitoring.tracking import history, session_process, start
 pytestmark = pytest.mark.usefixtures("no_wandb_settings")
 
 
+def without_times(run_dir: Path) -> list[dict[str, float]]:
+    return [{k: v for k, v in row.items() if k != "time"} for row in read_metrics(run_dir)]
+
+
 # ---------------------------------------------------------------- metrics.jsonl
 
 
-def test_every_line_is_on_disk_at_once(tmp_path):
+def test_every_line_is_on_disk_at_once_with_its_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(tracker_module.time, "time", iter([1764331200.12549, 1764331201.0]).__next__)
     tracker = start(tmp_path / "run")
-    tracker.log({"train/loss": 4.5, "train/tokens": 4096}, step=1)
-    tracker.log({"train/loss": np.float32(0.25), "val/bpb": np.array(1.5)}, step=2)
+    tracker.log({"train/loss_lm": 4.5, "train/tokens": 4096}, step=1)
+    tracker.log({"train/loss_lm": np.float32(0.25), "val/bpb": np.array(1.5)}, step=2)
     written = (tmp_path / "run" / "metrics.jsonl").read_text()  # before close
     tracker.close()
     assert written == (
-        '{"step": 1, "train/loss": 4.5, "train/tokens": 4096}\n'
-        '{"step": 2, "train/loss": 0.25, "val/bpb": 1.5}\n'
+        '{"step": 1, "time": 1764331200.125, "train/loss_lm": 4.5, "train/tokens": 4096}\n'
+        '{"step": 2, "time": 1764331201.0, "train/loss_lm": 0.25, "val/bpb": 1.5}\n'
     )
     assert read_metrics(tmp_path / "run") == [
-        {"step": 1, "train/loss": 4.5, "train/tokens": 4096},
-        {"step": 2, "train/loss": 0.25, "val/bpb": 1.5},
+        {"step": 1, "time": 1764331200.125, "train/loss_lm": 4.5, "train/tokens": 4096},
+        {"step": 2, "time": 1764331201.0, "train/loss_lm": 0.25, "val/bpb": 1.5},
     ]
 
 
@@ -39,7 +47,9 @@ def test_not_finite_is_null_in_the_file_and_nan_when_read(tmp_path):
     tracker.log({"a": float("nan"), "b": float("inf"), "c": -float("inf"), "d": 1.0}, step=3)
     tracker.close()
     text = (tmp_path / "metrics.jsonl").read_text()
-    assert text == '{"step": 3, "a": null, "b": null, "c": null, "d": 1.0}\n'
+    assert (
+        re.sub(r'"time": [0-9.]+, ', "", text) == '{"step": 3, "a": null, "b": null, "c": null, "d": 1.0}\n'
+    )
     (row,) = read_metrics(tmp_path)
     assert [math.isnan(row[name]) for name in "abcd"] == [True, True, True, False]
 
@@ -54,7 +64,7 @@ def test_disabled_writes_the_file_alone_and_keeps_the_id(tmp_path, capfd):
     tracker.close()
     tracker.close()
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["metrics.jsonl"]
-    assert read_metrics(tmp_path / "run") == [{"step": 1, "x": 1.0}]
+    assert without_times(tmp_path / "run") == [{"step": 1, "x": 1.0}]
     assert capfd.readouterr() == ("", "")
 
 
@@ -78,7 +88,8 @@ def test_a_torn_last_line_is_skipped_and_cut_by_the_next_session(tmp_path):
     tracker = start(tmp_path)
     tracker.log({"x": 22.0}, step=2)
     tracker.close()
-    assert path.read_text() == '{"step": 1, "x": 1.0}\n{"step": 2, "x": 22.0}\n'
+    assert path.read_text().startswith('{"step": 1, "x": 1.0}\n{"step": 2, "time": ')
+    assert without_times(tmp_path) == [{"step": 1, "x": 1.0}, {"step": 2, "x": 22.0}]
 
 
 def test_lines_of_one_step_merge_and_the_later_value_wins(tmp_path):
@@ -98,7 +109,7 @@ def test_a_resumed_session_replaces_what_followed_its_checkpoint(tmp_path):
     for step in (3, 4):
         second.log({"loss": 20.0 + step}, step=step)
     second.close()
-    assert read_metrics(tmp_path) == [
+    assert without_times(tmp_path) == [
         {"step": 1, "loss": 11.0},
         {"step": 2, "loss": 12.0},
         {"step": 3, "loss": 23.0},
@@ -186,16 +197,16 @@ def test_two_offline_sessions_of_one_run_are_read_back(tmp_path, capfd):
     first = start(run_dir, "auto")
     wandb_id = first.wandb_id
     assert wandb_id is not None
-    first.log({"train/loss": 5.5, "bad": float("nan")}, step=1)
-    first.log({"train/loss": 5.0, "map/load": np.ones((2, 3))}, step=2)
+    first.log({"train/loss_lm": 5.5, "bad": float("nan")}, step=1)
+    first.log({"train/loss_lm": 5.0, "map/load": np.ones((2, 3))}, step=2)
     first.log({"val/loss": 5.25}, step=2)
-    first.log({"train/loss": 4.5}, step=3)
+    first.log({"train/loss_lm": 4.5}, step=3)
     first.close()
     (one,) = run_dir.glob("wandb/offline-run-*")
     time.sleep(1.0)  # W&B names a session's folder by the second
     second = start(run_dir, "offline", wandb_id)  # from a checkpoint of step 2
-    second.log({"train/loss": 4.25}, step=3)
-    second.log({"train/loss": 4.0}, step=4)
+    second.log({"train/loss_lm": 4.25}, step=3)
+    second.log({"train/loss_lm": 4.0}, step=4)
     hint = second.dashboard_hint
     second.close(exit_code=1)
     sessions = set(run_dir.glob("wandb/offline-run-*"))
@@ -203,13 +214,13 @@ def test_two_offline_sessions_of_one_run_are_read_back(tmp_path, capfd):
     assert {path.name.rsplit("-", 1)[1] for path in sessions} == {wandb_id} == {second.wandb_id}
 
     kept = history(one)
-    assert {step: item.get("train/loss") for step, item in kept.items()} == {1: 5.5, 2: 5.0, 3: 4.5}
+    assert {step: item.get("train/loss_lm") for step, item in kept.items()} == {1: 5.5, 2: 5.0, 3: 4.5}
     assert kept[2]["val/loss"] == 5.25  # one row per step, however many calls
     assert kept[1]["bad"] == "NaN"
     assert (kept[2]["map/load.width"], kept[2]["map/load.height"]) == (24, 16)
     assert (one / "files" / kept[2]["map/load.path"]).is_file()
-    assert {step: item["train/loss"] for step, item in history(two).items()} == {3: 4.25, 4: 4.0}
-    assert [row["train/loss"] for row in read_metrics(run_dir)] == [5.5, 5.0, 4.25, 4.0]
+    assert {step: item["train/loss_lm"] for step, item in history(two).items()} == {3: 4.25, 4: 4.0}
+    assert [row["train/loss_lm"] for row in read_metrics(run_dir)] == [5.5, 5.0, 4.25, 4.0]
 
     wandb = wandb_command()
     assert hint == f"{wandb} leet {run_dir}/wandb   (to upload: {wandb} sync {run_dir}/wandb)"
@@ -227,4 +238,4 @@ def test_training_goes_on_when_the_wandb_process_dies(tmp_path):
     (warning,) = [line for line in lines[2:] if line.startswith("W&B stopped working (")]
     assert warning.endswith(f"metrics are still written to {tmp_path / 'run' / 'metrics.jsonl'}")
     assert len(lines) == 4
-    assert [row["train/loss"] for row in read_metrics(tmp_path / "run")] == [5.0, 3.0, 2.0]
+    assert [row["train/loss_lm"] for row in read_metrics(tmp_path / "run")] == [5.0, 3.0, 2.0]

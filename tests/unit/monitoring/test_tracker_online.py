@@ -39,7 +39,7 @@ def test_without_a_key_a_terminal_is_not_asked(tmp_path):
     os.close(terminal)
     assert printed[0] == "W&B is offline (not logged in)"
     assert len(printed) == 2  # and the hint
-    assert [row["train/loss"] for row in read_metrics(tmp_path / "run")] == [5.0, 3.0, 2.0]
+    assert [row["train/loss_lm"] for row in read_metrics(tmp_path / "run")] == [5.0, 3.0, 2.0]
 
 
 # ---------------------------------------------------------------- W&B online, against a server of our own
@@ -120,7 +120,8 @@ def test_a_server_that_refuses_or_hangs_means_offline(tmp_path, server, mode, re
     assert reason in lines[0]
     assert len(lines) == 2  # and the hint
     (session,) = (tmp_path / "run").glob("wandb/offline-run-*-id7")
-    assert {step: item["train/loss"] for step, item in history(session).items()} == {1: 5.0, 2: 3.0, 3: 2.0}
+    losses = {step: item["train/loss_lm"] for step, item in history(session).items()}
+    assert losses == {1: 5.0, 2: 3.0, 3: 2.0}
 
 
 def test_a_malformed_key_means_offline(tmp_path, monkeypatch, capfd):
@@ -142,9 +143,9 @@ def test_online_uploads_under_the_given_id_and_shows_the_url(tmp_path, server):
         if path == "/files/team/dsv2/id7/file_stream":
             for line in json.loads(body)["files"].get("wandb-history.jsonl", {}).get("content", []):
                 row = json.loads(line)
-                rows[row["_step"]] = row["train/loss"]
+                rows[row["_step"]] = row["train/loss_lm"]
     assert rows == {1: 5.0, 2: 3.0, 3: 2.0}
-    assert [row["train/loss"] for row in read_metrics(tmp_path / "run")] == [5.0, 3.0, 2.0]
+    assert [row["train/loss_lm"] for row in read_metrics(tmp_path / "run")] == [5.0, 3.0, 2.0]
     requests = [json.loads(body) for path, body in server.bodies if path == "/graphql"]
     (alert,) = [r["variables"] for r in requests if "notifyScriptableRunAlert" in r["query"]]
     assert (alert["runName"], alert["title"], alert["text"]) == ("id7", "title", "text")

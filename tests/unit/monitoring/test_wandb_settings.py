@@ -37,5 +37,5 @@ def test_a_disabled_run_makes_no_folder_of_wandb(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "disabled")
     config = compose_config(f"runs_dir='{tmp_path}'", "name=run")
     with open_tracker(config, wandb_id=None, is_main=True) as tracker:
-        tracker.log({"train/loss": 1.0}, step=1)
+        tracker.log({"train/loss_lm": 1.0}, step=1)
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["metrics.jsonl"]

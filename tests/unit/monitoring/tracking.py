@@ -22,7 +22,7 @@ from dsv2.monitoring.tracker import open_tracker
 dsv2.monitoring.wandb_run._INIT_TIMEOUT_S = 2.0
 run_dir = Path(sys.argv[1])
 tracker = open_tracker(Config(name=run_dir.name, runs_dir=str(run_dir.parent)), wandb_id="id7", is_main=True)
-tracker.log({"train/loss": 5.0}, step=1)
+tracker.log({"train/loss_lm": 5.0}, step=1)
 if sys.argv[2:] == ["kill"]:
     for process in Path("/proc").glob("[0-9]*"):
         try:
@@ -35,7 +35,7 @@ if sys.argv[2:] == ["kill"]:
                 time.sleep(0.01)  # until it is gone, or a zombie
             print("killed")
 for step in (2, 3):
-    tracker.log({"train/loss": 5.0 - step}, step=step)
+    tracker.log({"train/loss_lm": 5.0 - step}, step=step)
 tracker.alert("title", "text")
 print(tracker.dashboard_hint)
 tracker.close()

@@ -55,7 +55,7 @@ def test_a_spike_does_not_raise_the_mean():
 def test_too_many_spikes_without_progress_end_the_run():
     watch = guard(attempts=2)
     assert feed(watch, [*CALM, 9.0, 9.0]) == [True] * FEWEST + [False] * 2
-    with pytest.raises(Diverged, match=r"^step 33: loss 9.000, limit .*more than spike.attempts=2 "):
+    with pytest.raises(Diverged, match=r"^step 33: total loss 9.000, limit .*more than spike.attempts=2 "):
         feed(watch, [9.0], first=33)
 
 

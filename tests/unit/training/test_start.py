@@ -96,7 +96,7 @@ def test_a_new_stage(folders, tmp_path):
     assert found is not None
     assert found.path == checkpoint
     with pytest.raises(UserError) as caught:
-        find_start(run_on(folders, "other", **stage))
+        check_files(run_on(folders, "other", **stage))
     assert_names_both(str(caught.value), folders, folders / "saved" / "tokenizer.model")
 
 

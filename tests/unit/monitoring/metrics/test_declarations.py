@@ -68,7 +68,7 @@ def test_every_table_stands_below_its_heading():
 def test_a_name_is_declared_once():
     names = [metric.name for producer in PRODUCERS for metric in producer.metrics]
     assert len(names) == len(set(names)) == len(METRICS)
-    assert {"train/loss", "moe/aux_comm", "vio/L*", "drop/L*", "map/dev_recv", "val/bpb"} <= set(names)
+    assert {"train/loss_total", "moe/aux_comm", "vio/L*", "drop/L*", "map/dev_recv", "val/bpb"} <= set(names)
     assert all(re.fullmatch(r"[a-z]+/(\w+|[LR]\*)", name) for name in names)
     assert all(metric.meaning for metric in METRICS.values())
 
@@ -95,7 +95,8 @@ def test_the_order_of_the_sections_and_of_some_panels():
     titles = {section.title: [chart.title for chart in section.charts] for section in SECTIONS}
     assert list(titles) == ["Training", "Balance", "Routing maps", "Performance"]
     known = [
-        "Loss", "Validation", "Gradient norm", "Balance losses in the loss", "Learning rate", "Batch", "Seen",
+        "Loss", "Validation", "Total loss", "Gradient norm", "Balance losses in the loss", "Learning rate",
+        "Batch", "Seen",
     ]  # fmt: skip
     assert [title for title in titles["Training"] if title in known] == known
     known = ["Max violation", "Max violation by layer", "Balance loss", "Entropy", "Top-1 affinity"]

@@ -41,7 +41,7 @@ def cards_by_kind() -> dict[str, int]:
 def test_the_embedded_data_are_the_runs_metrics(run_dir):
     data = json.loads(Parsed(write_page(run_dir)).data)
     rows = read_metrics(run_dir)
-    names = {name for row in rows for name in row} - {"step"}
+    names = {name for row in rows for name in row} - {"step", "time"}
     assert set(data["series"]) == names
     assert len(names) > 40
     for name in names:
@@ -51,7 +51,7 @@ def test_the_embedded_data_are_the_runs_metrics(run_dir):
     assert [frame["step"] for frame in data["maps"]] == list(range(10, 101, 10))
     assert (data["steps"], data["first_layer"], data["groups"]) == ([0, 100], 1, 4)
     # What followed the checkpoint that the second session began with is gone.
-    assert data["series"]["train/loss"][1][60] == 10 / 61 + 0.5
+    assert data["series"]["train/loss_lm"][1][60] == 10 / 61 + 0.5
 
 
 def test_the_page_needs_nothing_from_elsewhere(run_dir):
@@ -96,12 +96,12 @@ def test_missing_values_are_listed(tmp_path, run_dir):
 def test_not_a_number_is_null_and_zeros_are_a_line(tmp_path, run_dir):
     folder = tmp_path / "nan"
     tracker = tracker_of(folder)
-    tracker.log({"train/loss": 3.0, "moe/drop": 0.0, "drop/L01": 0.0, "moe/dead": 0.0}, step=1)
-    tracker.log({"train/loss": float("nan"), "moe/drop": 0.0, "drop/L01": 0.0, "moe/dead": 1.0}, step=2)
+    tracker.log({"train/loss_lm": 3.0, "moe/drop": 0.0, "drop/L01": 0.0, "moe/dead": 0.0}, step=1)
+    tracker.log({"train/loss_lm": float("nan"), "moe/drop": 0.0, "drop/L01": 0.0, "moe/dead": 1.0}, step=2)
     tracker.close()
     shutil.copy(run_dir / "config.yaml", folder)
     parsed = Parsed(write_page(folder))
-    assert json.loads(parsed.data)["series"]["train/loss"] == [[1, 2], [3.0, None]]
+    assert json.loads(parsed.data)["series"]["train/loss_lm"] == [[1, 2], [3.0, None]]
     assert "0 all the time: moe/drop, drop/L*No" in parsed.sections["balance"]
     assert "not a number" in parsed.sections["final-values"]
 
@@ -140,7 +140,7 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys, run_dir):
     assert message(tmp_path) == (
         f"error: {tmp_path}/metrics.jsonl: the file is empty; the run has no finished step yet\n"
     )
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "train/loss": 1.0}\n')
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "train/loss_lm": 1.0}\n')
     assert message(tmp_path) == f"error: {tmp_path}/config.yaml: no such file; {where}\n"
     (tmp_path / "config.yaml").write_text("model: {hiden_size: 3}\n")
     assert "hiden_size" in message(tmp_path)
