@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 import hydra
+from filelock import FileLock
 from omegaconf import DictConfig
 
 from data.output import make_printing_safe
 from dsv2.cli.base import EXPECTED, ExitCode, exit_code
-from dsv2.cli.failure import end, tell
+from dsv2.cli.console_log import begin_log
+from dsv2.cli.failure import end, job_folder, tell
 from dsv2.config.compose import check_composition, register_schema, to_config
 from dsv2.config.mistakes import COMPOSITION_ERRORS, check_command_line, explain
 from dsv2.config.schema import Config
@@ -32,7 +34,8 @@ from dsv2.parallel.environment import (
 from dsv2.parallel.progress import Part
 from dsv2.planner.fit import check_memory, find_room
 from dsv2.training.out_of_memory import memory_explained
-from dsv2.training.start import check_files, find_device
+from dsv2.training.rundir import claim
+from dsv2.training.start import check_files, find_device, find_start
 from dsv2.training.validate import validate
 
 if TYPE_CHECKING:
@@ -46,6 +49,8 @@ def train(config: Config) -> None:
     validate(config, world_size)
     check_files(config)
     # Torch and DeepSpeed take seconds to import, so the configuration and the files are checked first.
+    if rank == 0:
+        print("importing torch and DeepSpeed", flush=True)
     with without_warnings_logged():
         from dsv2.parallel.start import end_process_group
         from dsv2.parallel.watchdog import Watchdog
@@ -53,10 +58,19 @@ def train(config: Config) -> None:
 
     device = find_device(config, local_processes())
     check_memory(config, world_size, find_room(device, local_processes(), started=True))
-    mesh, start, _lock = join(config, rank, world_size, device)
+    start = find_start(config)  # mistakes in files are told before there is any process group
+    _lock = hold(config.run_dir) if rank == 0 else None
+    mesh = join(config, rank, world_size, device)
     with Watchdog(config.watchdog, mesh, config.run_dir, end=partial(abandon, config.run_dir)):
         run(config, mesh, start)
     end_process_group()
+
+
+def hold(run_dir: Path) -> FileLock:
+    """Hold the run's folder while the returned lock lives, and begin this session's part of console.log."""
+    lock = claim(run_dir)
+    begin_log(run_dir, job_folder())
+    return lock
 
 
 def abandon(run_dir: Path, message: str) -> NoReturn:

@@ -6,6 +6,7 @@ a digest of all documents up to the end of each part, which tells whether the te
 
 import hashlib
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -57,6 +58,8 @@ def write_parts(run: Preparation, tokenizer: Tokenizer) -> None:
     from tqdm import tqdm
 
     total = run.corpus.total_bytes()
+    if not run.quiet:
+        print(f"{run.out}: tokenising the documents", file=sys.stderr)
     silent = True if run.quiet else None  # None: silent unless on a terminal
     with tqdm(desc="tokenising", total=total, unit="B", unit_scale=True, disable=silent) as bar:
         documents = _read(run, bar)

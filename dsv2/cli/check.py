@@ -14,6 +14,8 @@ from dsv2.cli.base import ExitCode, Verb
 from dsv2.config.schema import Config, Device
 from dsv2.errors import UserError
 
+IMPORTING = "importing torch, to look at devices and memory"  # which takes seconds
+
 
 def check(processes: int, overrides: list[str]) -> Config:
     """Check everything that can be checked before processes start, and return the configuration.
@@ -31,11 +33,14 @@ def check(processes: int, overrides: list[str]) -> Config:
     from dsv2.training.rundir import claim, let_go
     from dsv2.training.start import check_files, find_device, find_start
 
-    if config.runtime.device is Device.cuda:
+    asks_for_gpu = config.runtime.device is Device.cuda
+    if asks_for_gpu:
+        print(IMPORTING, flush=True)
         find_device(config, processes)  # first: data=stdlib may be prepared below, which takes a minute
     check_files(config)
     let_go(claim(config.run_dir), config.run_dir)
-    # On the CPU, torch is imported only now, which takes seconds.
+    if not asks_for_gpu:  # on the CPU, torch is imported only now
+        print(IMPORTING, flush=True)
     device = find_device(config, processes)
     check_memory(config, processes, find_room(device, processes, started=False))
     find_start(config)

@@ -16,23 +16,31 @@ from typing import NoReturn
 from filelock import FileLock
 
 from dsv2.cli.base import print_error
+from dsv2.cli.console_log import join_log
 
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 MARK = "told"
 
 
+def job_folder() -> Path | None:
+    """Return the folder that the launcher and its processes on this machine share; None without launcher."""
+    file = os.environ.get(ERROR_FILE)
+    return Path(file).parents[1] if file else None  # .../attempt_0 of .../attempt_0/RANK/error.json
+
+
 def tell(error: BaseException, code: int) -> None:
     """Print the error unless another process of this machine has printed one."""
-    if not (file := os.environ.get(ERROR_FILE)):
+    if (folder := job_folder()) is None:
         print_error(error)
         return
-    mark = Path(file).parents[1] / MARK  # .../attempt_0/told beside .../attempt_0/RANK/error.json
+    mark = folder / MARK
     mark.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{mark}.lock"):  # whoever waits here leaves only after the error is printed
         if mark.exists():
             return
+        join_log(folder)
         print_error(error)
-        _write_error_file(Path(file), error)
+        _write_error_file(Path(os.environ[ERROR_FILE]), error)
         mark.write_text(str(int(code)), encoding="utf-8")
 
 

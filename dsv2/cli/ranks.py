@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dsv2.cli.base import ExitCode, print_error
+from dsv2.cli.console_log import join_log, leave_printed
 from dsv2.cli.failure import ERROR_FILE, told_code
 from dsv2.cli.machines import Machines, Meeting
 
@@ -54,6 +55,7 @@ def run_ranks(
     meeting = Meeting(machines, processes)
     with tempfile.TemporaryDirectory(prefix="dsv2-") as folder, _signals() as signals:
         started: list[subprocess.Popen[bytes]] = []
+        leave_printed(Path(folder))
         try:
             for local_rank in range(processes):
                 ranks = _rank_variables(meeting, local_rank, processes, Path(folder))
@@ -64,6 +66,7 @@ def run_ranks(
         finally:
             _kill(started)
         meeting.leave()
+        join_log(Path(folder))
         return _exit_code(ended, told_code(Path(folder)), meeting.first_rank)
 
 

@@ -17,16 +17,19 @@ from dsv2.checkpoint.state import Loaded, RunState, Saved
 from dsv2.config.compose import to_yaml
 from dsv2.config.schema import Config
 from dsv2.errors import Diverged, Unreadable, UserError
+from dsv2.kernels.specs import find_spec
 from dsv2.model.sizes import count_parameters
 from dsv2.moe.stats import RoutingStats
 from dsv2.monitoring import console
 from dsv2.monitoring.alerts import Alerts
+from dsv2.monitoring.environment import this_process
 from dsv2.monitoring.metrics.base import Producer, RankTimes, When, Window
 from dsv2.monitoring.metrics.producers import PRODUCERS
 from dsv2.monitoring.sessions import record_session
 from dsv2.monitoring.status import read_status, write_status
 from dsv2.monitoring.tracker import Tracker
 from dsv2.parallel.mesh import Mesh
+from dsv2.parallel.plan import Dim
 from dsv2.parallel.progress import Part
 from dsv2.training.evaluate import Evaluation
 from dsv2.training.results import StepResult
@@ -67,11 +70,12 @@ class Monitor:
         self._is_finished = self._earlier_status() == self._status("finished", state.step)
 
     def __enter__(self) -> "Monitor":
+        processes = self.mesh[Dim.world].objects(this_process(self.mesh.device))
         if self.mesh.is_main and not self._is_finished:
             save_config(self.config.run_dir, to_yaml(self.config), resumed=self._first.step > 0)
-            record_session(self.config.run_dir, self.mesh, self._first.step)
+            record_session(self.config.run_dir, self.mesh, self._first.step, processes)
         for line in self._opening_lines():
-            self._print(line)
+            self.mesh.print(line)
         self._write_status("finished" if self._is_finished else "running")
         self._loop_start = time.perf_counter()
         self._last_mark = self._loop_start
@@ -99,7 +103,7 @@ class Monitor:
             run_dir=self.config.run_dir,
             dashboard=self.tracker.dashboard_hint,
         ):
-            self._print(line)
+            self.mesh.print(line)
 
     def step(self, plan: StepPlan, result: StepResult, spikes: SpikeCounts | None = None) -> None:
         """Report a finished step. Collective at the end of a window of `logging.every` steps.
@@ -121,11 +125,11 @@ class Monitor:
             )
         self._step = step
         if not result.updated:
-            self._print(f"spike: step {step}: total loss {result.loss:.3f}; its update is skipped")
+            self.mesh.print(f"spike: step {step}: total loss {result.loss:.3f}; its update is skipped")
         metrics = self._step_metrics(plan, result, spikes, now - self._last_mark)
         self.tracker.log(metrics, step=step)
         seconds_per_step = (now - self._loop_start) / (step - self._first.step)
-        self._print(
+        self.mesh.print(
             console.step_line(
                 step=step,
                 total_steps=self._total_steps,
@@ -139,7 +143,7 @@ class Monitor:
             )
         )
         for notice in self._alerts.check(step, metrics):
-            self._print(f"alert: {notice.title}, {notice.text}")
+            self.mesh.print(f"alert: {notice.title}, {notice.text}")
             self.tracker.alert(f"{self.config.name}: {notice.title}", notice.text)
         self._last_mark = time.perf_counter()
 
@@ -181,7 +185,7 @@ class Monitor:
 
     def rewound(self, plan: StepPlan, result: StepResult, state: RunState) -> None:
         """Report that a spike has sent the run back to `state`."""
-        self._print(
+        self.mesh.print(
             f"spike: step {plan.step + 1}: total loss {result.loss:.3f}; back to step {state.step}, "
             "without the batches since then"
         )
@@ -203,7 +207,7 @@ class Monitor:
         self._last_mark = time.perf_counter()
 
     def _print_evaluation(self, step: int, evaluation: Evaluation) -> None:
-        self._print(
+        self.mesh.print(
             console.eval_line(
                 step=step,
                 total_steps=self._total_steps,
@@ -217,10 +221,10 @@ class Monitor:
         for save in finished:
             self.tracker.log(self._values(When.save, save), step=self._step)
             if save.problem is not None:
-                self._print(f"warning: {save.problem}; the run continues")
+                self.mesh.print(f"warning: {save.problem}; the run continues")
             elif save.waited_s > LONG_WAIT and not self._has_waited:
                 self._has_waited = True
-                self._print(
+                self.mesh.print(
                     f"warning: training waited {save.waited_s:.1f} s for the checkpoint of step {save.step}, "
                     f"which took {save.seconds:.1f} s; raise checkpoint.every"
                 )
@@ -231,7 +235,7 @@ class Monitor:
     def profiled(self, lines: list[str]) -> None:
         """Report a profile that has been written. Its time does not count for the next step."""
         for line in lines:
-            self._print(line)
+            self.mesh.print(line)
         if lines:
             self._last_mark = time.perf_counter()
 
@@ -242,14 +246,14 @@ class Monitor:
         self._write_status("finished")
         self._print_evaluation(self._total_steps, evaluation)
         if (unigram := source_of(self.config.data).unigram_nats(self.config.data)) is not None:
-            self._print(
+            self.mesh.print(
                 f"validation loss {evaluation.loss:.3f} nats per token; token frequencies alone would give "
                 f"{unigram:.3f} (unigram entropy)"
             )
         if sample is not None:
-            self._print("sample:")
+            self.mesh.print("sample:")
             for line in sample.splitlines():
-                self._print(f"  | {line}")
+                self.mesh.print(f"  | {line}")
 
     def _opening_lines(self) -> list[str]:
         config = self.config
@@ -275,6 +279,8 @@ class Monitor:
             begun_from=begun_from,
             dashboard=self.tracker.dashboard_hint,
         )
+        if find_spec(config.runtime.kernels).needs_gpu:
+            lines.append("the first step compiles kernels, which may take a minute")
         if loaded and loaded.changed:
             lines.append(f"note: changed since that checkpoint: {', '.join(loaded.changed)}")
         return lines + console.schedule_notes(
@@ -284,10 +290,6 @@ class Monitor:
             total_steps=self._total_steps,
             sequence_length=config.data.sequence_length,
         )
-
-    def _print(self, text: str) -> None:
-        if self.mesh.is_main:
-            print(text, flush=True)
 
     def _saved_step(self) -> int:
         """Return the step of the newest whole checkpoint; without one, the step where this session began."""
@@ -311,4 +313,4 @@ class Monitor:
         try:
             write_status(self.config.run_dir, self._status(state, self._step if step is None else step))
         except OSError as error:  # a full disk must not end a run
-            self._print(f"warning: status.json could not be written: {error}")
+            self.mesh.print(f"warning: status.json could not be written: {error}")

@@ -42,7 +42,7 @@ class RecordWriter:
             _drop_torn_line(path)
             # Unbuffered: after a failed write (disk full) a buffer would flush the same bytes later, into the
             # middle of a line.
-            self._file = io.FileIO(path, "a")
+            self._file = io.FileIO(path, "a", opener=_open_at_once)
         except OSError as error:
             self._warn(str(error))
 
@@ -160,6 +160,11 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         rows.setdefault(step, {}).update(record)
         last_step = step
     return [rows[step] for step in sorted(rows)]
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Open without waiting: a pipe without a reader is an error."""
+    return os.open(path, flags | os.O_NONBLOCK, 0o666)
 
 
 def _drop_torn_line(path: Path) -> None:

@@ -70,6 +70,7 @@ class WandbRun:
 
 def start_wandb(config: Config, wandb_id: str) -> WandbRun | None:
     """Start a W&B run: online if that is allowed and works, else offline; None if neither works."""
+    print("starting W&B", flush=True)  # a login and an upload's start may each take tens of seconds
     import wandb
 
     logging = config.logging

@@ -207,6 +207,11 @@ class Mesh:
         """Return whether this process prints and writes the run's files."""
         return self[Dim.world].rank == 0
 
+    def print(self, text: str) -> None:
+        """Print a line on the main rank."""
+        if self.is_main:
+            print(text, flush=True)
+
     @property
     def collectives(self) -> int:
         """Return how many collectives this rank has begun along all dimensions."""

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from dsv2.config.schema import Config, Device
 from dsv2.formats import fmt_count
 from dsv2.model.sizes import cached_elements, count_parameters
-from dsv2.monitoring.sessions import commit
+from dsv2.monitoring.repository import read_repository
 from dsv2.studies.arms import STUDIES
 from dsv2.studies.jobs import Job, is_finished
 
@@ -78,7 +78,7 @@ def summary(study: str, jobs: list[Job], overrides: list[str], at_once: int) -> 
     config = jobs[0].config
     return {
         "study": study,
-        "commit": commit(),
+        "commit": read_repository().version,
         "hardware": hardware(config),
         "runs_at_once": at_once,
         "precision": config.runtime.precision.value,

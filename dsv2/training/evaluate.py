@@ -29,6 +29,7 @@ class Evaluator:
         self.sequences = source.validation(config.data, config.model.vocab_size, config.eval.sequences)
         self.token_bytes = source.token_bytes(config.data)
         self.tokenizer = source.tokenizer(config.data)
+        self._is_first = True  # of this session
 
     def evaluate(self) -> Evaluation:
         """Return the mean cross-entropy over the validation set's labels; nothing is dropped. Collective.
@@ -37,6 +38,9 @@ class Evaluator:
         rank must take part in the experts' exchange.
         """
         mesh = self.engine.mesh
+        if self._is_first:
+            self._is_first = False
+            mesh.print(f"evaluating on {len(self.sequences)} sequences")
         ranks = mesh[Dim.dp]
         size = self.config.runtime.micro_batch_size
         sums = torch.zeros(3, dtype=torch.float64, device=mesh.device)  # nats, labels, bytes
@@ -63,6 +67,7 @@ class Evaluator:
         """
         if not self.config.eval.sample_tokens:
             return None
+        self.engine.mesh.print(f"drawing a sample of {self.config.eval.sample_tokens} tokens")
         generator = torch.Generator().manual_seed(0)
         ids = [self.tokenizer.bos_id, *self.tokenizer.encode(self.config.eval.sample_prompt)]
         for _ in range(self.config.eval.sample_tokens):

@@ -4,7 +4,6 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-from filelock import FileLock
 
 from data.streams.base import Stream
 from data.streams.sources import build_stream
@@ -18,16 +17,7 @@ from dsv2.parallel.watchdog import record_collectives
 from dsv2.training.build import build_model
 from dsv2.training.engine import Engine
 from dsv2.training.evaluate import Evaluator
-from dsv2.training.rundir import claim
-from dsv2.training.start import Start, find_start
-
-
-class Joined(NamedTuple):
-    """One rank among the others, before anything is built."""
-
-    mesh: Mesh
-    start: Start
-    lock: FileLock | None  # rank 0 holds the run's folder while this object lives
+from dsv2.training.start import Start
 
 
 class Job(NamedTuple):
@@ -41,17 +31,10 @@ class Job(NamedTuple):
     loaded: Loaded | None  # the checkpoint that the run resumes from
 
 
-def join(config: Config, rank: int, world_size: int, device: torch.device) -> Joined:
-    """Check the files, hold the run's folder, and start the process group. Collective.
-
-    Raises:
-        UserError: the data or the checkpoint does not fit the configuration.
-    """
-    # Mistakes in files are reported before any process group exists.
-    start = find_start(config)
-    lock = claim(config.run_dir) if rank == 0 else None
+def join(config: Config, rank: int, world_size: int, device: torch.device) -> Mesh:
+    """Start the process group. Collective."""
     record_collectives(config.run_dir)
-    return Joined(start_mesh(ParallelPlan.of(config.parallel, world_size), rank, device), start, lock)
+    return start_mesh(ParallelPlan.of(config.parallel, world_size), rank, device)
 
 
 def build_job(config: Config, mesh: Mesh, start: Start) -> Job:
@@ -61,10 +44,13 @@ def build_job(config: Config, mesh: Mesh, start: Start) -> Job:
         UserError: the checkpoint is damaged, and there is no older one.
     """
     store, checkpoint, weights = start
+    mesh.print(f"building the model{f' with the weights of {config.init_from}' if weights else ''}")
     model = build_model(config.model, config.runtime, config.seed, mesh, weights)
     engine = Engine(model, config.optim, config.parallel, config.runtime, mesh)
     stream = build_stream(config.data, config.model.vocab_size, mesh[Dim.dp])
     evaluator = Evaluator(engine, config)
+    if checkpoint:
+        mesh.print(f"loading {checkpoint.path}")
     loaded = engine.load(store, checkpoint) if checkpoint else None
     state = replace(loaded.state if loaded else RunState(), tokenizer=evaluator.tokenizer.record())
     if state.data is not None:

@@ -13,6 +13,7 @@ METRICS_FILE = "metrics.jsonl"
 MAPS_FILE = "maps.jsonl"
 SESSIONS_FILE = "sessions.jsonl"
 CONFIG_FILE = "config.yaml"
+CONSOLE_FILE = "console.log"
 LOCK = ".lock"
 OWNER = ".lock-owner"
 
@@ -54,7 +55,7 @@ def _require_files(run_dir: Path) -> None:
     Raises:
         OSError: one of them is a folder, or cannot be written.
     """
-    for name in (METRICS_FILE, MAPS_FILE, SESSIONS_FILE, CONFIG_FILE):
+    for name in (METRICS_FILE, MAPS_FILE, CONFIG_FILE):
         if (path := run_dir / name).exists():
             path.open("ab").close()
 

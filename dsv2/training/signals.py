@@ -1,11 +1,9 @@
 """SIGTERM and SIGINT ask the run to finish its step, save and exit. The first signal is answered at once."""
 
-import contextlib
-import os
 import signal
-import sys
 from types import FrameType, TracebackType
 
+from data.output import print_in_handler
 from dsv2.parallel.environment import is_first_of_machine
 from dsv2.parallel.mesh import Mesh
 from dsv2.parallel.plan import Dim
@@ -38,9 +36,7 @@ class StopSignals:
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if not self._asked and is_first_of_machine():
-            # Not print(): the signal may have interrupted one. The terminal may be gone.
-            with contextlib.suppress(OSError):
-                os.write(sys.stdout.fileno(), f"{what_follows(self._progress.position)}\n".encode())
+            print_in_handler(what_follows(self._progress.position))
         self._asked = True
 
 

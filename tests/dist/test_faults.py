@@ -47,9 +47,11 @@ def test_a_second_job_in_the_same_folder_is_refused(command, tmp_path):
         while not job.stdout.readline().startswith("step"):
             assert job.poll() is None
         output = run(command("busy", ENDLESS), expect=2)
-        assert output.startswith("error: name=busy: ")
-        assert f"is in use by process {job.pid} of " in output
-        assert len(output.splitlines()) == 1
+        first, refusal = output.splitlines()
+        assert first == "importing torch and DeepSpeed"
+        assert refusal.startswith("error: name=busy: ")
+        assert f"is in use by process {job.pid} of " in refusal
+        assert "is in use" not in (tmp_path / "busy" / "console.log").read_text(), "another job's log"
     finally:
         job.send_signal(signal.SIGTERM)
         job.communicate(timeout=300)
@@ -108,14 +110,17 @@ def test_full_disk_keeps_the_previous_checkpoint(command, begun, tmp_path):
 
 
 def test_neither_a_full_disk_for_metrics_and_status_nor_the_terminal_ends_the_run(command, tmp_path):
-    """Every byte for metrics.jsonl is refused by the kernel, and status.json cannot be made."""
+    """Every byte for metrics.jsonl is refused by the kernel, and the other files cannot be made."""
     run_dir = tmp_path / "где" / "run"  # its name is printed, and Latin-1 has no such letters
-    (run_dir / "status.json").mkdir(parents=True)
+    for name in ("status.json", "console.log", "sessions.jsonl"):
+        (run_dir / name).mkdir(parents=True)
     (run_dir / "metrics.jsonl").symlink_to("/dev/full")
     where = f"runs_dir='{run_dir.parent}'"
     output = run(command("run", where), env={**os.environ, "PYTHONIOENCODING": "latin-1"})
     assert r"\u0433\u0434\u0435" in output
     assert output.count("metrics.jsonl could not be written") == 1
+    assert output.count("console.log could not be written") == 1
+    assert output.count("sessions.jsonl could not be written") == 1
     assert "status.json could not be written" in output
     assert (run_dir / "checkpoints" / f"step-{STEPS:08d}").exists()
 

@@ -63,8 +63,8 @@ def test_profiled_ranks_train_bit_equal(pools, tmp_path, stage, bf16):
 def test_a_job_profiles_its_steps_and_prints_their_parts(begun: Path, command, tmp_path):
     words = ["profile.steps=[3,4]", "stop_step=5", "eval.every=0"]
     output = run(command("profiled", *words))
-    losses = scalars(begun, "train/loss")
-    assert scalars(tmp_path / "profiled", "train/loss") == {step: losses[step] for step in range(1, 6)}
+    losses = scalars(begun, "train/loss_total")
+    assert scalars(tmp_path / "profiled", "train/loss_total") == {step: losses[step] for step in range(1, 6)}
     folder = tmp_path / "profiled" / "profile" / "step-3-4"
     lines = output.splitlines()
     begin = lines.index(f"profile: steps 3 to 4, {folder}; per step of rank 0:")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from dsv2.monitoring.sessions import read_sessions
 from tests.dist.end_to_end import PYTHON, ROOT, TORCHRUN, read_wandb, run, scalars
 from tests.unit.helpers import wandb_history
 
@@ -27,12 +28,20 @@ def test_quickstart_stops_goes_on_and_beats_the_frequencies_of_tokens(stdlib, tm
     # A fraction of its tokens in smaller batches; offline, whatever account there may be.
     command += [f"optim.total_tokens={STEPS * BATCH * 256}", "optim.warmup_steps=10", "logging.wandb=offline"]
     command += [f"optim.batch_size={BATCH}", "runtime.micro_batch_size=2"]
-    output = run([*command, "stop_step=30"])
-    assert "stopped at stop_step=30" in output
+    earlier = run([*command, "stop_step=30"])
+    assert "stopped at stop_step=30" in earlier
     output = run(command)
     assert "resumed after step 30" in output
 
     run_dir = tmp_path / "quickstart"
+    log = (run_dir / "console.log").read_text()
+    said = re.split(r"(?m)^=====.* train\.py experiment=quickstart .*\n", log)
+    assert [said[0], said[1].rstrip(), said[2].rstrip()] == ["", earlier.rstrip(), output.rstrip()]
+    sessions = read_sessions(run_dir)
+    assert [(session["step"], session["machines"][0]["processes"]) for session in sessions] == [
+        (0, 2),
+        (30, 2),
+    ]
     losses = scalars(run_dir, "train/loss_lm")
     assert sorted(losses) == list(range(1, STEPS + 1))
     found = re.search(r"validation loss ([\d.]+) nats per token; .* ([\d.]+) \(unigram entropy\)\n", output)

@@ -18,11 +18,13 @@ from dsv2.monitoring.report.run import (
     MOST_MAPS,
     MOST_POINTS,
     Run,
+    environment,
     figures,
     page_data,
     quiet_names,
     read_run,
 )
+from dsv2.training.rundir import SESSIONS_FILE
 
 EXPERT_LOAD = "map/expert_load"  # the map that is also shown over time
 
@@ -109,6 +111,19 @@ def layer_table(run: Run) -> str:
     )
 
 
+def environment_table(run: Run) -> str:
+    """Return a table of what the newest session computed with."""
+    if not run.sessions:
+        return '<p class="none">An earlier version computed this run and kept no record of it.</p>'
+    lines = [
+        f'<tr><td>{escape(title)}</td><td class="text wrap">{escape(text)}</td></tr>'
+        for title, text in environment(run.sessions[-1]).items()
+    ]
+    earlier = len(run.sessions) - 1
+    note = f"<p>{SESSIONS_FILE} also has the earlier sessions: {earlier}.</p>" if earlier else ""
+    return f'<div class="card scroll"><table><tbody>{"".join(lines)}</tbody></table></div>{note}'
+
+
 def configuration(run: Run) -> str:
     parts = []
     for index, (name, text) in enumerate(run.config_texts.items()):
@@ -140,11 +155,17 @@ active per token &middot; {escape(str(run.folder))}</p>
 <div class="tiles">{tiles(run)}</div>
 {"".join(section_html(run, section) for section in SECTIONS)}
 <section id="final-values"><h2>Final values</h2>{final_values(run)}</section>
+<section id="environment"><h2>Environment</h2>{environment_table(run)}</section>
 <section id="configuration"><h2>Configuration</h2>{configuration(run)}</section>"""
     return document(
         Document(
             title=run.config.name,
-            sections=[*(section.title for section in SECTIONS), "Final values", "Configuration"],
+            sections=[
+                *(section.title for section in SECTIONS),
+                "Final values",
+                "Environment",
+                "Configuration",
+            ],
             body=body,
             notes=thinned_note,
             data=page_data(run),

@@ -6,6 +6,7 @@ A run that is still training can be read like a finished one. page.py turns the 
 import math
 import re
 import statistics
+from collections import Counter
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -102,6 +103,26 @@ def _text(path: Path) -> str:
         return read_text(path)
     except ValueError as error:
         raise UserError(f"{path}: is no text ({error})") from None
+
+
+def environment(session: dict[str, Any]) -> dict[str, str]:
+    """Return what a session computed with, as the rows of a table: title and text."""
+    rows = {
+        "commit": session["commit"],
+        "changed files": ", ".join(map(str, session.get("changed", []))),
+        "diff": session.get("diff", ""),
+        "command": " ".join(map(str, session.get("command", []))),
+        "device": f"{session['ranks']} x {session['device']}",
+    }
+    for machine in session.get("machines", []):
+        facts = machine if isinstance(machine, dict) else {}
+        texts = [f"{name} {value}" for name, value in facts.items() if name not in ("host", "gpus")]
+        gpus = Counter(map(str, facts.get("gpus") or []))
+        texts += [f"{count} x {gpu}" for gpu, count in gpus.items()]
+        rows[f"machine {facts.get('host')}"] = "; ".join(texts)
+    packages = [f"{name} {version}" for name, version in session.get("versions", {}).items()]
+    rows["versions"] = ", ".join(packages)
+    return {title: text for title, text in rows.items() if text}
 
 
 def thinned(curve: Curve, most: int = MOST_POINTS) -> Curve:

@@ -88,3 +88,72 @@ def test_a_verb_says_that_its_output_is_lost():
             timeout=60,
         )
     assert (done.returncode, done.stderr) == (1, "error: [Errno 28] No space left on device\n")
+
+
+COPIED = r"""
+import os, sys
+from pathlib import Path
+from data.output import copy_output, make_printing_safe, print_in_handler, printed_so_far
+make_printing_safe()
+path = Path(sys.argv[1])
+print("early")
+print("complaint", file=sys.stderr)
+copy_output(path, "header\n" + printed_so_far())
+copy_output(path, "twice\n")
+print("\u0433 \udc80", end=" ")
+print("same line")
+print_in_handler("at once")
+print("half", end="", flush=True)
+sys.exit("the end")
+"""
+
+
+def copied(path) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", COPIED, str(path)],
+        cwd=REPO,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=60,
+    )
+
+
+def test_a_file_gets_all_that_is_printed_before_and_after_it_is_known(tmp_path):
+    path = tmp_path / "console.log"
+    done = copied(path)
+    text = "header\nearly\ncomplaint\n\u0433 \\udc80 same line\nat once\nhalfthe end\n"
+    assert path.read_text() == text
+    assert done.stdout == "early\n\u0433 \\udc80 same line\nat once\nhalf"
+    assert done.stderr == "complaint\nthe end\n"
+    copied(path)
+    assert path.read_text() == f"{text}\n{text}", "a second session stands below an empty line"
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "full", "missing"])
+def test_a_file_that_cannot_be_written_is_one_warning(tmp_path, kind):
+    path = tmp_path / "console.log"
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)  # to open it would wait for ever
+    elif kind == "full":
+        path.symlink_to("/dev/full")
+    else:
+        path = tmp_path / "missing" / "console.log"
+    done = copied(path)
+    assert done.returncode == 1, "by the program's own last line"
+    assert done.stdout.count("warning: console.log could not be written: ") == 1
+    assert done.stdout.endswith("at once\nhalf")
+
+
+def test_a_disk_that_fills_up_is_one_warning(tmp_path):
+    program = "import resource, signal\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+    program += "resource.setrlimit(resource.RLIMIT_FSIZE, (40, 40))\n" + COPIED
+    path = tmp_path / "console.log"
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(path)], cwd=REPO, capture_output=True, text=True, timeout=60
+    )
+    assert len(path.read_bytes()) == 40
+    assert done.stdout.count("warning: console.log could not be written: ") == 1
+    assert "at once" in done.stdout

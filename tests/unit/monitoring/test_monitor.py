@@ -243,7 +243,7 @@ def test_finished_is_written_before_anything_is_printed(run_dir, monkeypatch):
     def session() -> None:
         with monitor(run_dir) as watch:
             feed(watch, [result() for _ in range(7)])
-            monkeypatch.setattr(watch, "_print", record)
+            monkeypatch.setattr(watch.mesh, "print", record)
             watch.final(Evaluation(loss=2.0, bpb=1.0), sample="text")
 
     with pytest.raises(RuntimeError, match="gone"):

@@ -225,7 +225,8 @@ def test_two_offline_sessions_of_one_run_are_read_back(tmp_path, capfd):
     wandb = wandb_command()
     assert hint == f"{wandb} leet {run_dir}/wandb   (to upload: {wandb} sync {run_dir}/wandb)"
     printed, errors = capfd.readouterr()
-    assert printed == "W&B is offline (not logged in)\nW&B is offline (as configured)\n"
+    offline = [f"starting W&B\nW&B is offline ({why})\n" for why in ("not logged in", "as configured")]
+    assert printed == "".join(offline)
     assert errors == ""
 
 
@@ -233,9 +234,9 @@ def test_training_goes_on_when_the_wandb_process_dies(tmp_path):
     done = session_process(tmp_path / "run", "kill")
     lines = done.stdout.splitlines()
     assert (done.returncode, done.stderr) == (0, "")
-    assert lines[:2] == ["W&B is offline (not logged in)", "killed"]
+    assert lines[:3] == ["starting W&B", "W&B is offline (not logged in)", "killed"]
     # One warning and the hint; W&B notices at the next line logged, or only when it is closed.
-    (warning,) = [line for line in lines[2:] if line.startswith("W&B stopped working (")]
+    (warning,) = [line for line in lines[3:] if line.startswith("W&B stopped working (")]
     assert warning.endswith(f"metrics are still written to {tmp_path / 'run' / 'metrics.jsonl'}")
-    assert len(lines) == 4
+    assert len(lines) == 5
     assert [row["train/loss_lm"] for row in read_metrics(tmp_path / "run")] == [5.0, 3.0, 2.0]

@@ -37,8 +37,8 @@ def test_without_a_key_a_terminal_is_not_asked(tmp_path):
         process.wait()
     printed = os.read(terminal, 100_000).decode().splitlines()
     os.close(terminal)
-    assert printed[0] == "W&B is offline (not logged in)"
-    assert len(printed) == 2  # and the hint
+    assert printed[:2] == ["starting W&B", "W&B is offline (not logged in)"]
+    assert len(printed) == 3  # and the hint
     assert [row["train/loss_lm"] for row in read_metrics(tmp_path / "run")] == [5.0, 3.0, 2.0]
 
 
@@ -116,9 +116,9 @@ def test_a_server_that_refuses_or_hangs_means_offline(tmp_path, server, mode, re
     done = session_process(tmp_path / "run", WANDB_BASE_URL=url, WANDB_API_KEY=KEY)
     lines = done.stdout.splitlines()
     assert (done.returncode, done.stderr) == (0, "")
-    assert lines[0].startswith("W&B is offline (")
-    assert reason in lines[0]
-    assert len(lines) == 2  # and the hint
+    assert lines[1].startswith("W&B is offline (")
+    assert reason in lines[1]
+    assert len(lines) == 3  # and the hint
     (session,) = (tmp_path / "run").glob("wandb/offline-run-*-id7")
     losses = {step: item["train/loss_lm"] for step, item in history(session).items()}
     assert losses == {1: 5.0, 2: 3.0, 3: 2.0}
@@ -129,15 +129,15 @@ def test_a_malformed_key_means_offline(tmp_path, monkeypatch, capfd):
     tracker = start(tmp_path, "auto")
     tracker.close()
     printed, errors = capfd.readouterr()
-    assert printed.startswith("W&B is offline (AuthenticationError: WANDB_API_KEY invalid: ")
-    assert (printed.count("\n"), errors) == (1, "")
+    assert printed.startswith("starting W&B\nW&B is offline (AuthenticationError: WANDB_API_KEY invalid: ")
+    assert (printed.count("\n"), errors) == (2, "")
 
 
 def test_online_uploads_under_the_given_id_and_shows_the_url(tmp_path, server):
     url = f"http://127.0.0.1:{server.server_port}"
     done = session_process(tmp_path / "run", WANDB_BASE_URL=url, WANDB_API_KEY=KEY)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == f"{url}/team/dsv2/runs/id7\n"
+    assert done.stdout == f"starting W&B\n{url}/team/dsv2/runs/id7\n"
     rows = {}
     for path, body in server.bodies:
         if path == "/files/team/dsv2/id7/file_stream":

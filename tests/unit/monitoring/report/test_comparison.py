@@ -97,12 +97,14 @@ def test_each_metric_of_any_run_has_one_card(runs):
 def test_metrics_without_a_curve_are_listed(tmp_path, runs):
     for name, drop in (("one", 0.0), ("two", 0.0)):
         tracker = tracker_of(tmp_path / name)
-        tracker.log({"train/loss": 3.0, "moe/drop": drop, "moe/dead": 0.0 if name == "one" else 1.0}, step=1)
+        tracker.log(
+            {"train/loss_total": 3.0, "moe/drop": drop, "moe/dead": 0.0 if name == "one" else 1.0}, step=1
+        )
         tracker.close()
         shutil.copy(runs[0] / "config.yaml", tmp_path / name)
     parsed = Parsed(compare(tmp_path / "one", tmp_path / "two"))
     cards = [a["data-name"] for _, a in parsed.elements if "data-kind" in a]
-    assert cards == ["train/loss", "moe/dead"], "0 in one run is a curve beside the other's"
+    assert cards == ["train/loss_total", "moe/dead"], "0 in one run is a curve beside the other's"
     assert "0 in every run that has values: moe/drop" in parsed.sections["balance"]
     assert "No values in these runs: train/loss_lm, val/loss" in parsed.sections["training"]
     assert parsed.sections["different-options"].endswith("All options of these runs are equal.")
@@ -114,7 +116,7 @@ def test_options_that_differ_and_final_values(runs):
     lr = str(compose_config().optim.lr)
     assert cells(text, "different-options") == [["option", *labels], ["optim.lr", lr, "1e-05", "1e-05"]]
     final = {row[0]: row[1:] for row in cells(text, "final-values")}
-    assert final["train/loss"] == ["0.1", "0.8333", "1.429"]  # 10 / step + offset
+    assert final["train/loss_total"] == ["0.1", "0.8333", "1.429"]  # 10 / step + offset
     assert final["moe/aux_expert"] == ["0.1", "\N{EN DASH}", "2"]  # the third's last window ended at step 5
     states = re.findall(r'<span class="badge (\w+)">', text)
     assert states == ["finished", "running", "failed"]
@@ -174,7 +176,7 @@ def test_a_session_without_a_step_has_no_speed(tmp_path):
 def test_a_run_without_speeds_has_no_ranks(tmp_path):
     folder = tmp_path / "run"
     tracker = tracker_of(folder)
-    tracker.log({"train/loss": 1.0, "perf/tok_s": 0.0, "perf/tok_s_gpu": 0.0}, step=1)
+    tracker.log({"train/loss_total": 1.0, "perf/tok_s": 0.0, "perf/tok_s_gpu": 0.0}, step=1)
     tracker.close()
     (folder / "config.yaml").write_text(to_yaml(compose_config()))
     row = dict(zip(COLUMNS, layout_cells(read_run(folder)), strict=True))
@@ -221,13 +223,13 @@ def test_long_curves_share_the_page(tmp_path, runs):
     long = tmp_path / "long"
     tracker = tracker_of(long)
     for step in range(1, 1501):
-        tracker.log({"train/loss": float(step * 7919 % 1009)}, step=step)
+        tracker.log({"train/loss_total": float(step * 7919 % 1009)}, step=step)
     tracker.close()
     shutil.copy(runs[0] / "config.yaml", long)
     data = json.loads(Parsed(compare(long, runs[1])).data)
-    curve = read_run(long).curve("train/loss")
+    curve = read_run(long).curve("train/loss_total")
     few = thinned(curve, 1000)
-    assert data["runs"][0]["series"]["train/loss"] == [few.steps, few.values]
+    assert data["runs"][0]["series"]["train/loss_total"] == [few.steps, few.values]
     assert 500 < len(few.steps) <= 1000
 
 

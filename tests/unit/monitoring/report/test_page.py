@@ -68,13 +68,20 @@ def test_the_page_needs_nothing_from_elsewhere(run_dir):
 
 def test_every_section_exists_and_can_be_read_without_a_script(run_dir):
     parsed = Parsed(write_page(run_dir))
-    titles = ["training", "balance", "routing-maps", "performance", "final-values", "configuration"]
+    titles = ["training", "balance", "routing-maps", "performance", "final-values", "environment"]
+    titles.append("configuration")
     assert list(parsed.sections) == titles
     assert all("No values in this run" not in text for text in parsed.sections.values())
     final = parsed.sections["final-values"]
     assert all(name in final for name in ("val/bpb", "comm/a2a_ms", "L03"))
     assert "sample_prompt: </script><b>&" in parsed.sections["configuration"]  # escaped, hence text
     assert "config.0.yaml, of an earlier session" in parsed.sections["configuration"]
+    environment = parsed.sections["environment"]
+    assert "torch 2.11<b>" in environment  # escaped, hence text
+    assert "commit</script><b>1234changed filesa<i>.pydiffdiff-2.patchcommandtrain.py name=<b>" in environment
+    assert "machine n<b>processes 2; cpu EPYC; memory_gib 128.0; 2 x H200<b>, 139.8 GiB" in environment
+    assert "sessions.jsonl also has the earlier sessions: 1." in environment
+    assert "torch 2.10" not in environment
     kinds = [attributes["data-kind"] for _, attributes in parsed.elements if "data-kind" in attributes]
     want = cards_by_kind()
     assert want["curves"] >= 26, "a panel that exists today is missing"
