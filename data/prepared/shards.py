@@ -88,8 +88,10 @@ def read_tokens(path: Path) -> list[np.ndarray]:
             batches = list(stream)
         for batch in batches:
             batch.validate()  # that the ids lie within the file
-        columns = [batch.column(COLUMN) for batch in batches]
-        return [column.flatten().to_numpy(zero_copy_only=True) for column in columns]
+        columns = [batch.column(COLUMN).flatten() for batch in batches]
+        if any(column.null_count for column in columns):
+            raise pa.ArrowInvalid(f"{COLUMN} has ids that are null")
+        return [np.from_dlpack(column) for column in columns]  # to_numpy would import pandas
     except (pa.ArrowException, OSError, KeyError) as error:
         raise UserError(
             f"data: {path} is not a shard ({first_line(error)}); prepare its folder again"

@@ -29,7 +29,9 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig, layers: range, *, first: bool, last: bool, execution: Execution):
         super().__init__()
         if first:
-            self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+            # Its own random values, on the meta device, would import torch's compiler: 2 s for nothing.
+            values = torch.empty(config.vocab_size, config.hidden_size)
+            self.embed_tokens = nn.Embedding.from_pretrained(values, freeze=False)
         self.layers = nn.ModuleDict(
             {str(number): DecoderLayer(config, is_dense(config, number), execution) for number in layers}
         )

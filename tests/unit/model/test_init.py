@@ -33,6 +33,14 @@ def test_distribution_of_every_matrix():
         assert abs(within - 0.6827) < 5 * math.sqrt(0.6827 * 0.3173 / n), name
 
 
+def test_the_embedding_draws_no_values_of_its_own(monkeypatch):
+    """On the meta device they would import torch's compiler."""
+    monkeypatch.delattr(nn.Embedding, "reset_parameters")
+    with torch.device("meta"):
+        model = DeepseekV2(tiny_config())
+    assert model.model.embed_tokens.weight.requires_grad
+
+
 def test_norms_are_one():
     model = make_model()
     norms = [m for m in model.modules() if isinstance(m, nn.RMSNorm)]

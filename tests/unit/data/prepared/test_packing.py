@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from data.prepared.packing import open_split
 from data.prepared.shards import ShardWriter, read_tokens
 from data.sealed import seal, unseal
 from dsv2.errors import UserError
+from tests.unit.helpers import REPO
 
 
 def write_folder(folder: Path, shards: list[list[list[list[int]]]], dtype: type = np.uint16) -> None:
@@ -146,3 +149,13 @@ def test_writer_counts(tmp_path: Path) -> None:
         "file": "s.arrow", "documents": 3, "tokens": 9, "text_bytes": 16, "file_bytes": size,
         "crc32": tuple(zlib.crc32(np.array(ids, np.uint16)) for ids in ([1, 7, 2, 1, 2], [1, 8, 9, 2])),
     }  # fmt: skip
+
+
+def test_reading_tokens_does_not_import_pandas(tmp_path):
+    """Importing pandas takes 0.5 s."""
+    writer = ShardWriter(tmp_path, "train-00000.arrow", np.dtype(np.uint16))
+    writer.write([np.arange(9, dtype=np.uint16)], 0)
+    writer.finish()
+    code = "import sys, pathlib, data.prepared.shards as s; [ids] = s.read_tokens(pathlib.Path(sys.argv[1]));"
+    code += "sys.exit(ids.tolist() != list(range(9)) or 'pandas' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code, tmp_path / "train-00000.arrow"], cwd=REPO, check=True)
