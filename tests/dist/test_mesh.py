@@ -1,12 +1,12 @@
 """The mesh's collectives over real processes, and what happens when one of them ends."""
 
-import multiprocessing
 from typing import Any
 
 import pytest
 import torch
 
 from dsv2.parallel.plan import Dim, ParallelPlan
+from tests.dist.pool import fork_server
 
 
 def every_collective(rank: int, world_size: int, ep: int) -> dict[str, Any]:
@@ -91,7 +91,7 @@ def lose_a_peer(rank: int, rendezvous: str, kind: str, results: Any) -> None:
 
 @pytest.mark.parametrize("kind", ["sum", "exchange", "objects"])
 def test_a_peer_that_ended_is_lost(kind, tmp_path):
-    context = multiprocessing.get_context("spawn")
+    context = fork_server()
     results = context.SimpleQueue()
     arguments = (str(tmp_path / "rendezvous"), kind, results)
     processes = [context.Process(target=lose_a_peer, args=(rank, *arguments)) for rank in range(2)]
