@@ -32,10 +32,10 @@ from dsv2.parallel.environment import (
     without_warnings_logged,
 )
 from dsv2.parallel.progress import Part
-from dsv2.planner.fit import check_memory, find_room
+from dsv2.planner.fit import check_machine
 from dsv2.training.out_of_memory import memory_explained
 from dsv2.training.rundir import claim
-from dsv2.training.start import check_files, find_device, find_start
+from dsv2.training.start import check_files, find_start
 from dsv2.training.validate import validate
 
 if TYPE_CHECKING:
@@ -47,8 +47,9 @@ def train(config: Config) -> None:
     """Do the whole job of this rank."""
     rank, world_size = launched_ranks()
     validate(config, world_size)
+    device = check_machine(config, world_size, local_processes())
     check_files(config)
-    # Torch and DeepSpeed take seconds to import, so the configuration and the files are checked first.
+    # Torch and DeepSpeed take seconds to import, so all that can be checked without them is checked first.
     if rank == 0:
         print("importing torch and DeepSpeed", flush=True)
     with without_warnings_logged():
@@ -56,8 +57,6 @@ def train(config: Config) -> None:
         from dsv2.parallel.watchdog import Watchdog
         from dsv2.training.job import join
 
-    device = find_device(config, local_processes())
-    check_memory(config, world_size, find_room(device, local_processes(), started=True))
     start = find_start(config)  # mistakes in files are told before there is any process group
     _lock = hold(config.run_dir) if rank == 0 else None
     mesh = join(config, rank, world_size, device)

@@ -1,7 +1,6 @@
 """Measure optimizer steps: those of the engine that trains, or another framework's on the same work."""
 
 import json
-import os
 import sys
 import tempfile
 from argparse import Namespace
@@ -15,7 +14,7 @@ from dsv2.config.compose import compose_config
 from dsv2.config.schema import Config, Precision
 from dsv2.errors import UserError
 from dsv2.parallel.environment import launched_ranks, local_processes, without_warnings_logged
-from dsv2.planner.fit import check_memory, find_room
+from dsv2.planner.fit import check_machine
 from dsv2.training.out_of_memory import memory_explained
 from dsv2.training.validate import validate
 
@@ -46,6 +45,7 @@ def configuration(overrides: list[str], world_size: int) -> Config:
     overridden = {item.split("=", 1)[0].lstrip("+") for item in overrides}
     defaults = {"data": "local", "data.path": NO_DATA, "data.sequence_length": "4096"}
     config = compose_config([f"{k}={v}" for k, v in defaults.items() if k not in overridden] + overrides)
+    config.checkpoint.asynchronous = False  # nothing is saved, so no memory is needed for it
     if "optim.batch_size" not in overridden:
         config.optim.batch_size = config.runtime.micro_batch_size * world_size
     validate(config, world_size)
@@ -199,16 +199,15 @@ def benchmark(options: Namespace) -> int:
     Raises:
         UserError: an option, the configuration or a peer is refused.
     """
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or torch's profiler announces its start and end
-
-    from dsv2.training.start import find_device
-
     check_options(options)
     rank, world_size = launched_ranks()
     config = configuration(options.overrides, world_size)
     sizes = check_peers(options.against, config, world_size) if options.against else {}
-    device = find_device(config, local_processes())
-    check_memory(config, world_size, find_room(device, local_processes(), started=False))
+    device_name = check_machine(config, world_size, local_processes())
+
+    import torch  # not above: a mistake is told without it
+
+    device = torch.device(device_name)
     if rank == 0 and options.contender is None:  # the steps take a while on a CPU
         print(announcement(config, device, sizes, options), file=sys.stderr, flush=True)
     if sizes:

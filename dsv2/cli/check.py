@@ -11,10 +11,10 @@ from argparse import ArgumentParser, Namespace
 
 from dsv2.cli.adjust import adjust
 from dsv2.cli.base import ExitCode, Verb
-from dsv2.config.schema import Config, Device
+from dsv2.config.schema import Config
 from dsv2.errors import UserError
 
-IMPORTING = "importing torch, to look at devices and memory"  # which takes seconds
+IMPORTING = "importing torch"  # which takes seconds
 
 
 def check(processes: int, overrides: list[str]) -> Config:
@@ -29,20 +29,19 @@ def check(processes: int, overrides: list[str]) -> Config:
     config = compose_config(overrides)
     validate(config, processes)
 
-    from dsv2.planner.fit import check_memory, find_room
+    from dsv2.parallel.device import may_use_gpu
+    from dsv2.planner.fit import check_machine
     from dsv2.training.rundir import claim, let_go
-    from dsv2.training.start import check_files, find_device, find_start
+    from dsv2.training.start import check_files, find_start
 
-    asks_for_gpu = config.runtime.device is Device.cuda
-    if asks_for_gpu:
+    has_gpu = may_use_gpu(config)
+    if has_gpu:
         print(IMPORTING, flush=True)
-        find_device(config, processes)  # first: data=stdlib may be prepared below, which takes a minute
+    check_machine(config, processes, processes)
     check_files(config)
     let_go(claim(config.run_dir), config.run_dir)
-    if not asks_for_gpu:  # on the CPU, torch is imported only now
+    if not has_gpu:  # then torch is imported only now
         print(IMPORTING, flush=True)
-    device = find_device(config, processes)
-    check_memory(config, processes, find_room(device, processes, started=False))
     find_start(config)
     return config
 

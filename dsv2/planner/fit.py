@@ -4,17 +4,16 @@ Without this check a run that is too large fails late. On the CPU the kernel the
 whole machine.
 """
 
-from typing import TYPE_CHECKING, NamedTuple
+import math
+from typing import NamedTuple
 
 from dsv2.config.schema import Config
 from dsv2.errors import UserError
 from dsv2.parallel.gpus import find_gpu
 from dsv2.parallel.host_memory import free_host_memory
-from dsv2.planner.memory import memory
+from dsv2.planner.memory import Memory, memory
 from dsv2.planner.search import MORE_GPUS, USABLE, Machines, layouts, plan, smallest_change
-
-if TYPE_CHECKING:
-    import torch
+from dsv2.training.start import find_device
 
 GIB = 2**30
 PROCESS = 0.7 * GIB  # bytes of one process on the CPU for Python, torch and DeepSpeed
@@ -27,31 +26,47 @@ class Room(NamedTuple):
     processes: int  # on this machine
     free: float  # bytes: of the whole machine, or of each process's GPU
     on_gpu: bool
-    process: float = PROCESS  # bytes that a process on the CPU needs besides the run's tensors
+    free_host: float = math.inf  # bytes of the whole machine, if `free` is a GPU's
 
     def needed(self, config: Config, world_size: int) -> float:
         """Return the bytes that a run needs of `free`."""
         needs = memory(config, world_size, gpu=self.on_gpu, resident=not self.on_gpu)
         if self.on_gpu:
             return needs.peak
-        copied = needs.states.moments + (needs.states.masters or needs.states.weights)
-        saved = copied if config.checkpoint.asynchronous else 0  # dsv2/checkpoint/host_copy.py
-        return self.processes * (needs.peak + saved + self.process)
+        return self.processes * (needs.peak + _copied(config, needs) + PROCESS)
 
 
-def find_room(device: "torch.device", processes: int, started: bool) -> Room:
+def find_room(device: str, processes: int) -> Room:
     """Return the free memory for the job's processes on this machine.
 
     Args:
-        device: this process's.
+        device: this process's, as `find_device` returns it.
         processes: the job's processes on this machine.
-        started: whether they exist, so that the free memory is without what they need for themselves.
     """
-    if device.type == "cuda":
-        import torch
+    if device == "cpu":
+        return Room(processes, free_host_memory(), on_gpu=False)
+    import torch
 
-        return Room(processes, torch.cuda.mem_get_info(device)[0], on_gpu=True)
-    return Room(processes, free_host_memory(), on_gpu=False, process=0 if started else PROCESS)
+    free = torch.cuda.mem_get_info(device)[0]
+    return Room(processes, free, on_gpu=True, free_host=free_host_memory())
+
+
+def check_machine(config: Config, world_size: int, processes: int) -> str:
+    """Check that this machine can run its processes of the job. Return this process's device.
+
+    Every entry calls this before it looks at files: the data may be prepared then, which takes a minute.
+
+    Args:
+        config: validated for `world_size`.
+        world_size: the number of processes of the job, on all machines.
+        processes: the job's processes on this machine.
+
+    Raises:
+        UserError: see `find_device` and `check_memory`.
+    """
+    device = find_device(config, processes)
+    check_memory(config, world_size, find_room(device, processes))
+    return device
 
 
 def check_memory(config: Config, world_size: int, room: Room) -> None:
@@ -68,14 +83,33 @@ def check_memory(config: Config, world_size: int, room: Room) -> None:
         return
     needed = room.needed(config, world_size)
     if needed <= room.free:
+        _check_copies(config, world_size, room)
         return
     where = "of its GPU's memory" if room.on_gpu else "of this machine's memory"
-    who = "each process needs" if room.on_gpu else f"{room.processes} processes need"
+    who = f"{room.processes} processes need" if room.processes > 1 else "the process needs"
+    if room.on_gpu:
+        who = "each process needs"
     proposal = _proposal_here(config, world_size, room) or _proposal_elsewhere(config, world_size)
     raise UserError(
         f"runtime.check_memory=true: {who} about {needed / GIB:.1f} GiB {where}, of which "
         f"{room.free / GIB:.1f} GiB are free. {proposal}. runtime.check_memory=false starts the run anyway"
     )
+
+
+def _copied(config: Config, needs: Memory) -> float:
+    """Return the bytes of the host memory that a rank saves from; see dsv2/checkpoint/host_copy.py."""
+    return needs.saved if config.checkpoint.asynchronous else 0
+
+
+def _check_copies(config: Config, world_size: int, room: Room) -> None:
+    """Refuse a run on GPUs whose copies for saves do not fit into this machine's memory."""
+    copies = room.processes * _copied(config, memory(config, world_size))
+    if room.on_gpu and copies > room.free_host:
+        raise UserError(
+            f"checkpoint.asynchronous=true: the copies for saves need about {copies / GIB:.1f} GiB of this "
+            f"machine's memory, of which {room.free_host / GIB:.1f} GiB are free. checkpoint.asynchronous="
+            "false needs no copies. runtime.check_memory=false starts the run anyway"
+        )
 
 
 def _proposal_here(config: Config, world_size: int, room: Room) -> str | None:

@@ -27,6 +27,7 @@ class Memory(NamedTuple):
     step_buffers: float  # the reduction bucket, its copies, and gathered weights
     activations: Activations
     phases: dict[str, float]  # bytes at each moment that may be the peak
+    saved: int  # bytes of a checkpoint that the rank writes
 
     @property
     def peak(self) -> float:
@@ -82,4 +83,5 @@ def memory(config: Config, world_size: int, gpu: bool = True, resident: bool = F
             "gradient reduction": after_backward + buffers + reduction,
             "optimizer step": after_backward + stage.stepping(job),
         },
+        saved=stage.saved(job),
     )

@@ -7,7 +7,6 @@ are written. So no rank waits for another one inside a step, where the watchdog'
 
 import contextlib
 import gzip
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -59,7 +58,6 @@ class Profiler:
         self._undo = ExitStack()  # ends what runs
         if self._steps is not None:
             self._folder = config.run_dir / FOLDER / "step-{}-{}".format(*self._steps)
-            os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or torch announces its profiler's start and end
 
     def __enter__(self) -> "Profiler":
         return self

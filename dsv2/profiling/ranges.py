@@ -3,6 +3,7 @@
 The ranges are hooks (`Ranges`), so the model does not know them. dsv2/profiling/trace.py reads the trace.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -165,6 +166,7 @@ def torch_profiler(on_gpu: bool) -> Any:
     """Return a profiler. It only warms up after its `start()`, and records from its first `step()` on."""
     from torch.profiler import ProfilerAction, ProfilerActivity, profile
 
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or torch announces the profiler's start and end
     # With shapes the trace also has the operands' types, which tell work on indices from work on activations.
     return profile(
         activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu,

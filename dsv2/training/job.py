@@ -31,10 +31,10 @@ class Job(NamedTuple):
     loaded: Loaded | None  # the checkpoint that the run resumes from
 
 
-def join(config: Config, rank: int, world_size: int, device: torch.device) -> Mesh:
+def join(config: Config, rank: int, world_size: int, device: str) -> Mesh:
     """Start the process group. Collective."""
     record_collectives(config.run_dir)
-    return start_mesh(ParallelPlan.of(config.parallel, world_size), rank, device)
+    return start_mesh(ParallelPlan.of(config.parallel, world_size), rank, torch.device(device))
 
 
 def build_job(config: Config, mesh: Mesh, start: Start) -> Job:

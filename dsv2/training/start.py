@@ -8,8 +8,6 @@ from dsv2.config.schema import Config
 from dsv2.errors import UserError
 
 if TYPE_CHECKING:
-    import torch
-
     from dsv2.checkpoint.find import CheckpointFinder
     from dsv2.checkpoint.state import Found
     from dsv2.checkpoint.store import CheckpointStore
@@ -72,8 +70,8 @@ def _check_tokenizer_of(folder: Path, config: Config) -> None:
     check_tokenizer(config.data, load_tokenizer(files[0]).record(), f"init_from={folder}")
 
 
-def find_device(config: Config, processes: int) -> "torch.device":
-    """Return this process's device, for a job with `processes` processes on this machine.
+def find_device(config: Config, processes: int) -> str:
+    """Return this process's device, "cpu" or "cuda:N", for a job with `processes` processes on this machine.
 
     Raises:
         UserError: this machine cannot run the job; see `pick_device`.

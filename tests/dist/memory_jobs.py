@@ -18,8 +18,8 @@ from tests.live import LiveMemory
 TIMES = 3  # gloo's threads may let go of what they sent a little late: the least of several times counts
 
 
-def measure(rank: int, world_size: int, micro_batches: int, **layout: Any) -> tuple[int, int]:
-    """(bytes held after some steps, most bytes during one that is not the first) of this rank's engine."""
+def measure(rank: int, world_size: int, micro_batches: int, **layout: Any) -> tuple[int, int, int]:
+    """(bytes held after some steps, most bytes during one that is not the first, bytes of a save)."""
     batch = jobs.cut(jobs.global_batch(0), 0, layout["micro_batch"])
     gc.collect()  # engines of earlier jobs are cycles
     with LiveMemory() as live:
@@ -31,7 +31,7 @@ def measure(rank: int, world_size: int, micro_batches: int, **layout: Any) -> tu
             engine.train_step([batch] * micro_batches, lr=1e-3)
             peaks.append(live.peak)
         gc.collect()
-        return live.total, min(peaks[1:])
+        return live.total, min(peaks[1:]), sum(engine.sharded.shard_bytes())
 
 
 def one_pass(

@@ -63,9 +63,10 @@ def test_states_and_peak_are_those_of_the_engine(pools, world_size, ep, stage, b
     bucket = 0
     if stage >= 2 or (stage == 1 and not bf16):
         bucket = BUCKET * (2 if bf16 else 4)  # it would drown all else
-    for held, peak in pools[world_size].run(
+    for held, peak, saved in pools[world_size].run(
         "tests.dist.memory_jobs:measure", micro_batches=2, **layout, **SIZES
     ):
+        assert 0.99 < saved / want.saved <= 1, "the plan counts padding"
         assert 0 <= held - want.states.total <= SLACK
         # The planner stays on the safe side where it does not follow every copy (ZeRO-2 and 3).
         low, high = (0.99, 1.03) if stage == 1 and bf16 else (0.95, 1.22)
@@ -77,12 +78,13 @@ def test_states_and_peak_are_those_of_the_engine(pools, world_size, ep, stage, b
 def test_bf16_states_and_gradients_of_one_term(pools, states, micro_batches):
     """Under ZeRO-1 in bf16: masters go with bf16 states, fp32 sums with the second micro-batch."""
     want = planned(1, 1, 1, True, states, micro_batches)
-    [(held, peak)] = pools[1].run(
+    [(held, peak, saved)] = pools[1].run(
         "tests.dist.memory_jobs:measure",
         micro_batches=micro_batches,
         **{"ep": 1, "stage": 1, "micro_batch": 1, "bf16": True, "states": states},
         **SIZES,
     )
+    assert saved == pytest.approx(want.saved, abs=16)
     assert 0 <= held - want.states.total <= SLACK
     assert 0.97 < want.peak / peak < 1.05, want.phases
 
@@ -91,7 +93,7 @@ def test_gradients_of_one_term_come_as_activations_go(pools):
     """The fullest moment of a step whose activations are the most of it: the head's, before any gradient."""
     want = planned(1, 1, 1, True, Precision.fp32, jobs.BATCH, jobs.BATCH)
     assert want.peak_phase == "forward and backward"
-    [(_, peak)] = pools[1].run(
+    [(_, peak, _)] = pools[1].run(
         "tests.dist.memory_jobs:measure",
         micro_batches=1,
         **{"ep": 1, "stage": 1, "micro_batch": jobs.BATCH, "bf16": True},

@@ -278,6 +278,10 @@ class ZeroStage(ABC):
         """Return the elements of all groups whose optimizer state this rank keeps."""
         return sum(self.owned(group) for group in job.parameters)
 
+    def saved(self, job: Job) -> int:
+        """Return the bytes that this rank writes to a checkpoint, without buffers."""
+        return job.state_bytes * self.all_owned(job) + self.moments(job)
+
     def step_gradients(self, job: Job) -> float:
         """Return the bytes of gradients that exist, besides `states`, while a step accumulates them."""
         return job.weight_bytes * job.parameters.elements

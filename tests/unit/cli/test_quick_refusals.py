@@ -22,7 +22,7 @@ def test_refusals_that_need_no_tensors_are_quick(tmp_path, jsonl):
     data = tmp_path / "data"
     prepare = ["prepare", "jsonl", str(jsonl), "--out", str(data), "--vocab-size", "320", "--quiet"]
     good = ["data=local", f"data.path='{data}'", f"runs_dir='{tmp_path / 'runs'}'", "optim.warmup_steps=1"]
-    good += ["data.sequence_length=32", "eval.sequences=1"]
+    good += ["data.sequence_length=32", "eval.sequences=1", "runtime.device=cpu"]
     metrics = tmp_path / "runs" / "folders" / "metrics.jsonl"
     metrics.mkdir(parents=True)
     (tmp_path / "plain").write_text("")
@@ -57,6 +57,7 @@ def test_refusals_that_need_no_tensors_are_quick(tmp_path, jsonl):
             "name=folders",
         ],
         f"runs_dir={tmp_path / 'plain'}: ": ["check", 1, *good, f"runs_dir='{tmp_path / 'plain'}'"],
+        "runtime.check_memory=true: the process needs about ": ["check", 1, *good, "model=v2"],
         "optim.batch_size=1000000000000: must be": ["check", 1, *good, "optim.batch_size=1000000000000"],
     }
     commands = [prepare, *([str(word) for word in words] for words in cases.values())]

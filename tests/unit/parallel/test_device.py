@@ -8,6 +8,7 @@ import torch
 from dsv2 import packages
 from dsv2.config.schema import Config, Device, RuntimeConfig
 from dsv2.errors import UserError
+from dsv2.parallel import device
 from dsv2.training.start import find_device
 from tests.unit.helpers import tiny_config
 
@@ -21,6 +22,7 @@ def machine(monkeypatch):
     """A machine with so many GPUs, seen by one of its processes."""
 
     def describe(gpus: int, local_rank: int = 0, capability: int = 9) -> None:
+        monkeypatch.setattr(device, "may_use_gpu", lambda config: config.runtime.device is not Device.cpu)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (capability, 0))
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA Test")
@@ -30,7 +32,7 @@ def machine(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("gpus", "processes", "device", "expected"),
+    ("gpus", "processes", "wanted", "expected"),
     [
         (0, 2, Device.auto, "cpu"),
         (4, 4, Device.auto, "cuda:3"),
@@ -38,9 +40,9 @@ def machine(monkeypatch):
         (1, 4, Device.cpu, "cpu"),
     ],
 )
-def test_one_gpu_a_process_by_local_rank(machine, gpus, processes, device, expected):
+def test_one_gpu_a_process_by_local_rank(machine, gpus, processes, wanted, expected):
     machine(gpus, local_rank=3)
-    assert str(find_device(job(device=device), processes)) == expected
+    assert find_device(job(device=wanted), processes) == expected
 
 
 def test_cuda_without_a_gpu(machine):
@@ -50,11 +52,11 @@ def test_cuda_without_a_gpu(machine):
     assert str(refusal.value) == ("runtime.device=cuda: there is no GPU on this machine; use runtime=default")
 
 
-@pytest.mark.parametrize(("gpus", "device"), [(1, Device.auto), (1, Device.cuda)])
-def test_more_processes_than_gpus(machine, gpus, device):
+@pytest.mark.parametrize(("gpus", "wanted"), [(1, Device.auto), (1, Device.cuda)])
+def test_more_processes_than_gpus(machine, gpus, wanted):
     machine(gpus)
-    with pytest.raises(UserError, match=rf"runtime.device={device.value}: 2 processes .* has {gpus} GPUs"):
-        find_device(job(device=device), 2)
+    with pytest.raises(UserError, match=rf"runtime.device={wanted.value}: 2 processes .* has {gpus} GPUs"):
+        find_device(job(device=wanted), 2)
 
 
 def test_fused_kernels_want_a_gpu(machine):
@@ -62,7 +64,7 @@ def test_fused_kernels_want_a_gpu(machine):
     with pytest.raises(UserError, match=r"runtime.kernels=fused: needs an NVIDIA GPU; on the CPU"):
         find_device(job(kernels="fused"), 1)
     machine(gpus=1)
-    assert str(find_device(job(kernels="fused"), 1)) == "cuda:0"
+    assert find_device(job(kernels="fused"), 1) == "cuda:0"
 
 
 CUTE = {"flash-attn-4": "4.0.0b36", "quack-kernels": "0.6.5"}
@@ -87,7 +89,7 @@ def test_fused_cute_wants_a_hopper_gpu_and_its_packages(
     monkeypatch.setattr(packages, "installed", installed.get)
     config = job(kernels="fused_cute")
     if said is None:
-        assert str(find_device(config, 1)) == "cuda:0"
+        assert find_device(config, 1) == "cuda:0"
     else:
         with pytest.raises(UserError, match=f"^runtime.kernels=fused_cute: .*{said}"):
             find_device(config, 1)
@@ -99,7 +101,7 @@ def test_fused_wants_a_gpu_whose_cudnn_takes_the_heads(machine, capability, widt
     config = job(kernels="fused")
     config.model.qk_nope_head_dim = width - config.model.qk_rope_head_dim
     if width <= 128 or capability == 9:
-        assert str(find_device(config, 1)) == "cuda:0"
+        assert find_device(config, 1) == "cuda:0"
     else:
         with pytest.raises(UserError) as refusal:
             find_device(config, 1)

@@ -5,6 +5,7 @@ import re
 import pytest
 
 from dsv2.errors import UserError
+from dsv2.model.sizes import count_parameters
 from dsv2.planner import fit
 from dsv2.planner.fit import GIB, Room, check_memory
 from dsv2.planner.memory import memory
@@ -55,12 +56,31 @@ def test_all_processes_of_the_machine_count():
     config = compose_config("experiment=quickstart")
     one = Room(1, 0, on_gpu=False).needed(config, 2)
     assert Room(2, 0, on_gpu=False).needed(config, 2) == 2 * one
-    assert Room(2, 0, on_gpu=False, process=0).needed(config, 2) == pytest.approx(2 * (one - fit.PROCESS))
     assert 0.1 * GIB < one - fit.PROCESS < 0.5 * GIB, "a bucket that no gradient touches takes no memory"
     waiting = compose_config("experiment=quickstart", "checkpoint.asynchronous=false")
     states = memory(config, 2, gpu=False).states
     copy = one - Room(1, 0, on_gpu=False).needed(waiting, 2)
     assert copy == pytest.approx(states.masters + states.moments), "fp32 weights and Adam's moments"
+
+
+def test_copies_for_saves_of_a_gpu_run_count_for_the_host():
+    config = compose_config(*ON_GPU, "parallel.expert_parallel_size=8", "runtime.recompute=true")
+    validate(config, 8)
+    copies = 8 * memory(config, 8).saved
+    assert copies == pytest.approx(12 * count_parameters(config.model).total, rel=1e-3)
+    room = Room(8, 141 * GIB, on_gpu=True, free_host=copies)
+    check_memory(config, 8, room)
+    room = room._replace(free_host=100 * GIB)
+    with pytest.raises(UserError) as caught:
+        check_memory(config, 8, room)
+    assert str(caught.value) == (
+        f"checkpoint.asynchronous=true: the copies for saves need about {copies / GIB:.1f} GiB of this "
+        "machine's memory, of which 100.0 GiB are free. checkpoint.asynchronous=false needs no copies. "
+        "runtime.check_memory=false starts the run anyway"
+    )
+    for remedy in ("checkpoint.asynchronous=false", "runtime.check_memory=false"):
+        words = [*ON_GPU, "parallel.expert_parallel_size=8", "runtime.recompute=true", remedy]
+        check_memory(compose_config(*words), 8, room)
 
 
 def test_if_nothing_fits_here_it_says_what_it_takes():
