@@ -23,6 +23,7 @@ def test_refusals_that_need_no_tensors_are_quick(tmp_path, jsonl):
     prepare = ["prepare", "jsonl", str(jsonl), "--out", str(data), "--vocab-size", "320", "--quiet"]
     good = ["data=local", f"data.path='{data}'", f"runs_dir='{tmp_path / 'runs'}'", "optim.warmup_steps=1"]
     good += ["data.sequence_length=32", "eval.sequences=1", "runtime.device=cpu"]
+    check = ["check", 1, *good]
     metrics = tmp_path / "runs" / "folders" / "metrics.jsonl"
     metrics.mkdir(parents=True)
     (tmp_path / "plain").write_text("")
@@ -32,33 +33,16 @@ def test_refusals_that_need_no_tensors_are_quick(tmp_path, jsonl):
         f"checkpoint {missing}: there is no such folder": ["generate", missing, "--prompt", "x"],
         f"out={tmp_path}: already exists; remove it": ["export", missing, tmp_path],
         f"checkpoint {missing}: there is no such": ["export", missing, tmp_path / "out"],
-        f"data.path={missing}: that folder does not exist": ["check", 1, *good, f"data.path='{missing}'"],
-        f"data.path={missing}: holds no finished": [
-            "check",
-            1,
-            *good,
-            "data=stdlib",
-            f"data.path='{missing}'",
-        ],
-        f"resume={missing}: there is no such folder": ["check", 1, *good, f"resume='{missing}'"],
-        f"init_from={missing}: there is no such folder": ["check", 1, *good, f"init_from='{missing}'"],
-        f"model.hidden_size=192: the checkpoint {other} was saved with 16": ["check", 1, *good, "name=other"],
-        f"resume=never: {other.parent} already holds {other.name}": [
-            "check",
-            1,
-            *good,
-            "name=other",
-            "resume=never",
-        ],
-        f"runs_dir={tmp_path}/runs: {metrics} cannot be written (Is a dir": [
-            "check",
-            1,
-            *good,
-            "name=folders",
-        ],
-        f"runs_dir={tmp_path / 'plain'}: ": ["check", 1, *good, f"runs_dir='{tmp_path / 'plain'}'"],
-        "runtime.check_memory=true: the process needs about ": ["check", 1, *good, "model=v2"],
-        "optim.batch_size=1000000000000: must be": ["check", 1, *good, "optim.batch_size=1000000000000"],
+        f"data.path={missing}: that folder does not exist": [*check, f"data.path='{missing}'"],
+        f"data.path={missing}: holds no finished": [*check, "data=stdlib", f"data.path='{missing}'"],
+        f"resume={missing}: there is no such folder": [*check, f"resume='{missing}'"],
+        f"init_from={missing}: there is no such folder": [*check, f"init_from='{missing}'"],
+        f"model.hidden_size=192: the checkpoint {other} was saved with 16": [*check, "name=other"],
+        f"resume=never: {other.parent} already holds {other.name}": [*check, "name=other", "resume=never"],
+        f"runs_dir={tmp_path}/runs: {metrics} cannot be written (Is a dir": [*check, "name=folders"],
+        f"runs_dir={tmp_path / 'plain'}: ": [*check, f"runs_dir='{tmp_path / 'plain'}'"],
+        "runtime.check_memory=true: the process needs about ": [*check, "model=v2"],
+        "optim.batch_size=1000000000000: must be": [*check, "optim.batch_size=1000000000000"],
     }
     commands = [prepare, *([str(word) for word in words] for words in cases.values())]
     before = cpu_seconds_of_children()
