@@ -37,22 +37,44 @@ def _sums(*, ids: torch.Tensor, out: torch.Tensor, S: int, E: int, **_: Any) -> 
         parts[0, E : 2 * E] = torch.bincount(ids_SK.flatten(), minlength=E)
 
 
-def _histogram(*, keys: torch.Tensor, counts: torch.Tensor, KEYS: int, **_: Any) -> None:
+def _keys(keys: torch.Tensor, first: int, absent: int) -> torch.Tensor:
+    key = keys.long() - first
+    return key.where((key >= 0) & (key < absent), absent)
+
+
+def _histogram(
+    *, keys: torch.Tensor, counts: torch.Tensor, first: int, absent: int, KEYS: int, **_: Any
+) -> None:
     """All keys as if of the first block."""
     counts.zero_()
-    counts[:, 0] = torch.bincount(keys.flatten(), minlength=KEYS)
+    counts[:, 0] = torch.bincount(_keys(keys, first, absent).flatten(), minlength=KEYS)
 
 
 def _place(
-    *, keys: torch.Tensor, slots: torch.Tensor, places: torch.Tensor, n_slots: int, absent: int, **_: Any
+    *,
+    keys: torch.Tensor,
+    slots: torch.Tensor,
+    places: torch.Tensor,
+    n_slots: int,
+    first: int,
+    absent: int,
+    **_: Any,
 ) -> None:
-    order = keys.flatten().argsort(stable=True)
+    key = _keys(keys, first, absent)
+    order = key.flatten().argsort(stable=True)
     slots.copy_(order[: len(slots)])
     places.view(-1)[order] = torch.arange(n_slots, dtype=places.dtype)
-    places[keys == absent] = -1
+    places[key == absent] = -1
 
 
-WRITERS = {"_select": _select, "_sums": _sums, "_histogram": _histogram, "_place": _place}
+def _ranks(*, ids: torch.Tensor, keys: torch.Tensor, W: int, LOCAL: int, **_: Any) -> None:
+    """The rank of each (token, rank) slot that has an expert of the token, W for the others."""
+    ranks = ids.div(LOCAL, rounding_mode="floor")
+    for w in range(W):
+        keys[:, w] = torch.where((ranks == w).any(dim=1), w, W)
+
+
+WRITERS = {"_select": _select, "_sums": _sums, "_histogram": _histogram, "_place": _place, "_ranks": _ranks}
 
 
 class Idle:

@@ -44,6 +44,7 @@ def configuration(overrides: list[str], world_size: int) -> Config:
     """Return the configuration; unless overridden, data are random and a step is one micro-batch per rank."""
     overridden = {item.split("=", 1)[0].lstrip("+") for item in overrides}
     defaults = {"data": "local", "data.path": NO_DATA, "data.sequence_length": "4096"}
+    defaults["optim.total_tokens"] = str(10**15)  # or large steps would be refused as longer than the run
     config = compose_config([f"{k}={v}" for k, v in defaults.items() if k not in overridden] + overrides)
     config.checkpoint.asynchronous = False  # nothing is saved, so no memory is needed for it
     if "optim.batch_size" not in overridden:
@@ -61,12 +62,13 @@ def measure(config: Config, device: Any, arguments: Namespace) -> dict[str, Any]
         from dsv2.benchmark.timing import balance_routing, random_tokens, row, stream_tokens, time_steps
         from dsv2.parallel.plan import Dim, ParallelPlan
         from dsv2.parallel.start import end_process_group, start_mesh
-        from dsv2.training.build import build_model
+        from dsv2.training.build import build_model, start_transport
         from dsv2.training.engine import Engine
 
     rank, world_size = launched_ranks()
     mesh = start_mesh(ParallelPlan.of(config.parallel, world_size), rank, device)
-    model = build_model(config.model, config.runtime, config.seed, mesh)
+    transport = start_transport(config, mesh)
+    model = build_model(config.model, config.runtime, config.seed, mesh, transport=transport)
     if arguments.balanced:
         balance_routing(model)
     engine = Engine(model, config.optim, config.parallel, config.runtime, mesh)

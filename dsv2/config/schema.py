@@ -29,6 +29,11 @@ class SpikePolicy(enum.Enum):
     rewind = "rewind"  # the run goes back to its newest checkpoint and leaves out the batches since then
 
 
+class ExpertExchange(enum.Enum):
+    collective = "collective"
+    symmetric = "symmetric"
+
+
 class Device(enum.Enum):
     auto = "auto"  # CUDA if there is a GPU
     cpu = "cpu"
@@ -128,6 +133,9 @@ class ParallelConfig:
 
     expert_parallel_size: int = 1  # ranks that share one copy of the routed experts
     zero_stage: int = 1  # DeepSpeed ZeRO's stage; dsv2/parallel/zero/stages.py lists them
+    # how rows reach their experts. collective: by all-to-all. symmetric: straight into the memory of the
+    # other GPUs, which needs fused kernels, and each expert-parallel group on one machine
+    expert_exchange: ExpertExchange = ExpertExchange.collective
 
 
 @dataclass

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from dsv2.kernels.types import AdamWStep, Choice, RowMap, SequenceSums
+from dsv2.kernels.types import AdamWStep, Choice, LateGradients, RowMap, SequenceSums
 
 
 class NormKernels(Protocol):
@@ -87,25 +87,48 @@ class ExpertKernels(Protocol):
         counts_E: Tensor,
         *,
         n_pairs: int,
+        first_expert: int,
         w13_E2FD: Tensor,
         w2_EDF: Tensor,
+        late: LateGradients | None = None,
     ) -> Tensor:
         """Return sum_k weights[x, k] * FFN_ids[x, k](row x), [X, D], summed in fp32.
 
         Args:
-            expert_ids_XK: int64; -1 adds nothing.
-            counts_E: int64, how often each expert is chosen.
+            expert_ids_XK: whole numbers of any dtype. An id without a matrix here adds nothing.
+            counts_E: int64, how often each expert of w13 and w2 is chosen.
+            first_expert: the id of the first expert of w13 and w2.
+            late: the node that computes the gradients of w13 and w2. None: the experts' own node does.
             n_pairs: at least the sum of `counts_E`; memory is allocated for this many pairs.
             w13_E2FD: W1 (gate) above W3 (up).
         """
         ...
 
-    def gather_rows(self, x_TD: Tensor, rows: RowMap) -> Tensor:
-        """Return, for each row, a copy of its token's hidden state, [rows, D]."""
+    def late_gradients(self, w13_E2FD: Tensor, w2_EDF: Tensor) -> LateGradients | None:
+        """Return a node that computes the weights' gradients later than the rows' gradients.
+
+        Autograd prefers nodes that were made later. So the rows' gradients can begin to travel to other ranks
+        before the weights' gradients are computed. None if the experts cannot separate the two.
+        """
+        ...
+
+    def rows_by_rank(self, expert_ids_TK: Tensor, n_local: int, n_ranks: int) -> tuple[RowMap, Tensor]:
+        """Map each (token, rank) pair with an expert of the token to a row, by rank, then by token.
+
+        Args:
+            expert_ids_TK: int64; -1 is no expert. Rank w holds the w-th block of `n_local` experts.
+
+        Returns:
+            The rows, then the slots without a row: T x W slots in all. Each rank's number of rows, int64 [W].
+        """
+        ...
+
+    def copy_rows(self, x_TD: Tensor, rows: RowMap) -> Tensor:
+        """Return, for each row, a copy of its token's hidden state, [rows, D]. Autograd does not see it."""
         ...
 
     def sum_rows(self, y: Tensor, rows: RowMap, n_tokens: int) -> Tensor:
-        """Return [T, D], the sum of each token's rows of y [rows, D], summed in fp32."""
+        """Return [T, D], the sum in fp32 of each token's rows of y [rows, D]. Autograd does not see it."""
         ...
 
 
@@ -162,7 +185,9 @@ class KernelSet:
     route: Callable[..., Choice]
     sequence_sums: Callable[..., SequenceSums]
     routed_experts: Callable[..., Tensor]
-    gather_rows: Callable[..., Tensor]
+    late_gradients: Callable[..., LateGradients | None]
+    rows_by_rank: Callable[..., tuple[RowMap, Tensor]]
+    copy_rows: Callable[..., Tensor]
     sum_rows: Callable[..., Tensor]
     head_loss: Callable[..., Tensor]
     adamw: Callable[..., None]

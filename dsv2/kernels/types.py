@@ -1,5 +1,7 @@
 """The arguments and results of kernels that are more than one plain tensor."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
@@ -36,12 +38,29 @@ class RowMap(NamedTuple):
     A slot stands for one token and one of its experts, or for one token and one rank.
     """
 
-    slots: Tensor  # int64 [rows]: each row's slot, an index into tokens x n_slots
-    n_slots: int  # per token
+    slots: Tensor  # int64 [rows]: each row's slot, an index into tokens x slots per token
+    places: Tensor  # int32 [T, slots per token]: each slot's row, -1 without one
+
+    @property
+    def n_slots(self) -> int:
+        """Return the number of slots per token."""
+        return self.places.shape[1]
 
     def tokens(self) -> Tensor:
         """Return each row's token, int64 [rows]."""
         return self.slots // self.n_slots
+
+    def first(self, n_rows: int) -> "RowMap":
+        """Return the map of the first rows, where no slot has a later row."""
+        return self._replace(slots=self.slots[:n_rows])
+
+
+@dataclass
+class LateGradients:
+    """Stands for the experts' weights in autograd's graph."""
+
+    handle: Tensor  # [], an input of the experts' node; its value means nothing
+    box: "list[Callable[[], tuple[Tensor, Tensor]]]"  # the experts' backward pass adds what computes them
 
 
 class AdamWStep(NamedTuple):

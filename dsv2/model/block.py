@@ -7,11 +7,10 @@ from dsv2.model.attention.base import AttentionModule
 from dsv2.model.attention.kinds import attention_kind
 from dsv2.model.norm import ResidualNorm
 from dsv2.model.rope import Angles
-from dsv2.moe.balance import BalanceLosses
 from dsv2.moe.execution import Execution
 from dsv2.moe.experts import SwiGLU
 from dsv2.moe.layer import MoELayer
-from dsv2.moe.stats import RoutingStats
+from dsv2.moe.stats import LayerRouting
 
 
 class DecoderLayer(nn.Module):
@@ -31,14 +30,14 @@ class DecoderLayer(nn.Module):
 
     def forward(
         self, x_BSD: Tensor, angles: Angles, sequence_ids_B: Tensor
-    ) -> tuple[Tensor, BalanceLosses | None, RoutingStats | None]:
+    ) -> tuple[Tensor, LayerRouting | None]:
         x_BSD, normed_BSD = self.input_layernorm(x_BSD)
         return self.feed_forward(x_BSD, self.self_attn(normed_BSD, angles), sequence_ids_B)
 
     def feed_forward(
         self, x_BSD: Tensor, attended_BSD: Tensor, sequence_ids_B: Tensor
-    ) -> tuple[Tensor, BalanceLosses | None, RoutingStats | None]:
-        """Run the second block.
+    ) -> tuple[Tensor, LayerRouting | None]:
+        """Run the second block. Return the residual stream and, in an MoE layer, what it reports.
 
         Args:
             x_BSD: the residual stream before the attention's output is added.
@@ -48,4 +47,4 @@ class DecoderLayer(nn.Module):
         x_BSD, normed_BSD = self.post_attention_layernorm(x_BSD, attended_BSD)
         if isinstance(self.mlp, MoELayer):
             return self.mlp(normed_BSD, sequence_ids_B, x_BSD)
-        return x_BSD + self.mlp(normed_BSD), None, None
+        return x_BSD + self.mlp(normed_BSD), None

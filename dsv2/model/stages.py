@@ -18,9 +18,9 @@ from dsv2.model.block import DecoderLayer
 from dsv2.model.norm import RMSNorm
 from dsv2.model.rope import Angles, rope_tables
 from dsv2.model.sizes import is_dense
-from dsv2.moe.balance import BalanceLosses
+from dsv2.moe.balance import BalanceLosses, balance_losses
 from dsv2.moe.execution import Execution
-from dsv2.moe.stats import RoutingStats
+from dsv2.moe.stats import LayerRouting, RoutingStats, routing_stats, stack_sums
 
 
 class Decoder(nn.Module):
@@ -55,8 +55,7 @@ class OutputHead(nn.Linear):
 
 class StageOutput(NamedTuple):
     x_BSD: Tensor  # the residual stream; if this is the last stage, after the last norm
-    losses: list[BalanceLosses]  # one per MoE layer of the stage
-    stats: list[RoutingStats]  # one per MoE layer of the stage
+    routing: list[LayerRouting]  # of the stage's MoE layers
 
 
 class Stage(nn.Module):
@@ -97,22 +96,34 @@ class Stage(nn.Module):
         """
         x_BSD = self.model.embed_tokens(x) if hasattr(self.model, "embed_tokens") else x
         angles = self.angles(torch.arange(x_BSD.shape[1], device=x_BSD.device))
-        losses = []
-        stats = []
+        routing: list[LayerRouting] = []
         for layer in self.decoder_layers():
             if self.execution.recompute and self.training:
-                x_BSD, loss, stat = checkpoint(layer, x_BSD, angles, sequence_ids_B, use_reentrant=False)
+                x_BSD, reported = checkpoint(layer, x_BSD, angles, sequence_ids_B, use_reentrant=False)
             else:
-                x_BSD, loss, stat = layer(x_BSD, angles, sequence_ids_B)
-            if loss is not None:
-                losses.append(loss)
-                stats.append(stat)
+                x_BSD, reported = layer(x_BSD, angles, sequence_ids_B)
+            if reported is not None:
+                routing.append(reported)
         if hasattr(self.model, "norm"):
             x_BSD = self.model.norm(x_BSD)
-        return StageOutput(x_BSD, losses, stats)
+        return StageOutput(x_BSD, routing)
 
-    def with_balance(self, loss: Tensor, losses: list[BalanceLosses]) -> Tensor:
+    def losses_and_stats(
+        self, routing: list[LayerRouting], n_positions: int
+    ) -> tuple[BalanceLosses, RoutingStats]:
+        """Return the balance losses and the statistics of at least one layer, computed together.
+
+        Args:
+            n_positions: tokens of each sequence.
+        """
+        config = self.config
+        sums = stack_sums(routing)
+        top_k = config.num_experts_per_tok
+        losses = balance_losses(sums, n_positions, top_k, config.n_group, config.topk_group)
+        return losses, routing_stats(routing, sums, n_positions)
+
+    def with_balance(self, loss: Tensor, balance: BalanceLosses) -> Tensor:
         """Return `loss` plus the layers' balance losses, each times its alpha: fp32 [] (section 2.2.3)."""
         recipe = self.config.balance
-        expert, device, comm = (torch.stack(parts).sum() for parts in zip(*losses, strict=True))
+        expert, device, comm = (of_layers.sum() for of_layers in balance)
         return loss + recipe.alpha_expert * expert + recipe.alpha_device * device + recipe.alpha_comm * comm

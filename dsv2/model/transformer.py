@@ -5,7 +5,6 @@ Module names are those of the published weights (`model.layers.3.self_attn.kv_b_
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from dsv2.config.schema import ModelConfig
@@ -18,8 +17,8 @@ from dsv2.moe.stats import RoutingStats
 class ModelOutput(NamedTuple):
     loss: Tensor  # [] lm_loss plus the balance losses times their alphas; the backward pass starts here
     lm_loss: Tensor  # [] mean cross-entropy per token, nats
-    balance: BalanceLosses  # before alpha, stacked over the MoE layers
-    stats: RoutingStats  # stacked over the MoE layers
+    balance: BalanceLosses  # of the MoE layers, before alpha
+    stats: RoutingStats  # of the MoE layers
 
 
 class DeepseekV2(Stage):
@@ -38,10 +37,11 @@ class DeepseekV2(Stage):
         self, input_ids_BS: Tensor, labels_BS: Tensor | None, sequence_ids_B: Tensor
     ) -> ModelOutput | Tensor:
         """Return the training loss of B sequences, or without labels the fp32 logits [B, S, vocab]."""
-        hidden_BSD, losses, stats = self.hidden_states(input_ids_BS, sequence_ids_B)
+        hidden_BSD, routing = self.hidden_states(input_ids_BS, sequence_ids_B)
         if labels_BS is None:
             return self.lm_head(hidden_BSD).float()
+        balance, stats = self.losses_and_stats(routing, input_ids_BS.shape[1])
         lm_loss = self.lm_head(hidden_BSD.flatten(0, 1), labels_BS.flatten())
-        balance = BalanceLosses(*(torch.stack(parts).detach() for parts in zip(*losses, strict=True)))
-        loss = self.with_balance(lm_loss, losses)
-        return ModelOutput(loss, lm_loss.detach(), balance, RoutingStats.stack(stats))
+        loss = self.with_balance(lm_loss, balance)
+        detached = BalanceLosses(*(of_layers.detach() for of_layers in balance))
+        return ModelOutput(loss, lm_loss.detach(), detached, stats)

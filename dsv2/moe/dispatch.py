@@ -4,217 +4,281 @@ A token's hidden state goes to a rank once, even if several of the token's exper
 token's expert ids and weights are sent too. With as many ranks as expert groups, a token reaches at most M
 ranks (section 2.2.2). Each of these ranks returns one row: the weighted sum over its experts.
 
-`plan_dispatch` computes counts and order once per layer. The backward pass uses them again. `start_dispatch`
-returns while the rows are still being sent, so other work can run meanwhile. With one rank nothing is sent,
-and the layer needs no branch for expert parallelism.
+`start_dispatch` computes the order of the rows and lets the ranks exchange their numbers. `arrive` waits for
+these numbers, sends the rows and returns those that arrived. Work between the two calls, such as the shared
+experts, runs while the numbers and the rows travel, forward and backward. With one rank nothing is sent, and
+the layer needs no branch for expert parallelism.
 """
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from abc import ABC, abstractmethod
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dsv2.kernels.reference.rows import map_rows
 from dsv2.kernels.types import RowMap
 from dsv2.moe.execution import Execution
-from dsv2.parallel.clock import WaitClock
-from dsv2.parallel.mesh import MeshDim, Work
-
-
-@dataclass(frozen=True)
-class Exchange:
-    """Describes which rows cross between the ranks of an expert-parallel group of at least two ranks."""
-
-    rows: RowMap  # the rows sent: the used slots of T x W, sorted by rank, then by token
-    sent: list[int]  # [W]: number of rows sent to each rank
-    received: list[int]  # [W]: number of rows received from each rank
-    ep: MeshDim
-
-    @property
-    def rows_out(self) -> int:
-        """Return the number of rows that this rank sends to other ranks."""
-        return sum(self.sent) - self.sent[self.ep.rank]
-
-    @property
-    def rows_in(self) -> int:
-        """Return the number of rows that this rank receives from other ranks."""
-        return sum(self.received) - self.received[self.ep.rank]
-
-
-@dataclass(frozen=True)
-class DispatchPlan:
-    """Describes where each row of one layer goes."""
-
-    kept_ids_TK: Tensor  # int64: the token's experts, -1 for a dropped pair
-    kept_E: Tensor  # int64: pairs of this rank's tokens per expert of the layer, without the dropped pairs
-    first_expert: int  # index of this rank's first expert in the layer
-    rows_of_expert: Tensor  # int64 [E / W]: pairs of all tokens per expert of this rank
-    n_pairs: int  # sum of rows_of_expert. With one rank the dropped pairs count too; they come last.
-    exchange: Exchange | None  # None with one rank
+from dsv2.moe.transport import CollectiveTransport, Route, Wait
+from dsv2.parallel.side_stream import HostNumbers
 
 
 class Arrived(NamedTuple):
     """Holds the rows that this rank's experts receive, with each row's expert ids and weights."""
 
     x_XD: Tensor
-    expert_ids_XK: Tensor  # int64, counted from this rank's first expert; -1 if on another rank or dropped
+    expert_ids_XK: Tensor  # in the layer, int64 or whole fp32; -1 if dropped
     weights_XK: Tensor  # fp32
+    rows_of_expert: Tensor  # int64 [E / W]: pairs of all tokens per expert of this rank
+    n_pairs: int  # sum of rows_of_expert. With one rank the dropped pairs count too; they come last.
 
 
-def plan_dispatch(
+class Dispatch(ABC):
+    """One layer's rows on their way to their experts and back.
+
+    Args:
+        kept_E: int64, pairs of this rank's tokens per expert of the layer, without the dropped pairs.
+    """
+
+    rows_out = 0  # rows that this rank sends to other ranks; known once the rows arrive
+    rows_in = 0  # rows that this rank receives from other ranks; known once the rows arrive
+
+    def __init__(self, kept_E: Tensor):
+        self.kept_E = kept_E
+
+    @abstractmethod
+    def arrive(self) -> Arrived:
+        """Return the rows that arrive at this rank. Collective."""
+
+    @abstractmethod
+    def combine(self, y_XD: Tensor) -> Tensor:
+        """Send the results back, and sum each token's results in fp32: [T, D] in y's dtype. Collective."""
+
+
+def start_dispatch(
+    x_TD: Tensor,
+    weights_TK: Tensor,
     expert_ids_TK: Tensor,
     keep_TK: Tensor | None,
-    n_experts: int,
-    ep: MeshDim,
-    load_E: Tensor | None = None,
-) -> DispatchPlan:
-    """Decide which rows go to which rank. Collective. The host waits for the device once if W > 1.
+    load_E: Tensor,
+    execution: Execution,
+) -> Dispatch:
+    """Begin to send each token to the ranks of its kept experts. Collective.
 
     Args:
         keep_TK: bool; pairs to keep. Dropped pairs are not sent. None keeps all.
-        ep: rank w holds the w-th block of E / W experts.
-        load_E: the number of pairs per expert, if it is already known.
+        load_E: the number of pairs per expert, before dropping. Rank w of `execution.ep` holds the w-th block
+            of E / W experts.
     """
-    kept_TK = expert_ids_TK if keep_TK is None else expert_ids_TK.masked_fill(~keep_TK, -1)
-    if keep_TK is None and load_E is not None:
-        counts_E = load_E.long()
+    if keep_TK is None:
+        kept_TK = expert_ids_TK
+        kept_E = load_E.long()
     else:
-        counts_E = torch.zeros(n_experts + 1, dtype=torch.int64, device=kept_TK.device)
-        counts_E.scatter_add_(0, kept_TK.flatten() + 1, torch.ones_like(kept_TK).flatten())
-        counts_E = counts_E[1:]
-    if ep.size == 1:
-        return DispatchPlan(
-            kept_ids_TK=kept_TK,
-            kept_E=counts_E,
-            first_expert=0,
-            rows_of_expert=counts_E,
-            n_pairs=kept_TK.numel(),
-            exchange=None,
-        )
-    n_local = n_experts // ep.size
-    reached_TW = _ranks_reached(kept_TK, n_local, ep.size)
-    # Each rank gets the number of pairs for each of its experts, then the number of rows.
-    going_W_counts = torch.cat((counts_E.view(ep.size, n_local), reached_TW.sum(dim=0).unsqueeze(1)), dim=1)
-    coming_W_counts = ep.swap(going_W_counts)
-    rows_of_expert = coming_W_counts[:, :-1].sum(dim=0)
-    # One copy to the host for all sizes, because each copy waits for the device.
-    sizes = torch.cat((going_W_counts[:, -1], coming_W_counts[:, -1], rows_of_expert.sum().unsqueeze(0)))
-    counts = sizes.tolist()
-    sent = counts[: ep.size]
-    received = counts[ep.size : -1]
-    ranks_TW = torch.arange(ep.size, device=kept_TK.device).where(reached_TW, ep.size)
-    return DispatchPlan(
-        kept_ids_TK=kept_TK,
-        kept_E=counts_E,
-        first_expert=ep.rank * n_local,
-        rows_of_expert=rows_of_expert,
-        n_pairs=counts[-1],
-        exchange=Exchange(map_rows(ranks_TW, sum(sent)), sent, received, ep),
-    )
+        kept_TK = expert_ids_TK.masked_fill(~keep_TK, -1)
+        counts = torch.zeros(len(load_E) + 1, dtype=torch.int64, device=kept_TK.device)
+        counts.scatter_add_(0, kept_TK.flatten() + 1, torch.ones_like(kept_TK).flatten())
+        kept_E = counts[1:]
+    if execution.ep.size == 1:
+        return LocalDispatch(x_TD, weights_TK, kept_TK, kept_E)
+    return ExchangedDispatch(x_TD, weights_TK, kept_TK, kept_E, execution)
 
 
-def _ranks_reached(kept_TK: Tensor, n_local: int, n_ranks: int) -> Tensor:
-    """Return bool [T, W]: whether the rank holds any of the token's kept experts."""
-    ranks_TK = kept_TK.div(n_local, rounding_mode="floor")  # -1 stays -1
-    reached_TW = torch.zeros(len(kept_TK), n_ranks + 1, dtype=torch.bool, device=kept_TK.device)
-    return reached_TW.scatter_(1, ranks_TK + 1, True)[:, 1:]
+class LocalDispatch(Dispatch):
+    """One rank holds all experts."""
+
+    def __init__(self, x_TD: Tensor, weights_TK: Tensor, kept_TK: Tensor, kept_E: Tensor):
+        super().__init__(kept_E)
+        self._arrived = Arrived(x_TD, kept_TK, weights_TK, kept_E, kept_TK.numel())
+
+    def arrive(self) -> Arrived:
+        return self._arrived
+
+    def combine(self, y_XD: Tensor) -> Tensor:
+        return y_XD
 
 
-class _Transfer:
-    """Exchange rows once forward and once backward. At most one of the two collectives runs at a time."""
+class ExchangedDispatch(Dispatch):
+    """Several ranks share the experts.
 
-    def __init__(self, exchange: Exchange, clock: WaitClock, returning: bool = False):
-        self.ep = exchange.ep
-        self.send = exchange.received if returning else exchange.sent
-        self.receive = exchange.sent if returning else exchange.received
-        self.clock = clock
-        self._work: Work | None = None
+    The rows travel in two autograd nodes, `_Leave` and `_Arrive`, and the results in `_Home` and `_Sum`. In
+    the forward pass the second node of a pair waits. In the backward pass it starts the exchange, and the
+    first node waits. Work between the two overlaps with the exchange:
+    - forward, the shared experts with the rows;
+    - backward, the shared experts with the results' gradients;
+    - backward, the gradients of the experts' weights with the rows' gradients.
 
-    def launch(self, x: Tensor, backwards: bool) -> None:
-        """Start to send rows. In the backward pass each row's gradient goes to the rank that sent the row."""
-        if backwards:
-            self._work = self.ep.exchange(x, send=self.receive, receive=self.send)
-        else:
-            self._work = self.ep.exchange(x, send=self.send, receive=self.receive)
-
-    def wait(self) -> Tensor:
-        """Return the received rows."""
-        assert self._work is not None
-        with self.clock.waiting(self._work.device):
-            rows = self._work.wait()
-        self._work = None
-        return rows
-
-
-class _Launch(torch.autograd.Function):
-    """Start an exchange and return a handle, which represents the rows in autograd's graph until `_Finish`.
-
-    The backward pass runs in reverse: `_Finish` starts the exchange of gradients, and `_Launch` waits for it.
-    So the work between the two overlaps with the exchange in both passes.
+    The nodes hold the `_Exchange`, not this object. This object holds a node, and Python never frees a cycle
+    through autograd's graph.
     """
+
+    def __init__(
+        self, x_TD: Tensor, weights_TK: Tensor, kept_TK: Tensor, kept_E: Tensor, execution: Execution
+    ):
+        super().__init__(kept_E)
+        weights_TK = weights_TK.contiguous()
+        self._exchange = _Exchange(x_TD.detach(), weights_TK.detach(), kept_TK, kept_E, execution)
+        self._handle = _Leave.apply(x_TD, weights_TK, self._exchange)
+
+    def arrive(self) -> Arrived:
+        exchange = self._exchange
+        n_pairs = exchange.learn_sizes()
+        sent = exchange.route.sent
+        received = exchange.route.received
+        self.rows_out = sum(sent) - sent[exchange.route.rank]
+        self.rows_in = sum(received) - received[exchange.route.rank]
+        x_XD, ids_XK, weights_XK = _Arrive.apply(self._handle, exchange)
+        return Arrived(x_XD, ids_XK, weights_XK, exchange.rows_of_expert, n_pairs)
+
+    def combine(self, y_XD: Tensor) -> Tensor:
+        handle = _Home.apply(y_XD, self._exchange)
+        leave = self._handle.grad_fn
+        if handle.requires_grad:
+            # Of the nodes that are ready, the backward pass takes the one with the highest number. With the
+            # number of `_Leave`, `_Home` waits only after the work that began between the two.
+            handle.grad_fn._set_sequence_nr(leave._sequence_nr())
+        summed = _Sum.apply(handle, self._exchange, leave)
+        if handle.requires_grad:
+            self._exchange.order = None  # `_Leave` has saved it
+        return summed
+
+
+class _Exchange:
+    """What travels for one layer, and how."""
+
+    def __init__(
+        self, x_TD: Tensor, weights_TK: Tensor, kept_TK: Tensor, kept_E: Tensor, execution: Execution
+    ):
+        ep = execution.ep
+        self._execution = execution
+        self._transport = execution.transport or CollectiveTransport(ep, execution.kernels)
+        self._n_tokens = len(kept_TK)
+        self._device = kept_E.device
+        n_local = len(kept_E) // ep.size
+        order, rows_W = execution.kernels.rows_by_rank(kept_TK, n_local, ep.size)
+        self.order: RowMap | None = order
+        # One fp32 tensor holds the weights and the ids: fp32 represents ids below 2^24 exactly.
+        choices_TK = torch.cat((weights_TK, kept_TK.to(weights_TK.dtype)), dim=1)
+        # Each rank tells the number of pairs for each expert, by rank, then the number of rows.
+        counts = torch.cat((kept_E.view(ep.size, n_local), rows_W.unsqueeze(1)), dim=1)
+        # The side uses these tensors, so their memory stays theirs until the rows arrive.
+        self._leaving: tuple[Tensor, ...] = (x_TD, choices_TK, counts)
+        self._mark = execution.side.mark(self._device)
+        with execution.side.after(self._mark):
+            of_all = ep.start_gather(counts).wait()
+            self.route = Route(of_all[:, :, -1].contiguous(), ep.rank)
+            self.rows_of_expert = of_all[:, ep.rank, :-1].sum(dim=0)
+            between = self.route.counts_WW
+            # One copy to the host for all sizes, because each copy waits for the device.
+            sizes = (between[ep.rank], between[:, ep.rank], self.rows_of_expert.sum().unsqueeze(0))
+            self._sizes: HostNumbers | None = HostNumbers(torch.cat(sizes))
+            self._wait: Wait | None = None if self._transport.needs_sizes else self._send()
+
+    def learn_sizes(self) -> int:
+        """Wait for the sizes on the host, and let the rows leave. Return the number of this rank's pairs."""
+        assert self._sizes is not None, "the rows arrive once"
+        *rows, n_pairs = self._sizes.wait()
+        self._sizes = None
+        self.route.sent = rows[: len(rows) // 2]
+        self.route.received = rows[len(rows) // 2 :]
+        if self._transport.needs_sizes:
+            with self._execution.side.after(self._mark):
+                self._wait = self._send()
+        return n_pairs
+
+    def _send(self) -> Wait:
+        """Start to send rows, with their ids and weights, to the ranks of their experts."""
+        x_TD, choices_TK, _ = self._leaving
+        return self._transport.start(x_TD, choices_TK, self.route, self.order, home=False)
+
+    def arrived(self) -> tuple[Tensor, Tensor | None]:
+        """Return what arrives of the last exchange, and count the time that it takes."""
+        wait = self._wait
+        assert wait is not None, "an exchange has been started"
+        self._wait = None
+        with self._execution.clock.waiting(self._device):
+            return wait()
+
+    def join(self, *arrived: Tensor) -> None:
+        """Let the layer use what the side has made. The rows have left."""
+        self._execution.side.join(*arrived, self.rows_of_expert, self.route.counts_WW)
+        self._leaving = ()
+
+    def start_out(self, rows_TD: Tensor) -> None:
+        """Start to send rows of the tokens to their ranks again, in the backward pass."""
+        self._wait = self._transport.start(rows_TD, None, self.route, self.order, home=False)
+
+    def start_home(self, rows: Tensor, numbers: Tensor | None = None) -> None:
+        """Start to send rows, and numbers beside them, back to the tokens' ranks."""
+        self._wait = self._transport.start(rows, numbers, self.route, None, home=True)
+
+    def sum(self, rows: Tensor) -> Tensor:
+        """Sum the rows of each token, in fp32."""
+        assert self.order is not None
+        return self._execution.kernels.sum_rows(rows, self.order.first(len(rows)), self._n_tokens)
+
+
+class _Leave(torch.autograd.Function):
+    """Stands for the rows in autograd's graph until they arrive: a handle. Its node keeps their order."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, transfer: _Transfer) -> Tensor:
-        ctx.transfer = transfer
-        transfer.launch(x, backwards=False)
-        return x.new_zeros(())
+    def forward(ctx, x_TD: Tensor, weights_TK: Tensor, exchange: _Exchange) -> Tensor:
+        ctx.exchange = exchange
+        assert exchange.order is not None
+        ctx.save_for_backward(*exchange.order)
+        return weights_TK.new_empty(())  # nobody reads a handle's value
 
     @staticmethod
     def backward(ctx, handle: Tensor):
-        return ctx.transfer.wait(), None
+        exchange = ctx.exchange
+        grad_x, grad_weights = exchange.arrived()
+        grads = exchange.sum(grad_x), exchange.sum(grad_weights)
+        exchange.order = None
+        return *grads, None
 
 
-class _Finish(torch.autograd.Function):
+class _Arrive(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, handle: Tensor, transfer: _Transfer) -> Tensor:
-        ctx.transfer = transfer
-        return transfer.wait()
+    def forward(ctx, handle: Tensor, exchange: _Exchange) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.exchange = exchange
+        x_XD, choices_XK = exchange.arrived()
+        assert choices_XK is not None, "ids and weights travel beside the rows"
+        exchange.join(x_XD, choices_XK)
+        weights_XK, ids_XK = (half.contiguous() for half in choices_XK.chunk(2, dim=1))
+        ctx.mark_non_differentiable(ids_XK)
+        return x_XD, ids_XK, weights_XK
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
-        ctx.transfer.launch(grad, backwards=True)
-        return grad.new_zeros(()), None
+    def backward(ctx, grad_x: Tensor, _, grad_weights: Tensor):
+        ctx.exchange.start_home(grad_x.contiguous(), grad_weights.contiguous())
+        return grad_weights.new_empty(()), None
 
 
-class Pending:
-    """Holds rows that are being sent to their experts."""
+class _Home(torch.autograd.Function):
+    """Stands for the results in autograd's graph on their way home, as `_Leave` does for the rows."""
 
-    def __init__(self, x_TD: Tensor, weights_TK: Tensor, plan: DispatchPlan, execution: Execution):
-        self._plan = plan
-        exchange = plan.exchange
-        if exchange is None:
-            self._arrived = Arrived(x_TD, plan.kept_ids_TK, weights_TK)
-            return
-        # One fp32 tensor holds the weights and the ids: fp32 represents ids below 2^24 exactly.
-        choices = torch.cat((weights_TK, plan.kept_ids_TK.float()), dim=1)
-        self._choice_transfer = _Transfer(exchange, execution.clock)
-        self._row_transfer = _Transfer(exchange, execution.clock)
-        self._choice = _Launch.apply(choices[exchange.rows.tokens()], self._choice_transfer)
-        self._rows = _Launch.apply(execution.kernels.gather_rows(x_TD, exchange.rows), self._row_transfer)
+    @staticmethod
+    def forward(ctx, y_XD: Tensor, exchange: _Exchange) -> Tensor:
+        ctx.exchange = exchange
+        exchange.start_home(y_XD.contiguous())
+        return y_XD.new_empty(())
 
-    def wait(self) -> Arrived:
-        """Return the rows that arrived at this rank."""
-        if self._plan.exchange is None:
-            return self._arrived
-        choices = _Finish.apply(self._choice, self._choice_transfer)
-        x_XD = _Finish.apply(self._rows, self._row_transfer)
-        weights_XK, ids_XK = choices.chunk(2, dim=1)
-        ids_XK = ids_XK.detach().long() - self._plan.first_expert
-        absent_XK = (ids_XK < 0) | (ids_XK >= len(self._plan.rows_of_expert))
-        return Arrived(x_XD, ids_XK.masked_fill(absent_XK, -1), weights_XK)
+    @staticmethod
+    def backward(ctx, handle: Tensor):
+        grad_XD, _ = ctx.exchange.arrived()
+        return grad_XD, None
 
 
-def start_dispatch(x_TD: Tensor, weights_TK: Tensor, plan: DispatchPlan, execution: Execution) -> Pending:
-    """Send each token to the ranks of its kept experts. Collective; `wait` on the result returns the rows."""
-    return Pending(x_TD, weights_TK, plan, execution)
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, handle: Tensor, exchange: _Exchange, leave: Any) -> Tensor:
+        ctx.exchange = exchange
+        ctx.leave = leave
+        results, _ = exchange.arrived()
+        return exchange.sum(results)
 
-
-def combine(y_XD: Tensor, plan: DispatchPlan, execution: Execution) -> Tensor:
-    """Send the results back, and sum each token's results in fp32: [T, D] in y's dtype. Collective."""
-    exchange = plan.exchange
-    if exchange is None:
-        return y_XD
-    transfer = _Transfer(exchange, execution.clock, returning=True)
-    results = _Finish.apply(_Launch.apply(y_XD, transfer), transfer)
-    return execution.kernels.sum_rows(results, exchange.rows, len(plan.kept_ids_TK))
+    @staticmethod
+    def backward(ctx, grad_TD: Tensor):
+        exchange = ctx.exchange
+        # If the layer is recomputed, this starts it: before ZeRO-3 gathers the weights of the first module.
+        exchange.order = RowMap(*ctx.leave.saved_tensors)
+        exchange.start_out(grad_TD.contiguous())
+        return grad_TD.new_empty(()), None, None

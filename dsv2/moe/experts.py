@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from dsv2.kernels.sets import REFERENCE, KernelSet
+from dsv2.kernels.types import LateGradients
+from dsv2.moe.dispatch import Arrived
 
 
 class SwiGLU(nn.Module):
@@ -45,20 +47,23 @@ class RoutedExperts(nn.Module):
         self.w13 = nn.Parameter(torch.empty(n_local, 2 * width, hidden_size))  # [E, 2F, D], gate above up
         self.w2 = nn.Parameter(torch.empty(n_local, hidden_size, width))  # [E, D, F]
 
-    def forward(
-        self, x_XD: Tensor, expert_ids_XK: Tensor, weights_XK: Tensor, rows_of_expert: Tensor, n_pairs: int
-    ) -> Tensor:
+    def late_gradients(self) -> LateGradients | None:
+        """Return a node for `forward`, with which the weights' gradients come after the rows' gradients."""
+        return self.kernels.late_gradients(self.w13, self.w2)
+
+    def forward(self, arrived: Arrived, late: LateGradients | None = None) -> Tensor:
         """Return each row's weighted sum over this rank's experts, [X, D].
 
-        Expert ids count from this rank's first expert. ExpertKernels in dsv2/kernels/base.py explains the
-        arguments.
+        ExpertKernels in dsv2/kernels/base.py explains the arguments.
         """
         return self.kernels.routed_experts(
-            x_XD,
-            expert_ids_XK,
-            weights_XK,
-            rows_of_expert,
-            n_pairs=n_pairs,
+            arrived.x_XD,
+            arrived.expert_ids_XK,
+            arrived.weights_XK,
+            arrived.rows_of_expert,
+            n_pairs=arrived.n_pairs,
+            first_expert=self.first_expert,
             w13_E2FD=self.w13,
             w2_EDF=self.w2,
+            late=late,
         )

@@ -6,21 +6,19 @@ from torch import Tensor, nn
 
 from dsv2.config.schema import ModelConfig
 from dsv2.kernels.types import Choice
-from dsv2.moe.balance import BalanceLosses, balance_losses
-from dsv2.moe.dispatch import combine, plan_dispatch, start_dispatch
+from dsv2.moe.dispatch import start_dispatch
 from dsv2.moe.drop import keep_within_budget
 from dsv2.moe.execution import Execution
 from dsv2.moe.experts import RoutedExperts, SwiGLU
 from dsv2.moe.routers.kinds import router_of
-from dsv2.moe.stats import RoutingStats, routing_stats
+from dsv2.moe.stats import LayerRouting
 
 
 class MoEOutput(NamedTuple):
-    """A layer's results. Losses and statistics are returned, so recomputation cannot count them twice."""
+    """A layer's results. Sums over its routing are returned, so recomputation cannot count them twice."""
 
     y_BSD: Tensor
-    losses: BalanceLosses
-    stats: RoutingStats
+    routing: LayerRouting
 
 
 class MoELayer(nn.Module):
@@ -57,27 +55,29 @@ class MoELayer(nn.Module):
         assert len(sequence_ids_B) == len(x_BSD), "one id per sequence"
         config = self.config
         kernels = self.execution.kernels
-        n_sequences, n_positions = x_BSD.shape[:2]
         x_TD = x_BSD.flatten(0, 1)
         choice, weights_TK = self.gate(x_TD)
-        sums = kernels.sequence_sums(choice, n_sequences, config.n_group)
+        sums = kernels.sequence_sums(choice, len(x_BSD), config.n_group)
         keep_TK = self._kept(choice, sequence_ids_B)
         load_E = sums.selected_BE.sum(dim=0)
-        plan = plan_dispatch(
-            choice.expert_ids_TK, keep_TK, config.n_routed_experts, self.execution.ep, load_E
+        dispatch = start_dispatch(
+            x_TD,
+            weights_TK,
+            expert_ids_TK=choice.expert_ids_TK,
+            keep_TK=keep_TK,
+            load_E=load_E,
+            execution=self.execution,
         )
-        pending = start_dispatch(x_TD, weights_TK, plan, self.execution)
+        # Made here, so that the backward pass comes to it after the rows' gradients have left.
+        late = self.experts.late_gradients() if self.execution.ep.size > 1 else None
         # The shared experts run while rows are on their way (section 3.1.3).
         shared_BSD = None if self.shared_experts is None else self.shared_experts(x_BSD)
-        y_XD = self.experts(*pending.wait(), plan.rows_of_expert, plan.n_pairs)
-        routed_BSD = combine(y_XD, plan, self.execution).view_as(x_BSD)
+        y_XD = self.experts(dispatch.arrive(), late)
+        routed_BSD = dispatch.combine(y_XD).view_as(x_BSD)
         terms = [term for term in (shared_BSD, residual_BSD) if term is not None]
         return MoEOutput(
             y_BSD=kernels.add_up(routed_BSD, *terms),
-            losses=balance_losses(
-                sums, n_positions, config.num_experts_per_tok, config.n_group, config.topk_group
-            ),
-            stats=routing_stats(sums, n_positions, plan.kept_E, plan.exchange),
+            routing=LayerRouting(sums, dispatch.kept_E, dispatch.rows_out, dispatch.rows_in),
         )
 
     def _kept(self, choice: Choice, sequence_ids_B: Tensor) -> Tensor | None:

@@ -29,39 +29,33 @@ def moe(run: MicroBatch) -> Table:
         norm -= run.tokens * run.row
     table: Table = {"norm": norm, "shared experts": _swiglu(run, _shared_width(run))}
     table |= router_of(model).kept_bytes(run)
-    if run.ep_size > 1:
-        # The rows' order is a view of the sort over all ranks.
-        orders = 1 if run.fused else 2
-        table["dispatch: indices"] = (run.tokens * run.ep_size + orders * run.rows) * INT64
+    if run.ep_size > 1:  # each (token, rank) slot in the rows' order, and the row of each slot
+        table["dispatch: indices"] = run.tokens * run.ep_size * (INT64 + INT32)
     return table | (_fused_experts(run) if run.fused else _reference_experts(run))
 
 
 def moe_peak(run: MicroBatch) -> float:
     """Return the peak bytes that an MoE layer needs beyond its kept tensors.
 
-    The routed experts' backward pass runs first, then the shared experts'. Each frees its kept tensors.
+    With one rank, the routed experts' backward pass runs first and frees its kept tensors, then the shared
+    experts'. With several ranks the shared experts' runs first, while the results' gradients travel.
     """
+    model = run.model
     table = moe(run)
-    freed = sum(size for name, size in table.items() if name.startswith(("experts", "sums")))
-    shared = _swiglu_peak(run, _shared_width(run)) if run.model.n_shared_experts else 0
-    if run.fused:  # the rows' gradients exist too; with several ranks they are sent, which takes two buffers
-        shared += run.rows * run.row * (1 if run.ep_size == 1 else 2)
+    shared = _swiglu_peak(run, _shared_width(run)) if model.n_shared_experts else 0
+    freed = 0.0
+    if run.ep_size == 1:
+        freed = sum(size for name, size in table.items() if name.startswith(("experts", "sums")))
+        shared += run.fused * run.rows * run.row  # the rows' gradients exist too
+    else:
+        shared += 2 * run.rows * run.row  # what is sent, and what arrives
     routed = _fused_backward(run) if run.fused else _reference_backward(run, table)
     forward = _fused_forward(run) if run.fused else _reference_forward(run)
     if run.recompute:  # the stream's gradient exists during the second forward pass
         forward += run.tokens * run.row
+        if run.ep_size == 1 and run.cast and not run.fused:  # and that of the sums, which starts it
+            forward += run.rows * model.hidden_size * FP32
     return max(max(shared - freed, routed) + stream_peak(run), forward)
-
-
-def held_orders(run: MicroBatch) -> float:
-    """Return the bytes of the row orders of one layer, which fused kernels keep in spite of recomputation.
-
-    Autograd does not save these tensors, so recomputation does not free them.
-    """
-    if not run.fused:
-        return 0
-    ranks = 0 if run.ep_size == 1 else run.tokens * run.ep_size
-    return (run.pairs + ranks) * INT64
 
 
 def stream_peak(run: MicroBatch) -> float:
@@ -173,17 +167,24 @@ def _fused_experts(run: MicroBatch) -> Table:
 def _fused_backward(run: MicroBatch) -> float:
     """Return the peak of the fused backward pass, the larger of two moments.
 
-    First, w2's gradient exists together with the gradients of the outputs and of the product. Later, the
-    input's gradient exists together with those of both weights, the pairs and the rows. The gradients of gate
-    and up overwrite gate and up, except in experts_cute.py.
+    With one rank, w2's gradient first exists together with the gradients of the outputs and of the product.
+    Later, the input's gradient exists together with those of both weights, the pairs and the rows.
+
+    With several ranks the input's gradient comes first. The gradients of the outputs and of the product stay
+    until w2's gradient is computed, while the rows' gradients are sent and received.
+
+    The gradients of gate and up overwrite gate and up, except in experts_cute.py.
     """
     intermediate = run.pairs * run.model.moe_intermediate_size * run.itemsize
     matrix = _expert_matrices(run)
     pairs = run.pairs * run.row
     rows = run.rows * run.row
-    peak = max(pairs + intermediate + matrix, pairs + rows + 3 * matrix)
-    peak += 0 if run.kernels.overwrites_gate_and_up else 2 * intermediate
-    return peak + (0 if run.ep_size == 1 else rows)  # with several ranks, the received gradient exists too
+    if run.ep_size == 1:
+        peak = max(pairs + intermediate + matrix, pairs + rows + 3 * matrix)
+    else:
+        peak = max(2 * pairs + intermediate + 2 * rows, pairs + intermediate + matrix + 2 * rows)
+        peak = max(peak, 3 * matrix + 2 * rows)
+    return peak + (0 if run.kernels.overwrites_gate_and_up else 2 * intermediate)
 
 
 def _fused_forward(run: MicroBatch) -> float:

@@ -5,8 +5,10 @@ def bytes_per_row(hidden_size: int, top_k: int, element_bytes: int, recompute: b
     """Return the bytes that one row sent to another rank costs in a training step.
 
     The hidden state crosses four times: to the experts and back, in the forward and in the backward pass. The
-    token's choice and weights, in fp32, cross twice. Recomputation repeats the exchanges of the forward
-    pass, which are half of all exchanges.
+    token's choice and weights, in fp32, cross once, and the weights' gradients once. Recomputation sends the
+    row to the experts again. It stops before the results go home, which the backward pass does not need.
     """
-    forward = 2 * hidden_size * element_bytes + 2 * top_k * 4
-    return (3 if recompute else 2) * forward
+    row = hidden_size * element_bytes
+    numbers = top_k * 4
+    to_experts = row + 2 * numbers
+    return to_experts + row + (2 * row + numbers) + (to_experts if recompute else 0)

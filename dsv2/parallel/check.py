@@ -1,7 +1,8 @@
 """Checks of the layout: how processes share the batch, the experts and the optimizer's states. No torch."""
 
 from dsv2.config.rules import refuse, require_positive
-from dsv2.config.schema import Config, WatchdogConfig
+from dsv2.config.schema import Config, Device, ExpertExchange, RuntimeConfig, WatchdogConfig
+from dsv2.kernels.specs import find_spec
 from dsv2.parallel.plan import Dim, ParallelPlan
 from dsv2.parallel.zero.stages import find_stage
 
@@ -12,7 +13,18 @@ def check_layout(config: Config) -> None:
     """Refuse a layout that cannot run; UserError names the field. moe/check.py checks the experts' layout."""
     require_positive("parallel", config.parallel, ["expert_parallel_size"])
     require_positive("runtime", config.runtime, ["micro_batch_size"])
+    if config.parallel.expert_exchange is ExpertExchange.symmetric:
+        _check_symmetric(config.runtime)
     find_stage(config.parallel.zero_stage, config.runtime.precision).check(config.optim, config.runtime)
+
+
+def _check_symmetric(runtime: RuntimeConfig) -> None:
+    if runtime.device is Device.cpu or not find_spec(runtime.kernels).is_fused:
+        right = (
+            f"needs GPUs and fused kernels, not runtime.device={runtime.device.value} and "
+            f"runtime.kernels={runtime.kernels}; use collective"
+        )
+        refuse("parallel.expert_exchange", "symmetric", right)
 
 
 def check_watchdog(watchdog: WatchdogConfig) -> None:

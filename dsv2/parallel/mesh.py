@@ -1,9 +1,9 @@
 """Every collective of the project: a `Mesh` has one `MeshDim` per dimension of the plan.
 
-A collective returns a new tensor and never changes its argument. With one rank it returns the
-argument's values without a process group. An error in a collective is `PeerLost`: another process has
-ended. plan.py says who belongs together; start.py makes the process groups. DeepSpeed's own collectives
-run inside dsv2/parallel/zero, and torch's own for checkpoints in dsv2/checkpoint/store.py.
+A collective returns a new tensor and never changes its argument, unless its name ends in `in_place`. With
+one rank it returns the argument's values without a process group. An error in a collective is `PeerLost`:
+another process has ended. plan.py says who belongs together; start.py makes the process groups. DeepSpeed's
+own collectives run inside dsv2/parallel/zero, and torch's own for checkpoints in dsv2/checkpoint/store.py.
 """
 
 import socket
@@ -60,7 +60,7 @@ def _peer_lost(error: RuntimeError) -> PeerLost:
 
 
 class Work:
-    """Rows on their way between ranks. Both tensors stay alive until `wait` returns."""
+    """Data on their way between ranks. Both tensors stay alive until `wait` returns."""
 
     def __init__(self, received: Tensor, sent: Tensor | None = None, work: dist.Work | None = None):
         self.device = received.device
@@ -69,7 +69,7 @@ class Work:
         self._work = work
 
     def wait(self) -> Tensor:
-        """Return the received rows, by sender. On a GPU the stream waits, not the host."""
+        """Return what was received. On a GPU the stream waits, not the host."""
         if self._work is not None:
             _collective(self._work.wait)
         self._work = None
@@ -97,6 +97,7 @@ class MeshDim:
         self.size = 1 if group is None else group.size()
         self.host_group = host_group
         self._clock = clock
+        self.group = group  # for libraries that need it
         self._group = group if self.size > 1 else None
         self._on_host = self.size > 1 and dist.get_backend(group) == "gloo"
         self.begun = 0  # collectives that this rank has begun
@@ -117,14 +118,15 @@ class MeshDim:
         self._begin(dist.all_gather_into_tensor, every, whole, group=self._group_for(x))
         return every
 
-    def swap(self, x: Tensor) -> Tensor:
-        """Send x[w] to rank w, and return the parts received, by sender. With one rank, return x."""
+    def start_gather(self, x: Tensor) -> Work:
+        """Start to gather every rank's x. `wait` returns [size, *x.shape], in rank order."""
         if self._group is None:
-            return x
-        x = x.contiguous()
-        received = torch.empty_like(x)
-        self._begin(dist.all_to_all_single, received, x, group=self._group_for(x))
-        return received
+            return Work(x[None])
+        every = x.new_empty(self.size, *x.shape)
+        whole = x[None].contiguous()  # gloo requires as many dimensions as the result has
+        group = self._group_for(x)
+        work = self._begin(dist.all_gather_into_tensor, every, whole, group=group, async_op=True)
+        return Work(every, whole, work)
 
     def exchange(self, x: Tensor, send: list[int], receive: list[int]) -> Work:
         """Start to send the next `send[w]` rows of x to each rank w. Rank w sends `receive[w]` rows here."""
@@ -135,6 +137,25 @@ class MeshDim:
         group = self._group_for(x)
         work = self._begin(dist.all_to_all_single, received, x, receive, send, group=group, async_op=True)
         return Work(received, x, work)
+
+    def scatter_sum_in_place(self, x: Tensor) -> Work:
+        """Start to sum every rank's x [size * n]. `wait` returns this rank's part [n], a view of x.
+
+        The other parts of x are undefined until then and afterwards.
+        """
+        part = x.view(self.size, -1)[self.rank]
+        if self._group is None:
+            return Work(part)
+        group = self._group_for(x)
+        return Work(part, x, self._begin(dist.reduce_scatter_tensor, part, x, group=group, async_op=True))
+
+    def gather_in_place(self, x: Tensor) -> Work:
+        """Start to fill x [size * n], whose part [n] of this rank is filled, with the other ranks' parts."""
+        if self._group is None:
+            return Work(x)
+        part = x.view(self.size, -1)[self.rank]
+        group = self._group_for(x)
+        return Work(x, part, self._begin(dist.all_gather_into_tensor, x, part, group=group, async_op=True))
 
     def objects(self, value: T) -> list[T]:
         """Return every rank's value (anything that pickles), in rank order."""

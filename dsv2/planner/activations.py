@@ -8,7 +8,7 @@ from typing import NamedTuple
 from dsv2.model.attention.kinds import attention_kind
 from dsv2.model.head_memory import head_peak
 from dsv2.model.sizes import count_layers
-from dsv2.moe.memory import dense_ffn, dense_peak, held_orders, moe, moe_peak, stream_peak
+from dsv2.moe.memory import dense_ffn, dense_peak, moe, moe_peak, stream_peak
 from dsv2.parallel.micro_batch import MicroBatch
 
 
@@ -34,14 +34,13 @@ def activations(run: MicroBatch) -> Activations:
     attention_kept = run.norm_bytes(run.model.hidden_size) + sum(attention.kept_bytes(run).values())
     dense_kept = sum(dense_ffn(run).values())
     moe_kept = sum(moe(run).values())
-    orders = held_orders(run)
     attention_peak = attention.peak_bytes(run) + run.fused * stream_peak(run)
     dense_total = dense_kept + dense_peak(run) if dense_layers else 0
     moe_total = moe_kept + moe_peak(run) if moe_layers else 0
     if run.recompute:  # each layer keeps only its input, and recomputes everything else in its backward pass
-        kept = run.model.num_hidden_layers * stream + moe_layers * orders
+        kept = run.model.num_hidden_layers * stream
         attention_kept -= stream if run.whole_norm or not run.cast else 0  # the input is already kept
-        single = attention_kept + max(moe_total - orders if moe_layers else 0, dense_total, attention_peak)
+        single = attention_kept + max(moe_total, dense_total, attention_peak)
         return Activations(kept, head_peak(run), kept + single, single)
     dense_layers_kept = dense_layers * (attention_kept + dense_kept)
     kept = dense_layers_kept + moe_layers * (attention_kept + moe_kept)

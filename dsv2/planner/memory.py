@@ -12,7 +12,7 @@ from dsv2.kernels.specs import find_spec
 from dsv2.moe.routers.kinds import router_of
 from dsv2.optimizers.rules import find_optimizer
 from dsv2.parallel.micro_batch import micro_batch
-from dsv2.parallel.plan import ParallelPlan
+from dsv2.parallel.plan import Dim, ParallelPlan
 from dsv2.parallel.zero.base import BUCKET, FP32, Job, States
 from dsv2.parallel.zero.stages import find_stage
 from dsv2.planner.activations import Activations, activations
@@ -54,13 +54,14 @@ def memory(config: Config, world_size: int, gpu: bool = True, resident: bool = F
     runtime = config.runtime
     ep_size = config.parallel.expert_parallel_size
     stage = find_stage(config.parallel.zero_stage, runtime.precision)
-    parameters = rank_parameters(config.model, ParallelPlan.of(config.parallel, world_size))
+    layout = ParallelPlan.of(config.parallel, world_size)
+    parameters = rank_parameters(config.model, layout)
     job = Job(
         parameters=parameters,
         optimizer=find_optimizer(optim.name),
         weight_bytes=2 if runtime.precision is Precision.bf16 else FP32,
         state_bytes=2 if optim.states is Precision.bf16 else FP32,
-        several_terms=optim.batch_size > runtime.micro_batch_size,
+        several_micro_batches=optim.batch_size > runtime.micro_batch_size * layout.sizes[Dim.dp],
         fused=find_spec(runtime.kernels).is_fused,
         bucket=min(BUCKET, parameters.elements) if resident else BUCKET,
     )

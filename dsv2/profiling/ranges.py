@@ -75,14 +75,14 @@ def methods_of_modules(model: Any) -> list[tuple[Any, str, str]]:
     """Return where a part begins without a call of a module, as `Ranges` takes it."""
     from dsv2.model.block import DecoderLayer
     from dsv2.moe import layer
-    from dsv2.moe.dispatch import Pending
+    from dsv2.moe.dispatch import ExchangedDispatch
 
     attentions = [layer.self_attn for layer in model.modules() if isinstance(layer, DecoderLayer)]
     projections = [
         (module, name, "attention projections") for module in attentions for name in module.projections
     ]
-    dispatch = [(layer, name, "dispatch") for name in ("plan_dispatch", "start_dispatch", "combine")]
-    return [*projections, *dispatch, (Pending, "wait", "dispatch")]
+    dispatch = [(ExchangedDispatch, name, "dispatch") for name in ("arrive", "combine")]
+    return [*projections, (layer, "start_dispatch", "dispatch"), *dispatch]
 
 
 def ranges_of_engine(engine: Any, stream: Any = None) -> "Ranges":

@@ -2,15 +2,34 @@
 
 import torch
 
-from dsv2.config.schema import ModelConfig, Precision, RuntimeConfig
+from dsv2.config.schema import Config, ExpertExchange, ModelConfig, Precision, RuntimeConfig
 from dsv2.hf.init_from import HFWeights
 from dsv2.kernels.sets import load_kernels
 from dsv2.model.init import init_weights, materialize
 from dsv2.model.transformer import DeepseekV2
 from dsv2.moe.engine_layer import EngineMoELayer
 from dsv2.moe.execution import Execution
+from dsv2.moe.transport import SymmetricTransport, Transport
 from dsv2.parallel.mesh import Mesh
 from dsv2.parallel.plan import Dim
+from dsv2.parallel.symmetric import SymmetricBuffer
+
+
+def start_transport(config: Config, mesh: Mesh) -> Transport | None:
+    """Return the transport that parallel.expert_exchange names; None is the all-to-all. Collective.
+
+    Raises:
+        UserError: the GPUs cannot reach one another's memory.
+    """
+    ep = mesh[Dim.ep]
+    if config.parallel.expert_exchange is ExpertExchange.collective or ep.size == 1:
+        return None
+    model = config.model
+    # There is room for the worst case, in which every token of every rank goes to one rank.
+    tokens = config.runtime.micro_batch_size * config.data.sequence_length
+    itemsize = 2 if config.runtime.precision is Precision.bf16 else 4
+    row_bytes = model.hidden_size * itemsize + 2 * model.num_experts_per_tok * 4
+    return SymmetricTransport(SymmetricBuffer(ep, ep.size * tokens, row_bytes, mesh.device))
 
 
 def build_model(
@@ -19,12 +38,18 @@ def build_model(
     seed: int,
     mesh: Mesh,
     weights: HFWeights | None = None,
+    transport: Transport | None = None,
 ) -> DeepseekV2:
-    """Return this rank's share of the model, in the run's precision, with fresh weights or with `weights`."""
+    """Return this rank's share of the model, in the run's precision, with fresh weights or with `weights`.
+
+    Args:
+        transport: as `start_transport` returns it.
+    """
     execution = Execution(
         ep=mesh[Dim.ep],
         recompute=runtime.recompute,
         kernels=load_kernels(runtime.kernels),
+        transport=transport,
         clock=mesh.clock,
         moe_layer=EngineMoELayer,
     )

@@ -14,7 +14,7 @@ from dsv2.parallel.mesh import Mesh
 from dsv2.parallel.plan import Dim, ParallelPlan
 from dsv2.parallel.start import start_mesh
 from dsv2.parallel.watchdog import record_collectives
-from dsv2.training.build import build_model
+from dsv2.training.build import build_model, start_transport
 from dsv2.training.engine import Engine
 from dsv2.training.evaluate import Evaluator
 from dsv2.training.start import Start
@@ -45,7 +45,8 @@ def build_job(config: Config, mesh: Mesh, start: Start) -> Job:
     """
     store, checkpoint, weights = start
     mesh.print(f"building the model{f' with the weights of {config.init_from}' if weights else ''}")
-    model = build_model(config.model, config.runtime, config.seed, mesh, weights)
+    transport = start_transport(config, mesh)
+    model = build_model(config.model, config.runtime, config.seed, mesh, weights=weights, transport=transport)
     engine = Engine(model, config.optim, config.parallel, config.runtime, mesh)
     stream = build_stream(config.data, config.model.vocab_size, mesh[Dim.dp])
     evaluator = Evaluator(engine, config)

@@ -235,13 +235,13 @@ def train(
 
 
 def types_reduced(rank: int, world_size: int, **layout: Any) -> set[torch.dtype]:
-    """Of what DeepSpeed adds up over the ranks in a step: the types of tensors as large as gradients."""
-    import deepspeed.comm
+    """Of what is added up over the ranks in a step: the types of tensors as large as gradients."""
+    import torch.distributed as dist
 
     engine = make_engine(rank, world_size, **layout)
-    with patch.object(deepspeed.comm, "all_reduce", wraps=deepspeed.comm.all_reduce) as all_reduce:
+    with patch.object(dist, "reduce_scatter_tensor", wraps=dist.reduce_scatter_tensor) as reduce_scatter:
         steps_of(engine, 0, 1, layout["micro_batch"])
-    return {call.args[0].dtype for call in all_reduce.call_args_list if call.args[0].numel() > 1000}
+    return {call.args[1].dtype for call in reduce_scatter.call_args_list if call.args[1].numel() > 1000}
 
 
 def save(engine: Any, store: Any, state: Any) -> None:

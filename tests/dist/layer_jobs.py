@@ -15,6 +15,7 @@ from dsv2.config.schema import ModelConfig
 from dsv2.parallel.mesh import ALONE, Mesh, MeshDim
 from dsv2.parallel.plan import Dim, ParallelPlan
 from tests.dist.traces import COUNTS, SUMS, kept_pairs
+from tests.unit.helpers import report_of
 
 BATCH = 4  # sequences
 ALPHAS = (0.1, 0.2, 0.3)  # of the three balance losses
@@ -66,13 +67,14 @@ def share(case: Case, layer: Any, rank: int, world_size: int, micro_batch: int) 
             run = functools.partial(checkpoint, layer, use_reentrant=False) if case.recompute else layer
             out = run(x_BSD[here], ids_B)
             loss = (out.y_BSD * readout_BSD[here]).sum(dim=-1).mean()
-            loss = loss + sum(alpha * raw for alpha, raw in zip(ALPHAS, out.losses, strict=True))
+            losses, stats = report_of(case.config, out, x_BSD.shape[1])
+            loss = loss + sum(alpha * raw.sum() for alpha, raw in zip(ALPHAS, losses, strict=True))
             (loss * together / BATCH / world_size).backward()  # the mean over micro-batches and ranks
             result.y_BSD[here] = out.y_BSD.detach().numpy()
-            result.losses += np.array([raw.item() for raw in out.losses]) * together / BATCH / world_size
-            result.rows_out += out.stats.rows_out.item()
+            result.losses += np.array([raw.item() for raw in losses]) * together / BATCH / world_size
+            result.rows_out += out.routing.rows_out
             for name in result.routing:
-                result.routing[name] = result.routing[name] + getattr(out.stats, name).numpy()
+                result.routing[name] = result.routing[name] + getattr(stats, name)[0].numpy()
     result.kept = kept
     result.grads = {"x": x_BSD.grad.numpy()}
     for name, parameter in layer.named_parameters():

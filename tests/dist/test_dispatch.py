@@ -41,35 +41,36 @@ def exchange(
     rank: int, world_size: int, top_k: int, groups: int, limit: int, dropping: bool
 ) -> dict[str, Any]:
     """Dispatch, apply the experts, combine; forward and gradients."""
-    from dsv2.moe.dispatch import combine, plan_dispatch, start_dispatch
+    from dsv2.moe.dispatch import start_dispatch
     from dsv2.moe.execution import Execution
 
     x, ids, weights = _case(rank, top_k, groups, limit)
     keep = torch.from_numpy(np.random.default_rng(rank + 50).random(ids.shape) < 0.7) if dropping else None
     x.requires_grad_(), weights.requires_grad_()
     matrices = _matrices().requires_grad_()
-    plan = plan_dispatch(ids, keep, EXPERTS, MeshDim(dist.group.WORLD))
-    execution = Execution()
-    here = start_dispatch(x, weights.float(), plan, execution).wait()
+    execution = Execution(MeshDim(dist.group.WORLD))
+    load = torch.bincount(ids.flatten(), minlength=EXPERTS)
+    dispatch = start_dispatch(x, weights.float(), ids, keep, load, execution)
+    here = dispatch.arrive()
     local = matrices.unflatten(0, (world_size, -1))[rank]
     y = torch.zeros_like(here.x_XD)
     for k in range(top_k):
-        chosen = here.expert_ids_XK[:, k]
-        out = torch.einsum("rd,rdf->rf", here.x_XD, local[chosen.clamp(min=0)])
-        y = y + (out * here.weights_XK[:, k : k + 1]).where((chosen >= 0).unsqueeze(-1), 0.0)
-    result = combine(y, plan, execution)
+        chosen = here.expert_ids_XK[:, k].long() - rank * len(local)
+        is_here = (chosen >= 0) & (chosen < len(local))
+        out = torch.einsum("rd,rdf->rf", here.x_XD, local[chosen.where(is_here, 0)])
+        y = y + (out * here.weights_XK[:, k : k + 1]).where(is_here.unsqueeze(-1), 0.0)
+    result = dispatch.combine(y)
     result.mul(torch.linspace(-1, 1, result.numel()).view_as(result)).sum().backward()
     dist.all_reduce(matrices.grad)
-    assert plan.exchange is not None
     return {
         "y": result.detach().numpy(),
         "grads": [t.grad.numpy() for t in (x, weights, matrices)],
-        "sent": plan.exchange.sent,
-        "received": plan.exchange.received,
-        "rows_out": plan.exchange.rows_out,
-        "rows_in": plan.exchange.rows_in,
+        "sent": dispatch._exchange.route.sent,
+        "received": dispatch._exchange.route.received,
+        "rows_out": dispatch.rows_out,
+        "rows_in": dispatch.rows_in,
         "waited": execution.clock.take().wait_ms,
-        "pairs": plan.n_pairs,
+        "pairs": here.n_pairs,
         "keep": None if keep is None else keep.numpy(),
     }
 
@@ -144,19 +145,18 @@ def bytes_sent(rank: int, world_size: int, recompute: bool) -> tuple[list[int], 
         ids = torch.tensor([0, 1])
         out = checkpoint(layer, x, ids, use_reentrant=False) if recompute else layer(x, ids)
         out.y_BSD.sum().backward()
-    return sent, out.stats.rows_out.item()
+    return sent, out.routing.rows_out
 
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_logged_bytes_are_those_sent(pools, world_size, recompute):
-    """Counts once a forward, for backward too; then three exchanges each way; recomputed, forward twice."""
+    """Rows, and the choice beside them, go out and home, forward and backward; recomputed, out twice."""
     results = pools[world_size].run("tests.dist.test_dispatch:bytes_sent", recompute=recompute)
-    forwards, total = 1 + recompute, 0
+    total = 0
     for sent, _ in results:
-        assert len(sent) == forwards * (1 + 3) + 3
-        counts = [sent[4 * forward] for forward in range(forwards)]  # a forward's first
-        total += sum(sent) - sum(counts)
+        assert len(sent) == 3 + 2 * recompute + 3
+        total += sum(sent)
     rows = sum(rows_out for _, rows_out in results)
     assert total == rows * bytes_per_row(24, 3, element_bytes=4, recompute=recompute) > 0
 
@@ -171,29 +171,30 @@ def order_of_issue(rank: int, world_size: int) -> list[str]:
     layer = MoELayer(jobs.model_config(n_group=2, topk_group=1), Execution(MeshDim(dist.group.WORLD)))
     init_weights(layer, 0.2, seed=0)
     seen: list[str] = []
-    transfer = dispatch._Transfer
-    launch, wait = transfer.launch, transfer.wait
+    transfer = dispatch._Exchange
+    arrived = transfer.arrived
+    start = dispatch.CollectiveTransport.start
 
-    def launched(self: Any, x: Tensor, backwards: bool) -> None:
-        seen.append("launch")
-        launch(self, x, backwards)
+    def started(self: Any, *arguments: Any, home: bool) -> Any:
+        seen.append("home" if home else "out")
+        return start(self, *arguments, home=home)
 
-    def waited(self: Any) -> Tensor:
+    def waited(self: Any) -> Any:
         seen.append("wait")
-        return wait(self)
+        return arrived(self)
 
     assert layer.shared_experts is not None
     for name, module in (("shared", layer.shared_experts), ("experts", layer.experts)):
         module.register_forward_hook(lambda *_, name=name: seen.append(name))
         module.register_full_backward_hook(lambda *_, name=name: seen.append(name))
-    transfer.launch, transfer.wait = launched, waited
+    dispatch.CollectiveTransport.start, transfer.arrived = started, waited
     try:
         x = torch.randn(2, 6, 24, requires_grad=True)
         out = layer(x, torch.tensor([0, 1])).y_BSD
         seen.append("backward")
         out.sum().backward()
     finally:
-        transfer.launch, transfer.wait = launch, wait
+        dispatch.CollectiveTransport.start, transfer.arrived = start, arrived
     return seen
 
 
@@ -201,6 +202,7 @@ def test_shared_experts_run_while_rows_are_under_way(pools):
     for seen in pools[2].run("tests.dist.test_dispatch:order_of_issue"):
         at = seen.index("backward")
         forward, backward = seen[:at], seen[at + 1 :]
-        # The choice and the rows leave, the shared experts run, both are waited for; one way home.
-        assert forward == ["launch", "launch", "shared", "wait", "wait", "experts", "launch", "wait"]
-        assert backward == ["launch", "wait", "experts", "launch", "launch", "shared", "wait", "wait"]
+        # The shared experts are queued before the host waits for the numbers of rows. On a GPU they run while
+        # the choice and the rows leave on the side. Backward, they run while the results' gradients travel.
+        assert forward == ["shared", "out", "wait", "experts", "home", "wait"]
+        assert backward == ["out", "shared", "wait", "experts", "home", "wait"]

@@ -9,6 +9,11 @@ from dsv2.parallel.plan import Dim, ParallelPlan
 from tests.dist.pool import fork_server
 
 
+def filled(rank: int, ranks: int) -> torch.Tensor:
+    """Two numbers for each of some ranks; no two of them are equal on any rank."""
+    return torch.arange(2.0 * ranks) + 100 * rank
+
+
 def every_collective(rank: int, world_size: int, ep: int) -> dict[str, Any]:
     """Call every method of every dimension; each argument must stay as it was."""
     from dsv2.parallel.start import start_mesh
@@ -31,7 +36,9 @@ def every_collective(rank: int, world_size: int, ep: int) -> dict[str, Any]:
             "gather": ranks.gather(x.T).tolist(),  # not contiguous
             "from_main": ranks.from_main(x).tolist(),
             "exchange": work.wait().flatten().tolist(),
-            "swap": ranks.swap(to_all).tolist(),
+            "scatter_sum": ranks.scatter_sum_in_place(filled(rank, ranks.size)).wait().tolist(),
+            "gather_in_place": ranks.gather_in_place(filled(rank, ranks.size)).wait().tolist(),
+            "start_gather": ranks.start_gather(to_all).wait().tolist(),
         }
         if dim in (Dim.world, Dim.dp, Dim.pp):  # the dimensions with a host group, or of one rank
             answers[dim]["objects"] = ranks.objects({"rank": rank})
@@ -59,7 +66,10 @@ def test_every_collective_of_every_dimension(pools, world_size, ep):
             assert got["gather"] == [[[10.0 * member, 1.0]] for member in members]
             assert got["from_main"] == [[10.0 * members[0]], [1.0]]
             assert got["exchange"] == [100 * m + first + i for m in members for i in range(place + 1)]
-            assert got["swap"] == [10 * member + place for member in members]
+            assert got["scatter_sum"] == [sum(100 * m + 2 * place + i for m in members) for i in range(2)]
+            numbers = [100 * m + 2 * p + i for p, m in enumerate(members) for i in (0, 1)]
+            assert got["gather_in_place"] == numbers
+            assert got["start_gather"] == [[10 * m + i for i in range(len(members))] for m in members]
             if "objects" in got:
                 assert got["objects"] == [{"rank": member} for member in members]
                 assert got["agree"] == [1 in members, False]

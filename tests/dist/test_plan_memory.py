@@ -68,8 +68,9 @@ def test_states_and_peak_are_those_of_the_engine(pools, world_size, ep, stage, b
     ):
         assert 0.99 < saved / want.saved <= 1, "the plan counts padding"
         assert 0 <= held - want.states.total <= SLACK
-        # The planner stays on the safe side where it does not follow every copy (ZeRO-2 and 3).
-        low, high = (0.99, 1.03) if stage == 1 and bf16 else (0.95, 1.22)
+        # The planner stays on the safe side where it does not follow every copy (ZeRO-2 and 3). For ZeRO-1 in
+        # bf16 it counts the head's gradient, 3 % of the peak here, together with the fullest layer.
+        low, high = (0.99, 1.06) if stage == 1 and bf16 else (0.95, 1.22)
         assert low < (want.peak - bucket) / (peak - bucket) < high, want.phases
 
 

@@ -4,6 +4,7 @@ A process group lives once per process.
 """
 
 import multiprocessing
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -73,6 +74,12 @@ def train_command(folder: Path) -> list[str]:
     command += [f"runs_dir={folder}", "data.sequence_length=64", "optim.total_tokens=51200"]
     command += ["optim.lr=3e-3", "optim.warmup_steps=5", "eval.sequences=8", "logging.wandb=disabled"]
     return [*command, "runtime.micro_batch_size=16"]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def alone(function: Callable[..., Any], *arguments: Any) -> Any:

@@ -96,7 +96,7 @@ def test_routed_experts(poison, kernels, rows, top_k, experts, hidden, width, ki
 
     def apply(kernels: KernelSet, n_pairs: int) -> Callable[..., Tensor]:
         return lambda x, w, a, b: kernels.routed_experts(
-            x, ids, w, counts, n_pairs=n_pairs, w13_E2FD=a, w2_EDF=b
+            x, ids, w, counts, n_pairs=n_pairs, first_expert=0, w13_E2FD=a, w2_EDF=b
         )
 
     for n_pairs in {ids.numel(), int(counts.sum())}:
@@ -109,7 +109,9 @@ def test_experts_without_a_row(kernels):
     shapes = ((0, 64), (0, 3), (4, 64, 64), (4, 64, 32))
     x, weights, w13, w2 = (torch.ones(shape, device=DEVICE, requires_grad=True) for shape in shapes)
     ids, counts = torch.empty(0, 3, dtype=torch.int64, device=DEVICE), torch.zeros(4, device=DEVICE).long()
-    out = kernel_set(kernels).routed_experts(x, ids, weights, counts, n_pairs=0, w13_E2FD=w13, w2_EDF=w2)
+    out = kernel_set(kernels).routed_experts(
+        x, ids, weights, counts, n_pairs=0, first_expert=0, w13_E2FD=w13, w2_EDF=w2
+    )
     out.sum().backward()
     assert out.shape == x.shape
     assert all(t.grad is not None and not t.grad.any() for t in (x, weights, w13, w2))
@@ -129,12 +131,40 @@ def test_sort_of_slots(fused, tokens, slots, keys, absent):
     for key in (some, some.where(some != 1, 0), torch.full_like(some, keys - 1)):
         present = int((key < keys).sum())
         for n_rows in {present, key.numel()}:
-            rows, place, ends = sort_slots(key.to(torch.int16), keys, n_rows)
             want = map_rows(key, n_rows)
-            assert torch.equal(rows.slots, want.slots)
-            assert ends.tolist() == [int((key <= k).sum()) for k in range(keys)]
-            assert place.flatten()[want.slots[:present]].tolist() == list(range(present))
-            assert (place[key == keys] == -1).all()
+            # Absent keys lie above the others, or below the first of them.
+            below = (key.where(key < keys, -1) + 7).float()
+            for some_keys, first in ((key.to(torch.int16), 0), (below, 7)):
+                rows, ends = sort_slots(some_keys, first, keys, n_rows)
+                assert torch.equal(rows.slots, want.slots)
+                assert ends.tolist() == [int((key <= k).sum()) for k in range(keys)]
+                assert rows.places.flatten()[want.slots[:present]].tolist() == list(range(present))
+                assert (rows.places[key == keys] == -1).all()
+
+
+@pytest.mark.parametrize("kind", ["even", "absent", "none"])
+@pytest.mark.parametrize(
+    ("tokens", "top_k", "local", "ranks"), [(1, 2, 2, 2), (37, 3, 2, 4), (1000, 6, 16, 4), (700, 6, 20, 8)]
+)
+def test_rows_by_rank(fused, tokens, top_k, local, ranks, kind):
+    ids = choices(tokens, top_k, local * ranks, kind)
+    want, want_counts = REFERENCE.rows_by_rank(ids, local, ranks)
+    rows, counts = fused.rows_by_rank(ids, local, ranks)
+    present = int(counts.sum())
+    assert counts.tolist() == want_counts.tolist()
+    assert torch.equal(rows.slots[:present], want.slots[:present])
+    assert torch.equal(rows.places, want.places)
+
+
+@pytest.mark.parametrize(("tokens", "slots"), [(1, 1), (37, 3), (3000, 6)])
+def test_pick(fused, tokens, slots):
+    from dsv2.kernels.fused.rows import pick
+
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    values = torch.rand(50, device=DEVICE, generator=generator)
+    places = torch.randint(-1, 50, (tokens, slots), device=DEVICE, generator=generator)
+    want = values[places.clamp(min=0)].where(places >= 0, 0.0)
+    assert torch.equal(pick(values, places.int()), want)
 
 
 @pytest.mark.parametrize(("tokens", "slots", "width"), [(1, 1, 8), (50, 4, 100), (333, 8, 5120)])
@@ -144,16 +174,14 @@ def test_rows(fused, tokens, slots, width):
     generator = torch.Generator(DEVICE).manual_seed(0)
     keys = torch.randint(0, 5, (tokens, slots), device=DEVICE, generator=generator)
     rows = map_rows(keys, max(1, int((keys < 4).sum())))
-    check(
-        lambda x: REFERENCE.gather_rows(x, rows),
-        lambda x: fused.gather_rows(x, rows),
-        [normal(tokens, width)],
-    )
-    check(
-        lambda y: REFERENCE.sum_rows(y, rows, tokens),
-        lambda y: fused.sum_rows(y, rows, tokens),
-        [normal(len(rows.slots), width)],
-    )
+    rows = rows._replace(places=rows.places.where(keys < 4, -1))
+    x = normal(tokens, width)
+    assert torch.equal(fused.copy_rows(x, rows), REFERENCE.copy_rows(x, rows))
+    for y in (normal(len(rows.slots), width), normal(len(rows.slots), width).float()):
+        exact = REFERENCE.sum_rows(y.double(), rows, tokens)
+        assert relative(fused.sum_rows(y, rows, tokens), exact) < (
+            3e-3 if y.dtype == torch.bfloat16 else 1e-6
+        )
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """Two GPUs through NCCL compute what one does: experts apart or together, tokens dropped or not."""
 
 import os
-import socket
 from typing import Any
 
 import numpy as np
@@ -9,10 +8,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsv2.config.schema import OptimConfig, ParallelConfig, Precision, RuntimeConfig
+from data.config import DataConfig
+from dsv2.config.schema import (
+    Config,
+    ExpertExchange,
+    OptimConfig,
+    ParallelConfig,
+    Precision,
+    RuntimeConfig,
+)
 from tests.dist import traces
 from tests.dist.jobs import owned
-from tests.gpu.process import FUSED_KERNELS, SIZES, alone, need, together
+from tests.gpu.process import FUSED_KERNELS, SIZES, alone, free_port, need, together
 from tests.unit.helpers import tiny_config
 
 pytestmark = [
@@ -24,7 +31,14 @@ N_EXPERTS = tiny_config().n_routed_experts
 
 
 def steps(
-    rank: int, world_size: int, port: int, ep: int, stage: int, kernels: str, dropping: bool
+    rank: int,
+    world_size: int,
+    port: int,
+    ep: int,
+    stage: int,
+    kernels: str,
+    dropping: bool,
+    exchange: str = "collective",
 ) -> tuple[list[list[float]], list]:
     """Of every step loss, LM loss, gradient norm, and the balance losses of every layer.
 
@@ -33,7 +47,7 @@ def steps(
     from data.streams.base import Batch
     from dsv2.parallel.plan import ParallelPlan
     from dsv2.parallel.start import end_process_group, start_mesh
-    from dsv2.training.build import build_model
+    from dsv2.training.build import build_model, start_transport
     from dsv2.training.engine import Engine
 
     os.environ |= {"LOCAL_RANK": str(rank), "RANK": str(rank), "WORLD_SIZE": str(world_size)}
@@ -45,7 +59,10 @@ def steps(
     runtime = RuntimeConfig(micro_batch_size=own, precision=precision, kernels=kernels)
     config = tiny_config(**SIZES)
     config.initializer_range, config.balance.token_dropping = 0.05, dropping
-    model = build_model(config, runtime, 0, mesh)
+    parallel.expert_exchange = ExpertExchange(exchange)
+    data = DataConfig(sequence_length=LENGTH)
+    transport = start_transport(Config(model=config, data=data, parallel=parallel, runtime=runtime), mesh)
+    model = build_model(config, runtime, 0, mesh, transport=transport)
     engine = Engine(model, OptimConfig(lr=1e-3, eps=1e-4), parallel, runtime, mesh)
     generator, found = torch.Generator().manual_seed(0), []
     moments = []
@@ -79,12 +96,6 @@ def run(*layout: Any) -> tuple[Tensor, dict[str, np.ndarray]]:
     return torch.tensor(results[0][0]), gradients(results)
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def assert_same_gradients(got: dict[str, np.ndarray], want: dict[str, np.ndarray], most: float) -> None:
     """A gradient that is missing, or another expert's, is 1 off or more; one counted half, 0.5."""
     assert got.keys() == want.keys()
@@ -104,11 +115,14 @@ def test_fp32(ep, stage, dropping):
 
 
 @FUSED_KERNELS
-@pytest.mark.parametrize(("ep", "dropping"), [(1, False), (2, False), (2, True)])
-def test_fused_bf16(ep, dropping, kernels):
+@pytest.mark.parametrize(
+    ("ep", "dropping", "exchange"),
+    [(1, False, "collective"), (2, False, "collective"), (2, True, "collective"), (2, True, "symmetric")],
+)
+def test_fused_bf16(ep, dropping, exchange, kernels):
     need(kernels)
     want, one = run(1, 1, 1, kernels, dropping)
-    got, two = run(2, ep, 1, kernels, dropping)
+    got, two = run(2, ep, 1, kernels, dropping, exchange)
     # Roundings differ, and with them a few tokens' experts.
     assert_same_gradients(two, one, 0.3)
     # The gradient's norm shows it more after every update: that of one GPU in fp32 is up to 2 % away.

@@ -19,6 +19,8 @@ from dsv2.kernels.reference.router import sequence_sums
 from dsv2.kernels.types import Choice
 from dsv2.model.transformer import DeepseekV2
 from dsv2.moe.balance import BalanceLosses, balance_losses
+from dsv2.moe.layer import MoEOutput
+from dsv2.moe.stats import RoutingStats, routing_stats, stack_sums
 from dsv2.parallel.buffers import persistent_buffers
 
 REPO = Path(__file__).parents[2]
@@ -60,6 +62,14 @@ def balance_of(choice: Choice, n_sequences: int, n_group: int, topk_group: int) 
     n_tokens, top_k = len(choice.affinity_TE) // n_sequences, choice.expert_ids_TK.shape[1]
     sums = sequence_sums(choice, n_sequences, n_group)
     return balance_losses(sums, n_tokens, top_k, n_group, topk_group)
+
+
+def report_of(config: ModelConfig, out: MoEOutput, n_tokens: int) -> tuple[BalanceLosses, RoutingStats]:
+    """The losses and the statistics of one layer, with a leading dimension of 1."""
+    sums = stack_sums([out.routing])
+    top_k = config.num_experts_per_tok
+    losses = balance_losses(sums, n_tokens, top_k, config.n_group, config.topk_group)
+    return losses, routing_stats([out.routing], sums, n_tokens)
 
 
 def tiny_config(**changes: Any) -> ModelConfig:

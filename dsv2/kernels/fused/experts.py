@@ -6,14 +6,15 @@ with the activations' gradient. The activations kept for the backward pass are t
 but not the experts' outputs.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from dsv2.kernels.fused import swiglu
-from dsv2.kernels.fused.rows import add_rows, copy_rows, sort_slots
-from dsv2.kernels.types import RowMap
+from dsv2.kernels.fused.rows import add_rows, copy_rows, pick, sort_slots
+from dsv2.kernels.types import LateGradients, RowMap
 
 
 def _product(a: Tensor, b: Tensor, ends_E: Tensor) -> Tensor:
@@ -37,42 +38,69 @@ class _NoRows(torch.autograd.Function):
         return tuple(torch.zeros_like(tensor) for tensor in ctx.saved_tensors)
 
 
+class _LateGradients(torch.autograd.Function):
+    """Computes the gradients of the weights with what the experts' backward pass has put into the box."""
+
+    @staticmethod
+    def forward(ctx, w13_E2FD, w2_EDF, box):
+        ctx.box = box
+        return w13_E2FD.new_empty(())
+
+    @staticmethod
+    def backward(ctx, handle):
+        return *ctx.box.pop()(), None
+
+
+def late_gradients(w13_E2FD: Tensor, w2_EDF: Tensor) -> LateGradients:
+    box: list = []
+    return LateGradients(_LateGradients.apply(w13_E2FD, w2_EDF, box), box)
+
+
+def now_or_later(
+    late: LateGradients | None, compute: Callable[[], tuple[Tensor, Tensor]]
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of w13, w2 and of the handle, or leave those of w13 and w2 to `late`."""
+    if late is None:
+        return *compute(), None
+    late.box.append(compute)
+    return None, None, torch.empty_like(late.handle)
+
+
 class _RoutedExperts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_XD, weights_XK, w13_E2FD, w2_EDF, pairs: RowMap, places_XK, ends_E):
-        ctx.pairs = pairs
+    def forward(ctx, x_XD, weights_XK, w13_E2FD, w2_EDF, handle, late, slots_P, places_XK, ends_E):
+        pairs = RowMap(slots_P, places_XK)
+        ctx.late = late
         ctx.done = False
         x_PD = copy_rows(x_XD, pairs)
         gate_up_P2F = _product(x_PD, w13_E2FD.transpose(1, 2), ends_E)
-        weights_P = weights_XK.flatten()[pairs.slots]
+        weights_P = weights_XK.flatten()[slots_P]
         hidden_PF = swiglu.forward(*gate_up_P2F.chunk(2, dim=1), weights_P)
         y_PD = _product(hidden_PF, w2_EDF.transpose(1, 2), ends_E)
-        kept = (x_PD, w13_E2FD, w2_EDF, places_XK, ends_E, gate_up_P2F, weights_P)
+        kept = (x_PD, w13_E2FD, w2_EDF, slots_P, places_XK, ends_E, gate_up_P2F, weights_P)
         ctx.save_for_backward(*kept)
         return add_rows(y_PD, places_XK)
 
     @staticmethod
     def backward(ctx, grad_XD):
-        x_PD, w13_E2FD, w2_EDF, places_XK, ends_E, gate_up_P2F, weights_P = ctx.saved_tensors
-        pairs = ctx.pairs
-        grad_y_PD = copy_rows(grad_XD.contiguous(), pairs)
+        x_PD, w13_E2FD, w2_EDF, slots_P, places_XK, ends_E, gate_up_P2F, weights_P = ctx.saved_tensors
+        grad_y_PD = copy_rows(grad_XD.contiguous(), RowMap(slots_P, places_XK))
         hidden_PF = _product(grad_y_PD, w2_EDF, ends_E)  # first its gradient, then hidden in the same memory
         assert not ctx.done, "the experts' backward pass runs once: it overwrites what the forward pass kept"
         ctx.done = True
         grad_weights_P = swiglu.backward_in_place(hidden_PF, *gate_up_P2F.chunk(2, dim=1), weights_P)
         grad_gate_up = gate_up_P2F
-        grad_w2 = _product(grad_y_PD.t(), hidden_PF, ends_E)
+        for_w2 = [grad_y_PD.t(), hidden_PF]
         del grad_y_PD, hidden_PF
-        grad_w13 = _product(grad_gate_up.t(), x_PD, ends_E)
+
+        def weights() -> tuple[Tensor, Tensor]:
+            grad_w2 = _product(*for_w2, ends_E)
+            for_w2.clear()  # frees them before the next product
+            return _product(grad_gate_up.t(), x_PD, ends_E), grad_w2
+
+        grads_of_weights = now_or_later(ctx.late, weights)
         grad_x = add_rows(_product(grad_gate_up, w13_E2FD, ends_E), places_XK)
-        grad_weights = weights_gradient(grad_weights_P, pairs, places_XK)
-        return grad_x, grad_weights, grad_w13, grad_w2, *[None] * 3
-
-
-def weights_gradient(grad_weights_P: Tensor, pairs: RowMap, places_XK: Tensor) -> Tensor:
-    """Return the weights' gradient [X, K], with zeros for dropped pairs: the rows after the last expert's."""
-    grads = grad_weights_P.new_zeros(places_XK.numel()).index_copy_(0, pairs.slots, grad_weights_P)
-    return grads.view_as(places_XK).where(places_XK >= 0, 0.0)
+        return grad_x, pick(grad_weights_P, places_XK), *grads_of_weights, *[None] * 4
 
 
 def routed_experts_by(
@@ -83,16 +111,22 @@ def routed_experts_by(
     counts_E: Tensor,
     *,
     n_pairs: int,
+    first_expert: int,
     w13_E2FD: Tensor,
     w2_EDF: Tensor,
+    late: LateGradients | None = None,
 ) -> Tensor:
-    """Apply `function` to x, weights, w13, w2, the sorted pairs, each slot's row and each expert's end."""
+    """Apply `function` to x, weights, w13, w2, `late`, the sorted pairs and each expert's end."""
     if n_pairs == 0:
         return _NoRows.apply(x_XD, weights_XK, w13_E2FD, w2_EDF)
-    keys_XK = expert_ids_XK.to(torch.int16)
-    keys_XK = keys_XK.where(keys_XK >= 0, len(counts_E))
-    sorted_slots = sort_slots(keys_XK, len(counts_E), n_pairs)
-    return function.apply(x_XD.contiguous(), weights_XK.contiguous(), w13_E2FD, w2_EDF, *sorted_slots)
+    pairs, ends_E = sort_slots(expert_ids_XK.contiguous(), first_expert, len(counts_E), n_pairs)
+    handle = None
+    if late is not None:
+        handle = late.handle
+        w13_E2FD = w13_E2FD.detach()
+        w2_EDF = w2_EDF.detach()
+    tensors = (x_XD.contiguous(), weights_XK.contiguous(), w13_E2FD, w2_EDF, handle)
+    return function.apply(*tensors, late, *pairs, ends_E)
 
 
 routed_experts = partial(routed_experts_by, _RoutedExperts)

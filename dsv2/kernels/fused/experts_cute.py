@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from quack.gemm_config import GemmConfig
 from quack.gemm_interface import gemm, gemm_act, gemm_dact
+from torch import Tensor
 
-from dsv2.kernels.fused.experts import routed_experts_by, weights_gradient
-from dsv2.kernels.fused.rows import add_rows, copy_rows
+from dsv2.kernels.fused.experts import now_or_later, routed_experts_by
+from dsv2.kernels.fused.rows import add_rows, copy_rows, pick
 from dsv2.kernels.types import RowMap
 
 # quack caches a plan per shape. Rounding the number of pairs up to a multiple of SPARE keeps the number of
@@ -30,9 +31,10 @@ NARROW = GemmConfig(tile_m=128, tile_n=128, pingpong=True, is_dynamic_persistent
 
 class _RoutedExperts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_XD, weights_XK, w13_E2FD, w2_EDF, pairs: RowMap, places_XK, ends_E):
-        n_pairs = len(pairs.slots)
-        ctx.pairs = pairs
+    def forward(ctx, x_XD, weights_XK, w13_E2FD, w2_EDF, handle, late, slots_P, places_XK, ends_E):
+        ctx.late = late
+        pairs = RowMap(slots_P, places_XK)
+        n_pairs = len(slots_P)
         ctx.length = n_pairs + -n_pairs % SPARE
         starts = F.pad(ends_E, (1, 0))
         x_PD = copy_rows(x_XD, pairs, ctx.length)
@@ -45,17 +47,16 @@ class _RoutedExperts(torch.autograd.Function):
             tuned=False,
         )
         y_PD = gemm(hidden_PF, w2_EDF.mT, cu_seqlens_m=starts, tuned=False)
-        kept = (x_PD, weights_XK, w13_E2FD, w2_EDF, places_XK, starts, gate_up_P2F)
+        kept = (x_PD, weights_XK, w13_E2FD, w2_EDF, slots_P, places_XK, starts, gate_up_P2F)
         ctx.save_for_backward(*kept)
         return add_rows(y_PD, places_XK, weights_XK)
 
     @staticmethod
     def backward(ctx, grad_XD):
-        x_PD, weights_XK, w13_E2FD, w2_EDF, places_XK, starts, gate_up_P2F = ctx.saved_tensors
-        pairs = ctx.pairs
-        n_pairs = len(pairs.slots)
-        grad_y_PD = copy_rows(grad_XD.contiguous(), pairs, ctx.length)
-        weights_P = F.pad(weights_XK.flatten()[pairs.slots], (0, ctx.length - n_pairs))
+        x_PD, weights_XK, w13_E2FD, w2_EDF, slots_P, places_XK, starts, gate_up_P2F = ctx.saved_tensors
+        n_pairs = len(slots_P)
+        grad_y_PD = copy_rows(grad_XD.contiguous(), RowMap(slots_P, places_XK), ctx.length)
+        weights_P = F.pad(weights_XK.flatten()[slots_P], (0, ctx.length - n_pairs))
         grad_gate_up_P2F, hidden_PF, grad_weights_P = gemm_dact(
             grad_y_PD,
             w2_EDF,
@@ -67,20 +68,27 @@ class _RoutedExperts(torch.autograd.Function):
             dynamic_scheduler=False,
             config=NARROW,
         )
-        grad_w2 = gemm(grad_y_PD.mT, hidden_PF, cu_seqlens_k=starts, tuned=False)
+        for_w2 = [grad_y_PD.mT, hidden_PF]
         del grad_y_PD, hidden_PF
-        grad_w13 = torch.empty_like(w13_E2FD)
-        gemm(
-            x_PD.mT,
-            grad_gate_up_P2F,
-            out=grad_w13.mT,
-            cu_seqlens_k=starts,
-            concat_layout=("out",),
-            tuned=False,
-        )
+
+        def weights() -> tuple[Tensor, Tensor]:
+            grad_w2 = gemm(*for_w2, cu_seqlens_k=starts, tuned=False)
+            for_w2.clear()  # frees them before the next product
+            grad_w13 = torch.empty_like(w13_E2FD)
+            gemm(
+                x_PD.mT,
+                grad_gate_up_P2F,
+                out=grad_w13.mT,
+                cu_seqlens_k=starts,
+                concat_layout=("out",),
+                tuned=False,
+            )
+            return grad_w13, grad_w2
+
+        grads_of_weights = now_or_later(ctx.late, weights)
         grad_x_PD = gemm(grad_gate_up_P2F, w13_E2FD, cu_seqlens_m=starts, concat_layout=("B",), tuned=False)
-        grad_weights = weights_gradient(grad_weights_P[:n_pairs], pairs, places_XK)
-        return add_rows(grad_x_PD, places_XK), grad_weights, grad_w13, grad_w2, *[None] * 3
+        grad_x = add_rows(grad_x_PD, places_XK)
+        return grad_x, pick(grad_weights_P, places_XK), *grads_of_weights, *[None] * 4
 
 
 routed_experts = partial(routed_experts_by, _RoutedExperts)

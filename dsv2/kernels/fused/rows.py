@@ -10,6 +10,7 @@ from dsv2.kernels.types import RowMap
 BLOCK = 2048
 SORTED = 128  # slots of one program of the sort
 STEP = 32  # of them are compared at once
+TOKENS = 128  # tokens of one program that finds their ranks
 
 
 @triton.jit
@@ -47,11 +48,18 @@ def _sum(
 
 
 @triton.jit
-def _histogram(keys, counts, n_slots, KEYS: tl.constexpr, SORTED: tl.constexpr):
+def _key(keys, n, inside, first, absent):
+    """Load keys, counted from `first`. Keys outside 0 .. `absent` - 1 become `absent`."""
+    key = tl.load(keys + n, mask=inside, other=-1).to(tl.int32) - first
+    return tl.where((key >= 0) & (key < absent), key, absent)
+
+
+@triton.jit
+def _histogram(keys, counts, n_slots, first, absent, KEYS: tl.constexpr, SORTED: tl.constexpr):
     """Count how often each key occurs in a block of consecutive slots."""
     block = tl.program_id(0)
     n = block * SORTED + tl.arange(0, SORTED)
-    key = tl.load(keys + n, mask=n < n_slots, other=KEYS - 1).to(tl.int32)
+    key = tl.where(n < n_slots, _key(keys, n, n < n_slots, first, absent), KEYS - 1)
     count = tl.histogram(key, KEYS)
     tl.store(counts + tl.arange(0, KEYS) * tl.num_programs(0) + block, count)
 
@@ -65,6 +73,7 @@ def _place(
     places,
     n_slots,
     n_rows,
+    first,
     absent,
     SORTED: tl.constexpr,
     STEP: tl.constexpr,
@@ -74,27 +83,64 @@ def _place(
     blocks = tl.num_programs(0)
     index = tl.arange(0, SORTED)
     n = block * SORTED + index
-    key = tl.load(keys + n, mask=n < n_slots, other=0).to(tl.int32)
+    key = _key(keys, n, n < n_slots, first, absent)
     row = tl.load(ends + key * blocks + block) - tl.load(counts + key * blocks + block)
     for start in tl.static_range(0, SORTED, STEP):
         other = start + tl.arange(0, STEP)
         m = block * SORTED + other
-        other_key = tl.load(keys + m, mask=m < n_slots, other=-1).to(tl.int32)
+        other_key = tl.where(m < n_slots, _key(keys, m, m < n_slots, first, absent), -1)
         before = (other_key[None, :] == key[:, None]) & (other[None, :] < index[:, None])
         row += tl.sum(before.to(tl.int32), 1)
     tl.store(slots + row, n.to(tl.int64), mask=(n < n_slots) & (row < n_rows))
     tl.store(places + n, tl.where(key == absent, -1, row), mask=n < n_slots)
 
 
-def sort_slots(keys: Tensor, n_keys: int, n_rows: int) -> tuple[RowMap, Tensor, Tensor]:
-    """Sort slots by counting, stably: `map_rows` of int16 keys 0 .. `n_keys`, of which `n_keys` means absent.
+@triton.jit
+def _ranks(
+    ids,
+    keys,
+    T,
+    K: tl.constexpr,
+    W: tl.constexpr,
+    LOCAL: tl.constexpr,
+    RANKS: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    """Write the rank w as the key of slot (token, w) if the token has an expert there, W if not."""
+    t = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    rank = tl.arange(0, RANKS)[None, :]
+    key = tl.zeros((TOKENS, RANKS), tl.int32) + W
+    for k in tl.static_range(K):
+        expert = tl.load(ids + t * K + k, mask=t < T, other=-1).to(tl.int32)[:, None]
+        key = tl.where((expert >= rank * LOCAL) & (expert < (rank + 1) * LOCAL), rank, key)
+    tl.store(keys + t[:, None] * W + rank, key.to(tl.int16), mask=(t < T)[:, None] & (rank < W))
+
+
+@triton.jit
+def _pick(values, places, out, n_slots, BLOCK: tl.constexpr):
+    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.load(places + n, mask=n < n_slots, other=-1)
+    tl.store(out + n, tl.load(values + row, mask=row >= 0, other=0.0), mask=n < n_slots)
+
+
+def pick(values: Tensor, places: Tensor) -> Tensor:
+    """Return the value of each slot's row, 0 without one: [T, slots per token]; no gradient."""
+    out = values.new_empty(places.shape)
+    if out.numel():
+        grid = (triton.cdiv(out.numel(), BLOCK),)
+        _pick[grid](values=values, places=places, out=out, n_slots=out.numel(), BLOCK=BLOCK)
+    return out
+
+
+def sort_slots(keys: Tensor, first: int, n_keys: int, n_rows: int) -> tuple[RowMap, Tensor]:
+    """Sort slots by counting, stably: `map_rows` of the keys `first` .. `first` + `n_keys` - 1.
 
     Args:
-        keys: [T, slots per token].
+        keys: [T, slots per token]. Any other key means an absent slot.
 
     Returns:
-        The first `n_rows` slots by key. Each slot's row, int32 [T, slots per token], -1 if absent. The end of
-        each key's rows, int32 [n_keys].
+        The first `n_rows` slots by key, where absent slots have no row. The end of each key's rows, int32
+        [n_keys].
     """
     n_slots = keys.numel()
     blocks = triton.cdiv(n_slots, SORTED)
@@ -103,9 +149,17 @@ def sort_slots(keys: Tensor, n_keys: int, n_rows: int) -> tuple[RowMap, Tensor, 
     places = torch.empty(keys.shape, dtype=torch.int32, device=keys.device)
     if not n_slots:
         ends = torch.zeros(n_keys, dtype=torch.int32, device=keys.device)
-        return RowMap(slots, keys.shape[1]), places, ends
+        return RowMap(slots, places), ends
     counts = torch.empty(padded_keys, blocks, dtype=torch.int32, device=keys.device)
-    _histogram[(blocks,)](keys=keys, counts=counts, n_slots=n_slots, KEYS=padded_keys, SORTED=SORTED)
+    _histogram[(blocks,)](
+        keys=keys,
+        counts=counts,
+        n_slots=n_slots,
+        first=first,
+        absent=n_keys,
+        KEYS=padded_keys,
+        SORTED=SORTED,
+    )
     ends = counts.view(-1).cumsum(0, dtype=torch.int32).view(padded_keys, blocks)
     _place[(blocks,)](
         keys=keys,
@@ -115,18 +169,30 @@ def sort_slots(keys: Tensor, n_keys: int, n_rows: int) -> tuple[RowMap, Tensor, 
         places=places,
         n_slots=n_slots,
         n_rows=n_rows,
+        first=first,
         absent=n_keys,
         SORTED=SORTED,
         STEP=STEP,
     )
-    return RowMap(slots, keys.shape[1]), places, ends[:n_keys, -1].contiguous()
+    return RowMap(slots, places), ends[:n_keys, -1].contiguous()
 
 
-def rows_of_slots(rows: RowMap, n_tokens: int) -> Tensor:
-    """Return the row of each slot, -1 for a slot without one: int32 [T, slots per token]."""
-    places = torch.full((n_tokens * rows.n_slots,), -1, dtype=torch.int32, device=rows.slots.device)
-    numbers = torch.arange(len(rows.slots), dtype=torch.int32, device=places.device)
-    return places.index_copy_(0, rows.slots, numbers).view(n_tokens, rows.n_slots)
+def rows_by_rank(expert_ids_TK: Tensor, n_local: int, n_ranks: int) -> tuple[RowMap, Tensor]:
+    tokens, top_k = expert_ids_TK.shape
+    keys = torch.empty(tokens, n_ranks, dtype=torch.int16, device=expert_ids_TK.device)
+    if tokens:
+        _ranks[(triton.cdiv(tokens, TOKENS),)](
+            ids=expert_ids_TK,
+            keys=keys,
+            T=tokens,
+            K=top_k,
+            W=n_ranks,
+            LOCAL=n_local,
+            RANKS=triton.next_power_of_2(n_ranks),
+            TOKENS=TOKENS,
+        )
+    rows, ends = sort_slots(keys, 0, n_ranks, keys.numel())
+    return rows, ends.diff(prepend=ends.new_zeros(1)).long()
 
 
 def copy_rows(x_TD: Tensor, rows: RowMap, length: int | None = None) -> Tensor:
@@ -167,32 +233,5 @@ def add_rows(y: Tensor, places: Tensor, weights: Tensor | None = None) -> Tensor
     return out
 
 
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x_TD: Tensor, rows: RowMap) -> Tensor:
-        ctx.rows = rows
-        ctx.n_tokens = len(x_TD)
-        return copy_rows(x_TD, rows)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        return add_rows(grad.contiguous(), rows_of_slots(ctx.rows, ctx.n_tokens)), None
-
-
-class _Sum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, y: Tensor, rows: RowMap, n_tokens: int) -> Tensor:
-        ctx.rows = rows
-        return add_rows(y.contiguous(), rows_of_slots(rows, n_tokens))
-
-    @staticmethod
-    def backward(ctx, grad_TD: Tensor):
-        return copy_rows(grad_TD.contiguous(), ctx.rows), None, None
-
-
-def gather_rows(x_TD: Tensor, rows: RowMap) -> Tensor:
-    return _Gather.apply(x_TD, rows)
-
-
 def sum_rows(y: Tensor, rows: RowMap, n_tokens: int) -> Tensor:
-    return _Sum.apply(y, rows, n_tokens)
+    return add_rows(y, rows.places)

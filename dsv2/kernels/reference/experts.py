@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsv2.kernels.reference.rows import gather_rows, map_rows, sum_rows
+from dsv2.kernels.reference.rows import copy_rows, map_rows, sum_rows
+from dsv2.kernels.types import LateGradients
 
 
 def grouped_swiglu(x_PD: Tensor, counts_E: Tensor, w13_E2FD: Tensor, w2_EDF: Tensor) -> Tensor:
@@ -30,10 +31,19 @@ def routed_experts(
     counts_E: Tensor,
     *,
     n_pairs: int,
+    first_expert: int,
     w13_E2FD: Tensor,
     w2_EDF: Tensor,
+    late: LateGradients | None = None,
 ) -> Tensor:
     """Return each row's weighted sum over its experts, [X, D]; see ExpertKernels."""
-    pairs = map_rows(expert_ids_XK.where(expert_ids_XK >= 0, len(counts_E)), n_pairs)
-    y_PD = grouped_swiglu(gather_rows(x_XD, pairs), counts_E, w13_E2FD, w2_EDF)
+    ids_XK = expert_ids_XK.long() - first_expert
+    is_here_XK = (ids_XK >= 0) & (ids_XK < len(counts_E))
+    pairs = map_rows(ids_XK.where(is_here_XK, len(counts_E)), n_pairs)
+    y_PD = grouped_swiglu(copy_rows(x_XD, pairs), counts_E, w13_E2FD, w2_EDF)
     return sum_rows(y_PD, pairs, len(x_XD), weights_XK)
+
+
+def late_gradients(w13_E2FD: Tensor, w2_EDF: Tensor) -> None:
+    """Return None: autograd computes all gradients of this module together."""
+    return

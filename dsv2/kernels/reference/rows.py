@@ -1,6 +1,6 @@
 """Move rows: copy tokens' rows into another order, and sum rows, weighted, back to their tokens.
 
-A `RowMap` says which slot each row belongs to. `gather_rows` and `sum_rows` are each other's transposes, so
+A `RowMap` says which slot each row belongs to. `copy_rows` and `sum_rows` are each other's transposes, so
 the backward pass of either is the other.
 """
 
@@ -17,10 +17,23 @@ def map_rows(keys: Tensor, n_rows: int) -> RowMap:
     Args:
         keys: [T, slots per token].
     """
-    return RowMap(keys.flatten().argsort(stable=True)[:n_rows], keys.shape[1])
+    slots = keys.flatten().argsort(stable=True)[:n_rows]
+    places = torch.full((keys.numel(),), -1, dtype=torch.int32, device=keys.device)
+    places[slots] = torch.arange(n_rows, dtype=torch.int32, device=keys.device)
+    return RowMap(slots, places.view(keys.shape))
 
 
-def gather_rows(x_TD: Tensor, rows: RowMap) -> Tensor:
+def rows_by_rank(expert_ids_TK: Tensor, n_local: int, n_ranks: int) -> tuple[RowMap, Tensor]:
+    """Return a row for each (token, rank) with an expert of the token, and each rank's number of rows."""
+    ranks_TK = expert_ids_TK.div(n_local, rounding_mode="floor")  # -1 stays -1
+    reached_TW = torch.zeros(len(ranks_TK), n_ranks + 1, dtype=torch.bool, device=ranks_TK.device)
+    reached_TW = reached_TW.scatter_(1, ranks_TK + 1, True)[:, 1:]
+    ranks_TW = torch.arange(n_ranks, device=ranks_TK.device).where(reached_TW, n_ranks)
+    rows = map_rows(ranks_TW, ranks_TW.numel())
+    return RowMap(rows.slots, rows.places.where(reached_TW, -1)), reached_TW.sum(dim=0)
+
+
+def copy_rows(x_TD: Tensor, rows: RowMap) -> Tensor:
     """Return, for each row, a copy of its token's hidden state, [rows, D]."""
     return x_TD.index_select(0, rows.tokens())
 

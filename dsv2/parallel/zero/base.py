@@ -33,7 +33,7 @@ class Job(NamedTuple):
     optimizer: Optimizer
     weight_bytes: int  # of one weight of the model
     state_bytes: int  # of one master weight, and of one element of an optimizer state
-    several_terms: bool  # is a step's gradient a sum over micro-batches or ranks?
+    several_micro_batches: bool  # is a step's gradient a sum over micro-batches?
     fused: bool  # are the kernels fused, as runtime.kernels says?
     bucket: int = BUCKET  # elements of the reduction bucket that take memory
 

@@ -1,9 +1,11 @@
 """DeepSpeed's bf16 ZeRO-1 optimizer with our own step, and states in fp32 or bf16.
 
-DeepSpeed keeps the groups' flat weights and their partition over ranks, reduces gradients and gathers new
-weights. This module adds fp32 gradient sums, but only if there is a second term: another micro-batch or
-another rank. Its step takes one norm, then calls `Optimizer.update` once per parameter. That one pass
-clips, updates and writes the model's weights.
+DeepSpeed keeps each group's flat weights and their partition over ranks. A group is a bucket: some
+neighbouring parameters (`buckets` in buckets.py). This module adds fp32 gradient sums, but only if there
+is a second term: another micro-batch, or another rank with the same parameters. As soon as a bucket has its
+last term, its sum over ranks begins, while the backward pass continues. Each rank gets its part. The step
+takes one norm, then calls `Optimizer.update` once per range. That one pass clips, updates and writes the
+model's weights. A bucket's new weights travel to the other ranks while the next buckets are updated.
 """
 
 from typing import Any
@@ -13,17 +15,51 @@ import torch.distributed as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import DeepSpeedEngine
-from deepspeed.runtime.utils import all_gather_dp_groups
 from deepspeed.utils.timer import NoopTimer
 from torch import Tensor, nn
 
 from dsv2.kernels.sets import KernelSet
 from dsv2.optimizers.base import Optimizer, Shard
-from dsv2.parallel.mesh import Mesh
+from dsv2.parallel.mesh import Mesh, MeshDim, Work
 from dsv2.parallel.plan import Dim
 from dsv2.parallel.zero.base import shards_of
 from dsv2.parallel.zero.experts import is_expert
 from dsv2.parallel.zero.stage1 import flat_ranges
+
+
+class _Sum:
+    """One bucket's fp32 gradient, summed over micro-batches and then over ranks.
+
+    Args:
+        like: the bucket's flat weights.
+        sizes: elements of its parameters.
+        ranks: the ranks that hold the same parameters.
+    """
+
+    def __init__(self, like: Tensor, sizes: list[int], ranks: MeshDim):
+        self._flat = torch.zeros_like(like, dtype=torch.float32)  # with zeros as padding
+        self._terms = self._flat[: sum(sizes)].split(sizes)
+        self._ranks = ranks
+        self._missing: set[int] = set()  # parameters without their last term
+        self._work: Work | None = None
+
+    def start_last_terms(self) -> None:
+        """Expect the last term of each parameter."""
+        self._missing = set(range(len(self._terms)))
+
+    def add(self, index: int, gradient: Tensor, *, first: bool, last: bool) -> None:
+        """Add a term of one parameter. The last one of the bucket starts the sum over ranks."""
+        term = self._terms[index]
+        term.copy_(gradient) if first else term.add_(gradient)
+        if last:
+            self._missing.remove(index)
+            if not self._missing:
+                self._work = self._ranks.scatter_sum_in_place(self._flat)
+
+    def part(self) -> Tensor:
+        """Return this rank's part of the sum over all ranks and micro-batches, fp32 and flat."""
+        assert self._work is not None, "the last micro-batch's backward pass has started the sum"
+        return self._work.wait()
 
 
 class ZeRO1BF16(BF16_Optimizer):
@@ -44,11 +80,13 @@ class ZeRO1BF16(BF16_Optimizer):
         self.bf16_states = bf16_states
         self.steps_done = 0
         self.applies_update = True  # False: the next step only computes the norm
-        self._one_term = False  # does a step have one micro-batch on one rank?
-        self._expert_group = [all(map(is_expert, group)) for group in self.bf16_groups]
+        self.last_micro_batch = False  # does the running backward pass end the step's gradients?
+        of_experts = [all(map(is_expert, group)) for group in self.bf16_groups]
+        self._ranks = [mesh[Dim.edp if experts else Dim.dp] for experts in of_experts]
+        self._sums: list[_Sum | None] = [None] * len(self.bf16_groups)
+        self._one_term = [False] * len(self.bf16_groups)  # is the gradient of this step a single term?
         self._shards: list[Shard] = []
         # DeepSpeed has allocated fp32 gradient sums even if they are not needed: free them.
-        self._sums: list[list[Tensor]] = []
         self.fp32_groups_gradients = []
         self.fp32_groups_gradients_flat = []
         self.fp32_groups_actual_gradients_flat = []
@@ -72,35 +110,42 @@ class ZeRO1BF16(BF16_Optimizer):
             self._shards = list(shards_of(ranges, self.optimizer, self.rule))
         return self._shards
 
-    def start_step(self, *, one_micro_batch: bool) -> None:
-        """Prepare for the first gradients of a step."""
-        self._one_term = one_micro_batch and self.mesh[Dim.dp].size == 1
-        if not self._one_term and not self._sums:
-            self._make_sums()
-        self.fp32_groups_has_gradients = [[False] * len(group) for group in self.bf16_groups]
-
-    def _make_sums(self) -> None:
+    def start_backward(self, *, first: bool, last: bool) -> None:
+        """Prepare for the gradients of one micro-batch, which may be the step's first and its last."""
+        self.last_micro_batch = last
+        if first:
+            self.fp32_groups_has_gradients = [[False] * len(group) for group in self.bf16_groups]
+            self._one_term = [last and ranks.size == 1 for ranks in self._ranks]
         for index, group in enumerate(self.bf16_groups):
-            flat = torch.zeros_like(self.bf16_groups_flat[index], dtype=torch.float32)
-            self._sums.append(self._split_flat_tensor(flat, [p.numel() for p in group]))
-            if self._expert_group[index]:
-                self.expert_gradients[self.optimizer.param_groups[index]["name"]].append(flat)
-            else:
-                self.non_expert_gradients.append(flat)
+            if self._one_term[index]:
+                continue
+            if self._sums[index] is None:
+                sizes = [parameter.numel() for parameter in group]
+                self._sums[index] = _Sum(self.bf16_groups_flat[index], sizes, self._ranks[index])
+            if last:
+                self._sum(index).start_last_terms()
+
+    def _sum(self, index: int) -> _Sum:
+        total = self._sums[index]
+        assert total is not None
+        return total
 
     def accumulate_hp_grads_and_remove_lp(self, lp_param: Any, group_idx: int, param_idx: int) -> None:
         """Add a parameter's gradient of a micro-batch; DeepSpeed calls this as soon as it exists."""
         has_gradient = self.fp32_groups_has_gradients[group_idx]
-        if not self._one_term:
-            total = self._sums[group_idx][param_idx]
-            gradient = lp_param.grad.view(-1)
-            total.add_(gradient) if has_gradient[param_idx] else total.copy_(gradient)
+        if not self._one_term[group_idx]:
+            self._sum(group_idx).add(
+                param_idx,
+                lp_param.grad.view(-1),
+                first=not has_gradient[param_idx],
+                last=self.last_micro_batch,
+            )
             lp_param.grad = None
         has_gradient[param_idx] = True
 
     def get_grads_for_reduction(self) -> Any:
-        """Return what DeepSpeed reduces: nothing with one rank."""
-        return ([], {}) if self.mesh[Dim.dp].size == 1 else super().get_grads_for_reduction()
+        """Return what DeepSpeed reduces: nothing, because `_Sum` does."""
+        return [], {}
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -108,54 +153,70 @@ class ZeRO1BF16(BF16_Optimizer):
         # A parameter without a new gradient would be updated with the previous step's gradient, which is
         # still in its sum.
         assert all(map(all, self.fp32_groups_has_gradients)), "every parameter has a gradient in every step"
-        gradients = self._gradients()
-        dense: list[Tensor] = []
-        experts: list[Tensor] = []
-        for group, of_experts in zip(gradients, self._expert_group, strict=True):
-            (experts if of_experts else dense).extend(group)
-        squares = (self.kernels.sum_of_squares(tensors) for tensors in (dense, experts))
-        norm = self.mesh.gradient_norm(*squares)
+        parts = [
+            None if one_term else self._sum(index).part() for index, one_term in enumerate(self._one_term)
+        ]
+        # The loss is a mean over a rank's tokens, so the gradient is the mean of the ranks' gradients.
+        mean = 1 / self.mesh[Dim.dp].size
+        norm = self._norm(parts) * mean
         self._global_grad_norm = norm
         if not self.applies_update:
             return
         scale = (self.clip_grad / (norm + 1e-6)).clamp(max=1.0) if self.clip_grad else torch.ones_like(norm)
-        self._update(gradients, scale.where(norm.isfinite(), torch.nan))
-        if self.mesh[Dim.dp].size > 1:
-            all_gather_dp_groups(
-                groups_flat=self.bf16_groups_flat,
-                partitioned_param_groups=self.bf16_partitioned_groups,
-                dp_process_group=self.real_dp_process_group,
-                start_alignment_factor=self.nccl_start_alignment_factor,
-                allgather_bucket_size=self.allgather_bucket_size,
-            )
+        self._update(parts, scale.where(norm.isfinite(), torch.nan) * mean)
 
-    def _gradients(self) -> list[list[Tensor]]:
-        """Return every parameter's gradient, flat, by group."""
-        if self._one_term:
-            return [[p.grad.view(-1) for p in group] for group in self.bf16_groups]
-        return self._sums
+    def _norm(self, parts: list[Tensor | None]) -> Tensor:
+        """Return the 2-norm of the ranks' summed gradients, fp32 []. No two ranks own the same element."""
+        sums = [part for part in parts if part is not None]
+        whole = [
+            parameter.grad.view(-1)
+            for group, part in zip(self.bf16_groups, parts, strict=True)
+            if part is None
+            for parameter in group
+        ]
+        squares = [self.kernels.sum_of_squares(tensors) for tensors in (sums, whole) if tensors]
+        return self.mesh[Dim.world].sum(torch.stack(squares).sum()).sqrt()
 
-    def _update(self, gradients: list[list[Tensor]], scale: Tensor) -> None:
+    def _update(self, parts: list[Tensor | None], scale: Tensor) -> None:
+        """Update this rank's ranges.
+
+        Args:
+            parts: each bucket's gradient of this rank's part; None: the parameters hold it.
+        """
         self.steps_done += 1
         remaining = iter(self.shards())
+        on_their_way: list[Work] = []
         for index, group in enumerate(self.bf16_groups):
-            for parameter, gradient in zip(group, gradients[index], strict=True):
+            part = parts[index]
+            for parameter in group:
                 if parameter._hp_mapping is None:  # another rank owns all of it
                     continue
-                address = parameter._hp_mapping.lp_fragment_address
-                owned = slice(address.start, address.start + address.numel)
+                within = _slice(parameter._hp_mapping.lp_fragment_address)
+                gradient = (
+                    parameter.grad.view(-1)[within]
+                    if part is None
+                    else part[_slice(parameter._hp_mapping.hp_fragment_address)]
+                )
                 self.rule.update(
                     next(remaining),
-                    gradient[owned],
-                    weight=None if self.bf16_states else parameter.data.view(-1)[owned],
+                    gradient,
+                    weight=None if self.bf16_states else parameter.data.view(-1)[within],
                     scale=scale,
                     settings=self.optimizer.param_groups[index],
                     step=self.steps_done,
                     kernels=self.kernels,
                 )
+            on_their_way.append(self._ranks[index].gather_in_place(self.bf16_groups_flat[index]))
+        for work in on_their_way:
+            work.wait()
 
     def clear_hp_grads(self) -> None:
         """Clear nothing: a step's first gradient is written over the sum."""
+
+
+def _slice(address: Any) -> slice:
+    """Return DeepSpeed's address of a fragment as a slice."""
+    return slice(address.start, address.start + address.numel)
 
 
 class BF16Engine(DeepSpeedEngine):

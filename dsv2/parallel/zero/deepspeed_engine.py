@@ -23,6 +23,7 @@ from torch import nn
 from dsv2.config.schema import OptimConfig
 from dsv2.optimizers.base import Optimizer
 from dsv2.parallel.environment import local_processes
+from dsv2.parallel.zero.buckets import buckets
 from dsv2.parallel.zero.experts import is_expert
 
 
@@ -78,23 +79,30 @@ def mark_experts(model: nn.Module) -> None:
             mark.expert_ranks = layer.ep_size
 
 
-def build_optimizer(model: nn.Module, optimizer: Optimizer, optim: OptimConfig) -> torch.optim.Optimizer:
-    """Return torch's optimizer with one group per rule, as DeepSpeed expects them."""
+def build_optimizer(
+    model: nn.Module, optimizer: Optimizer, optim: OptimConfig, bucket: int | None
+) -> torch.optim.Optimizer:
+    """Return torch's optimizer with its groups as DeepSpeed expects them.
+
+    Args:
+        bucket: the elements of a group, as in `buckets`; None: one group per rule.
+    """
     experts = [parameter for parameter in model.parameters() if is_expert(parameter)]
     dense = [parameter for parameter in model.parameters() if not is_expert(parameter)]
     built = []
     for group in optimizer.groups(dense, experts, optim):
-        settings: dict[str, Any] = {
-            "name": group.name,
-            "rule": group.name,
-            "params": group.parameters,
-            "weight_decay": group.weight_decay,
-        }
-        if group.parameters and is_expert(group.parameters[0]):
-            first: Any = group.parameters[0]
-            settings["moe"] = True
-            settings["name"] = first.group_name  # DeepSpeed finds the process group by it
-        built.append(settings)
+        for part in buckets([parameter.numel() for parameter in group.parameters], bucket):
+            settings: dict[str, Any] = {
+                "name": group.name,
+                "rule": group.name,
+                "params": group.parameters[part],
+                "weight_decay": group.weight_decay,
+            }
+            if group.parameters and is_expert(group.parameters[0]):
+                first: Any = group.parameters[0]
+                settings["moe"] = True
+                settings["name"] = first.group_name  # DeepSpeed finds the process group by it
+            built.append(settings)
     return optimizer.build(built, optim)
 
 
@@ -104,10 +112,15 @@ def make_engine(
     optim: OptimConfig,
     initialize: Callable[..., Any],
     settings: dict[str, Any],
+    bucket: int | None = None,
 ) -> Any:
-    """Return DeepSpeed's engine over a freshly built model. Collective."""
+    """Return DeepSpeed's engine over a freshly built model. Collective.
+
+    Args:
+        bucket: the elements of a parameter group, as in `buckets`; None: one group per rule.
+    """
     mark_experts(model)
-    built = build_optimizer(model, optimizer, optim)
+    built = build_optimizer(model, optimizer, optim, bucket)
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints the memory after each parameter group
         return initialize(model=model, optimizer=built, config=settings)
 

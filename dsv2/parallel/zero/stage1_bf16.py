@@ -1,8 +1,8 @@
 """ZeRO-1 in bf16, with our own optimizer step (bf16_optimizer.py) inside DeepSpeed's BF16_Optimizer.
 
-Each rank keeps the WHOLE fp32 gradient of its parameters. It reduces the gradient in fp32 and in place,
-except in groups that share a bucket. With one micro-batch on one rank the gradient stays in bf16. DeepSpeed
-first allocates fp32 masters and gradient sums; those that are not needed are freed.
+Each rank keeps the WHOLE fp32 gradient of its parameters, and reduces it in fp32 and in place. If a gradient
+is a single term, because the step has one micro-batch and no other rank holds the parameter, it stays in
+bf16. DeepSpeed first allocates fp32 masters and gradient sums; those that are not needed are freed.
 """
 
 from collections.abc import Iterator
@@ -13,7 +13,6 @@ from dsv2.config.schema import OptimConfig, Precision, RuntimeConfig
 from dsv2.optimizers.base import GroupSizes, Optimizer
 from dsv2.parallel.plan import Dim
 from dsv2.parallel.zero.base import (
-    BUCKET,
     FP32,
     ActivationBytes,
     Job,
@@ -23,6 +22,7 @@ from dsv2.parallel.zero.base import (
     ZeroStage,
     flat,
 )
+from dsv2.parallel.zero.buckets import buckets
 from dsv2.parallel.zero.stage1 import Partitioned, flat_ranges
 
 if TYPE_CHECKING:
@@ -30,6 +30,11 @@ if TYPE_CHECKING:
 
     from dsv2.kernels.sets import KernelSet
     from dsv2.parallel.mesh import Mesh
+
+
+def _has_sum(group: GroupSizes, job: Job) -> bool:
+    """Return whether a group's gradient has several terms, of micro-batches or ranks, and so an fp32 sum."""
+    return job.several_micro_batches or group.copies > 1
 
 
 class PartitionedBF16(Partitioned):
@@ -42,8 +47,7 @@ class PartitionedBF16(Partitioned):
         return flat_ranges(optimizer.fp32_groups_flat_partition, optimizer.bf16_groups, self.names)
 
     def backward(self, loss: "Tensor", *, last: bool) -> None:
-        if self._first_micro_batch:
-            self.engine.optimizer.start_step(one_micro_batch=last)
+        self.engine.optimizer.start_backward(first=self._first_micro_batch, last=last)
         self._first_micro_batch = last
         super().backward(loss, last=last)
 
@@ -63,6 +67,8 @@ class PartitionedBF16(Partitioned):
 class Stage1BF16(ZeroStage):
     number = 1
     sharded = PartitionedBF16
+    reduces_in_backward = True
+    bucket = 25_000_000  # elements of the parameters that are reduced and gathered together; about a layer's
 
     def check(self, optim: OptimConfig, runtime: RuntimeConfig) -> None:
         """Accept either precision of the states."""
@@ -71,57 +77,56 @@ class Stage1BF16(ZeroStage):
         settings = super().settings(optim, runtime, ranks)
         # Each gradient is added to its fp32 sum as soon as it exists, then freed.
         settings["bf16"]["immediate_grad_update"] = True
-        # Without this, the fp32 sums would be rounded to bf16 and reduced over the ranks in bf16. Stages 2
-        # and 3 reduce each micro-batch's bf16 gradients; this setting would cost them GiB of copies.
-        settings["communication_data_type"] = "fp32"
         return settings
 
+    def flat(self, group: GroupSizes) -> int:
+        """Return the elements of a group's buckets, each padded for its partitions."""
+        parts = (group.sizes[part] for part in buckets(group.sizes, self.bucket))
+        return sum(flat(GroupSizes(sizes, group.copies)) for sizes in parts)
+
     def owned(self, group: GroupSizes) -> int:
-        return flat(group) // group.copies
+        return self.flat(group) // group.copies
 
     def states(self, job: Job) -> States:
-        elements = sum(flat(group) for group in job.parameters)
+        elements = sum(self.flat(group) for group in job.parameters)
+        summed = sum(self.flat(group) for group in job.parameters if _has_sum(group, job))
         return States(
             weights=job.weight_bytes * elements,
-            gradients=FP32 * elements if job.several_terms else 0,
+            gradients=FP32 * summed,
             masters=FP32 * self.all_owned(job) if job.state_bytes == FP32 else 0,
             moments=self.moments(job),
             buffers=0,
         )
 
     def traffic(self, micro_batches: int, weight_bytes: int) -> float:
-        return 2 * FP32 + weight_bytes  # gradients summed in fp32, weights gathered
+        return FP32 + weight_bytes  # gradients scattered in fp32, weights gathered
 
     def step_gradients(self, job: Job) -> float:
-        if not job.several_terms:
-            return super().step_gradients(job)
         # A bf16 gradient is freed as soon as it has been added to its fp32 sum.
-        return 2 * max(*job.parameters.decay.sizes, *job.parameters.experts.sizes)
+        summed = max((max(group.sizes) for group in job.parameters if _has_sum(group, job)), default=0)
+        return self.gradients_after_backward(job) + job.weight_bytes * summed
 
     def gradients_after_backward(self, job: Job) -> float:
-        return 0 if job.several_terms else self.step_gradients(job)
-
-    def reduction(self, job: Job) -> float:
-        # A group's gradients are one flat tensor. Groups that share a bucket are concatenated first. One
-        # process reduces nothing.
-        decay = job.parameters.decay
-        return 0 if decay.elements > BUCKET or decay.copies == 1 else FP32 * job.parameters.dense
+        return job.weight_bytes * sum(group.elements for group in job.parameters if not _has_sum(group, job))
 
     def stepping(self, job: Job) -> float:
         """Return the bytes of the temporaries for the longest range of one tensor that a rank owns."""
         if job.fused:
             return 0
         bf16_states = job.state_bytes != FP32
-        copies = job.optimizer.update_copies(bf16_states=bf16_states, fp32_gradient=job.several_terms)
-        return copies * FP32 * max(min(max(group.sizes), self.owned(group)) for group in job.parameters)
+        sizes = []
+        for group in job.parameters:
+            copies = job.optimizer.update_copies(bf16_states=bf16_states, fp32_gradient=_has_sum(group, job))
+            sizes.append(copies * FP32 * min(max(group.sizes), self.owned(group)))
+        return max(sizes)
 
     def building(self, job: Job) -> float:
         """Return the larger of two sizes: the model as built; DeepSpeed's flat weights, masters and sums."""
-        begun = sum((2 + FP32) * flat(group) + FP32 * self.owned(group) for group in job.parameters)
+        begun = sum((2 + FP32) * self.flat(group) + FP32 * self.owned(group) for group in job.parameters)
         return max(super().building(job), begun)
 
     def forward_and_backward(self, job: Job, activations: ActivationBytes) -> float:
-        if job.several_terms:
+        if all(_has_sum(group, job) for group in job.parameters):
             return super().forward_and_backward(job, activations)
         # Gradients of one term are allocated while activations are freed. In the top layer's backward pass
         # only the head's gradient exists, in the first layer's all gradients do.
@@ -148,5 +153,5 @@ class Stage1BF16(ZeroStage):
         bf16_states = optim.states is Precision.bf16
         initialize = partial(BF16Engine, mesh=mesh, rule=optimizer, kernels=kernels, bf16_states=bf16_states)
         settings = self.settings(optim, runtime, mesh[Dim.dp].size)
-        engine = make_engine(model, optimizer, optim, initialize, settings)
+        engine = make_engine(model, optimizer, optim, initialize, settings=settings, bucket=self.bucket)
         return self.sharded(engine, optimizer, mesh, optim)

@@ -249,6 +249,11 @@ def test_a_comparison_of_all_that_is_here(tmp_path, capsys):
 def test_the_configuration_is_one_micro_batch_a_rank_unless_given():
     assert benchmark.configuration(["runtime.micro_batch_size=2"], 3).optim.batch_size == 6
     assert benchmark.configuration(["optim.batch_size=8"], 1).optim.batch_size == 8
+    many = [
+        "optim.batch_size=512",
+        "data.sequence_length=4096",
+    ]  # more tokens than the default run has
+    assert benchmark.configuration(many, 1).optim.batch_size == 512
     assert configuration().data.sequence_length == 16
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from dsv2.config.compose import to_plain, to_yaml
 from dsv2.config.fields import field_types
-from dsv2.config.schema import Config, Precision, RopeScalingConfig
+from dsv2.config.schema import Config, ExpertExchange, Precision, RopeScalingConfig
 from dsv2.errors import UserError
 from dsv2.training.validate import validate
 from tests.unit.helpers import compose_config
@@ -246,6 +246,11 @@ def test_a_moment_that_never_moves(name):
             "optim.batch_size_start=null: must be given when optim.batch_ramp_tokens is above 0",
         ),
         ([("parallel.zero_stage", 4)], "parallel.zero_stage=4: must be 0, 1, 2 or 3"),
+        (
+            [("parallel.expert_exchange", ExpertExchange.symmetric)],
+            "parallel.expert_exchange=symmetric: needs GPUs and fused kernels, not runtime.device=auto and "
+            "runtime.kernels=reference; use collective",
+        ),
         (
             [("optim.states", Precision.bf16)],
             "optim.states=bf16: needs parallel.zero_stage=1 and runtime.precision=bf16, not 1 "

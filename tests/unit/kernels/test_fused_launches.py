@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from dsv2.kernels.base import PROTOCOLS, KernelSet
+from dsv2.kernels.reference.rows import map_rows
 from dsv2.kernels.sets import REFERENCE
-from dsv2.kernels.types import AdamWStep, RowMap
+from dsv2.kernels.types import AdamWStep
 from tests.idle_triton import Idle, idle_triton
 from tests.unit.helpers import REPO
 
 FUSED = sorted((REPO / "dsv2/kernels/fused").glob("*.py"))
-CALLED_BY_KERNELS = {"_rotate", "_rounded"}  # these two are never launched
+CALLED_BY_KERNELS = {"_rotate", "_rounded", "_key"}  # these are never launched
 
 
 def tensor(*shape: int) -> Tensor:
@@ -49,10 +50,12 @@ def use_everything(kernels: KernelSet) -> None:
         chosen = ids if n_pairs else torch.full_like(ids, -1)
         counts = torch.bincount(chosen[chosen >= 0], minlength=8)
         weights = torch.ones(ids.shape, requires_grad=True)
-        backward(kernels.routed_experts(x, chosen, weights, counts, n_pairs=n_pairs, **matrices))
-    rows = RowMap(torch.tensor([3, 0, 8]), 2)
-    backward(kernels.gather_rows(x, rows))
-    backward(kernels.sum_rows(tensor(3, 16), rows, 6))
+        options = {"n_pairs": n_pairs, "first_expert": 0}
+        backward(kernels.routed_experts(x, chosen, weights, counts, **options, **matrices))
+    kernels.rows_by_rank(ids, 4, 2)
+    rows = map_rows(torch.tensor([[2, 0], [1, 9], [0, 2]]), 5)
+    kernels.copy_rows(x, rows)
+    kernels.sum_rows(tensor(3, 16), rows, 6)
     backward(kernels.head_loss(x, tensor(32, 16), torch.zeros(6, dtype=torch.int64)))
     hyper = AdamWStep(lr=1.0, beta1=0.9, beta2=0.9, eps=1e-8, weight_decay=0.1, step=1, seed=0)
     for weight in (None, torch.zeros(5, dtype=torch.bfloat16)):

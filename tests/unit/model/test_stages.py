@@ -37,17 +37,22 @@ def test_stages_one_after_another_are_the_whole_model(count, recompute):
 
     stages = make_stages(count, recompute)
     x = ids[:, :-1]
-    losses = []
+    balances = []
     loads = []
     for stage in stages:
-        x, stage_losses, stats = stage.hidden_states(x, numbers)
-        losses += stage_losses
-        loads += [layer.load_E for layer in stats]
+        x, routing = stage.hidden_states(x, numbers)
+        if routing:
+            balance, stats = stage.losses_and_stats(routing, LENGTH)
+            balances.append(balance)
+            loads.append(stats.load_E)
     lm_loss = stages[-1].lm_head(x.flatten(0, 1), ids[:, 1:].flatten())
-    stages[-1].with_balance(lm_loss, losses).backward()
+    loss = lm_loss
+    for balance in balances:
+        loss = stages[-1].with_balance(loss, balance)
+    loss.backward()
 
     assert lm_loss.item() == expected.lm_loss.item()
-    torch.testing.assert_close(torch.stack(loads), expected.stats.load_E, atol=0, rtol=0)
+    torch.testing.assert_close(torch.cat(loads), expected.stats.load_E, atol=0, rtol=0)
     gradients = {name: p.grad for stage in stages for name, p in stage.named_parameters()}
     assert list(gradients) == [name for name, _ in whole.named_parameters()]
     for name, parameter in whole.named_parameters():

@@ -62,12 +62,13 @@ def test_loss_is_cross_entropy_plus_balance_summed_over_layers():
         for b, t in np.ndindex(SEQUENCES, LENGTH)
     ]
     assert out.lm_loss.item() == pytest.approx(np.mean(nats), rel=1e-5)
-    _, losses, _ = model.hidden_states(ids, sequence_ids)
-    assert len(losses) == 2, "three layers, the first is dense"
-    weighted = sum(0.3 * x.expert + 0.5 * x.device + 0.7 * x.comm for x in losses)
+    _, routing = model.hidden_states(ids, sequence_ids)
+    assert len(routing) == 2, "three layers, the first is dense"
+    alone = [model.losses_and_stats([layer], LENGTH)[0] for layer in routing]
+    weighted = sum(0.3 * x.expert + 0.5 * x.device + 0.7 * x.comm for x in alone)
     assert out.loss.item() == pytest.approx((out.lm_loss + weighted).item(), rel=1e-6)
     for name in ("expert", "device", "comm"):
-        assert getattr(out.balance, name).tolist() == [getattr(x, name).item() for x in losses], "raw"
+        assert getattr(out.balance, name).tolist() == [getattr(x, name).item() for x in alone], "raw"
     assert out.loss.requires_grad
     assert not any(x.requires_grad for x in (out.lm_loss, *out.balance, *out.stats))
 

@@ -3,15 +3,13 @@
 from typing import NamedTuple
 
 import numpy as np
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsv2.kernels.reference.rows import gather_rows, map_rows, sum_rows
-from dsv2.moe.dispatch import combine, plan_dispatch, start_dispatch
+from dsv2.kernels.reference.rows import copy_rows, map_rows, rows_by_rank, sum_rows
+from dsv2.moe.dispatch import Dispatch, start_dispatch
 from dsv2.moe.execution import Execution
-from dsv2.parallel.mesh import ALONE
 from tests.unit.helpers import properties
 
 WIDTH = 3
@@ -46,16 +44,39 @@ def kept(case: Case, t: int, k: int) -> bool:
     return case.keep_TK is None or bool(case.keep_TK[t, k])
 
 
+def dispatch_of(case: Case, x: torch.Tensor, weights: torch.Tensor) -> Dispatch:
+    load = torch.bincount(case.ids_TK.flatten(), minlength=case.n_experts).float()
+    return start_dispatch(x, weights, case.ids_TK, case.keep_TK, load, Execution())
+
+
 @properties
 @given(case=cases())
-def test_plan_counts_the_kept_pairs(case):
-    plan = plan_dispatch(case.ids_TK, case.keep_TK, case.n_experts, ALONE)
+def test_the_kept_pairs_are_counted(case):
+    dispatch = dispatch_of(case, case.x_TD, case.weights_TK)
+    here = dispatch.arrive()
     pairs = [(t, k) for t, k in np.ndindex(*case.ids_TK.shape) if kept(case, t, k)]
     experts = [int(case.ids_TK[pair]) for pair in pairs]
-    assert plan.rows_of_expert.tolist() == [experts.count(e) for e in range(case.n_experts)]
-    assert [(t, k) for t, k in np.ndindex(*case.ids_TK.shape) if plan.kept_ids_TK[t, k] >= 0] == pairs
-    assert plan.n_pairs == case.ids_TK.numel(), "known without asking the device"
-    assert plan.exchange is None
+    assert here.rows_of_expert.tolist() == [experts.count(e) for e in range(case.n_experts)]
+    assert dispatch.kept_E.tolist() == here.rows_of_expert.tolist()
+    assert [(t, k) for t, k in np.ndindex(*case.ids_TK.shape) if here.expert_ids_XK[t, k] >= 0] == pairs
+    assert here.n_pairs == case.ids_TK.numel(), "known without asking the device"
+    assert (dispatch.rows_out, dispatch.rows_in) == (0, 0)
+
+
+@properties
+@given(case=cases())
+def test_a_row_for_each_rank_of_a_token(case):
+    """By rank, then by token; each (token, rank) once, whatever the number of its experts there."""
+    n_local = 2
+    ids = case.ids_TK if case.keep_TK is None else case.ids_TK.masked_fill(~case.keep_TK, -1)
+    n_ranks = -(-case.n_experts // n_local)
+    rows, counts = rows_by_rank(ids, n_local, n_ranks)
+    reached = [sorted({e // n_local for e in of_token if e >= 0}) for of_token in ids.tolist()]
+    want = [t * n_ranks + w for w in range(n_ranks) for t, ranks in enumerate(reached) if w in ranks]
+    assert rows.slots[: len(want)].tolist() == want
+    assert counts.tolist() == [sum(w in ranks for ranks in reached) for w in range(n_ranks)]
+    places = {slot: row for row, slot in enumerate(want)}
+    assert rows.places.flatten().tolist() == [places.get(slot, -1) for slot in range(len(ids) * n_ranks)]
 
 
 @properties
@@ -63,15 +84,14 @@ def test_plan_counts_the_kept_pairs(case):
 def test_round_trip_against_the_loop(case):
     """Expert e multiplies by e + 1: the result and both gradients, pair by pair."""
     x, weights = case.x_TD.clone().requires_grad_(), case.weights_TK.clone().requires_grad_()
-    plan = plan_dispatch(case.ids_TK, case.keep_TK, case.n_experts, ALONE)
-    execution = Execution()
-    here = start_dispatch(x, weights, plan, execution).wait()
-    pairs = map_rows(here.expert_ids_XK.where(here.expert_ids_XK >= 0, case.n_experts), plan.n_pairs)
-    rows = gather_rows(here.x_XD, pairs)
-    rest = torch.tensor([len(rows) - int(plan.rows_of_expert.sum())])
+    dispatch = dispatch_of(case, x, weights)
+    here = dispatch.arrive()
+    pairs = map_rows(here.expert_ids_XK.where(here.expert_ids_XK >= 0, case.n_experts), here.n_pairs)
+    rows = copy_rows(here.x_XD, pairs)
+    rest = torch.tensor([len(rows) - int(here.rows_of_expert.sum())])
     factor = torch.tensor([*range(1, case.n_experts + 1), 0])  # dropped pairs stand behind all others
-    factor = factor.repeat_interleave(torch.cat((plan.rows_of_expert, rest)))
-    out = combine(sum_rows(rows * factor.unsqueeze(-1), pairs, len(x), here.weights_XK), plan, execution)
+    factor = factor.repeat_interleave(torch.cat((here.rows_of_expert, rest)))
+    out = dispatch.combine(sum_rows(rows * factor.unsqueeze(-1), pairs, len(x), here.weights_XK))
     readout = torch.linspace(-1, 1, out.numel()).view_as(out)
     (out * readout).sum().backward()
 
@@ -118,9 +138,3 @@ def test_bf16_rows_are_weighted_and_added_up_in_fp32():
     assert out.dtype == torch.bfloat16
     exact = (weights.double().unsqueeze(-1) * y.double().view(20, 5, 8)).sum(dim=1)
     assert torch.equal(out, exact.bfloat16())
-
-
-def test_plan_is_frozen():
-    plan = plan_dispatch(torch.tensor([[0]]), None, 1, ALONE)
-    with pytest.raises(AttributeError):
-        plan.n_pairs = 2

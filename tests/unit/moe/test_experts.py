@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from dsv2.moe.dispatch import Arrived
 from dsv2.moe.experts import RoutedExperts, SwiGLU
 from tests.unit import reference
 
@@ -19,10 +20,17 @@ def random_(module: torch.nn.Module) -> torch.nn.Module:
 
 
 def run(experts, x: torch.Tensor, ids: list[list[int]], weights: torch.Tensor, room: int = 0) -> torch.Tensor:
-    """The stack applied to rows with these experts; room for `room` pairs more than there are."""
+    """The stack applied to rows with these of its experts, counted from 0; -1 is absent.
+
+    An absent expert is on a lower rank, or on a higher one. There is room for `room` more pairs.
+    """
     ids_XK = torch.tensor(ids, dtype=torch.int64).view(weights.shape)
     counts = torch.tensor([int((ids_XK == e).sum()) for e in range(experts.n_local)])
-    return experts(x, ids_XK, weights, counts, int(counts.sum()) + room)
+    elsewhere = torch.tensor([-1, experts.first_expert + experts.n_local]).repeat(ids_XK.numel())
+    ids_XK = (ids_XK + experts.first_expert).where(
+        ids_XK >= 0, elsewhere[: ids_XK.numel()].view(ids_XK.shape)
+    )
+    return experts(Arrived(x, ids_XK, weights, counts, int(counts.sum()) + room))
 
 
 def rows(count: int) -> torch.Tensor:
@@ -40,7 +48,7 @@ def test_swiglu():
     "ids",
     [
         [[0, 1], [2, 1], [0, 2]],
-        [[1, -1], [-1, 1], [2, 1], [-1, -1]],  # expert 0 gets nothing; -1 is elsewhere, or dropped
+        [[1, -1], [-1, 1], [2, 1], [-1, -1]],  # expert 0 gets nothing; -1 is absent
         [[-1], [-1]],
         [[0]] * 7,
         [],
@@ -83,7 +91,7 @@ def test_gradients_by_finite_differences():
     ids = torch.tensor([[0, 2], [2, -1], [2, 0]])  # none for expert 1, and one pair that is not here
 
     def forward(x, weights, w13, w2):
-        arguments = (x, ids, weights, torch.tensor([2, 0, 3]), 6)
-        return torch.func.functional_call(experts, {"w13": w13, "w2": w2}, arguments)
+        arrived = Arrived(x, ids, weights, torch.tensor([2, 0, 3]), 6)
+        return torch.func.functional_call(experts, {"w13": w13, "w2": w2}, (arrived,))
 
     assert torch.autograd.gradcheck(forward, (x, weights, w13, w2))

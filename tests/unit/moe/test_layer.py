@@ -13,7 +13,7 @@ from dsv2.moe.routers.module import RouterModule
 from dsv2.moe.routers.softmax_topk import SoftmaxTopK
 from dsv2.moe.stats import RoutingStats
 from tests.unit import reference
-from tests.unit.helpers import tiny_config
+from tests.unit.helpers import report_of, tiny_config
 
 SEQUENCES, LENGTH = 3, 5
 # The model is fp64; affinities are fp32 by contract and the weighted sum is taken in fp32, of values up
@@ -120,8 +120,9 @@ def test_the_layer_has_the_router_that_model_router_names(monkeypatch):
     expected = [0.5 * sum(reference.swiglu(u, *expert) for expert in experts) for u in flat]
     np.testing.assert_allclose(out.y_BSD.detach().flatten(0, 1).numpy(), expected, atol=ATOL)
     s = np.array([reference.affinities(u, w["gate.weight"]) for u in flat])
-    np.testing.assert_allclose(out.stats.top1.item(), s[:, 11].sum(), rtol=1e-5)
-    assert out.stats.load_E.tolist() == [0.0] * 9 + [len(flat)] * 3
+    _, stats = report_of(layer.config, out, LENGTH)
+    np.testing.assert_allclose(stats.top1.item(), s[:, 11].sum(), rtol=1e-5)
+    assert stats.load_E.tolist() == [[0.0] * 9 + [len(flat)] * 3]
 
 
 def test_one_wide_shared_network_is_the_sum_of_separate_experts():
@@ -154,7 +155,7 @@ def test_nothing_is_dropped_in_eval_mode():
     x, ids = tokens(), sequence_ids()
     trained, evaluated = dropping.train()(x, ids), dropping.eval()(x, ids)
     assert torch.equal(evaluated.y_BSD, plain(x, ids).y_BSD)
-    assert evaluated.stats.dropped_E.sum() == 0
+    assert evaluated.routing.kept_E.sum() == evaluated.routing.sums.selected_BE.sum()
     assert not torch.isclose(evaluated.y_BSD, trained.y_BSD, atol=1e-3).all()
 
 
@@ -165,7 +166,7 @@ def test_balance_losses_are_those_of_the_routing_before_dropping():
         reference.balance(s[b * LENGTH : (b + 1) * LENGTH], chosen[b * LENGTH : (b + 1) * LENGTH], 4, 2)
         for b in range(SEQUENCES)
     ]
-    losses = layer(x, sequence_ids()).losses
+    losses, _ = report_of(layer.config, layer(x, sequence_ids()), LENGTH)
     np.testing.assert_allclose([v.item() for v in losses], np.mean(per_sequence, axis=0), rtol=1e-5)
 
 
@@ -173,7 +174,7 @@ def test_balance_losses_are_those_of_the_routing_before_dropping():
 def test_statistics_against_loops(dropping):
     layer = make_layer(balance=DROPPING if dropping else BalanceConfig()).train()
     x, ids = tokens(), sequence_ids()
-    stats = layer(x, ids).stats
+    _, stats = report_of(layer.config, layer(x, ids), LENGTH)
     flat = x.flatten(0, 1).numpy()
     s, chosen = slow_routing(layer, flat)
     keep = slow_keep(layer, flat, ids.tolist()) if dropping else [[True] * 3 for _ in flat]
@@ -185,17 +186,19 @@ def test_statistics_against_loops(dropping):
         for d in range(4):
             sent[d] += any(i // 3 == d for i in experts)
     assert stats.tokens.item() == len(flat)
-    assert stats.load_E.tolist() == load.tolist()
-    assert stats.dropped_E.tolist() == dropped.tolist()
-    assert stats.sent_G.tolist() == sent.tolist()
+    assert stats.load_E[0].tolist() == load.tolist()
+    assert stats.dropped_E[0].tolist() == dropped.tolist()
+    assert stats.sent_G[0].tolist() == sent.tolist()
     np.testing.assert_allclose(stats.token_entropy.item(), -(s * np.log(s)).sum(), rtol=1e-6)
     np.testing.assert_allclose(stats.top1.item(), s.max(axis=1).sum(), rtol=1e-6)
 
 
 def test_statistics_add_up_over_micro_batches():
     layer, x, ids = make_layer().eval(), tokens(), sequence_ids()
-    whole = layer(x, ids).stats
-    parts = [layer(x[b : b + 1], ids[b : b + 1]).stats for b in range(SEQUENCES)]
+    _, whole = report_of(layer.config, layer(x, ids), LENGTH)
+    parts = [
+        report_of(layer.config, layer(x[b : b + 1], ids[b : b + 1]), LENGTH)[1] for b in range(SEQUENCES)
+    ]
     total = parts[0].plus(parts[1]).plus(parts[2])
     for name, a, b in zip(RoutingStats._fields, total, whole, strict=True):
         torch.testing.assert_close(a, b, msg=name)

@@ -60,7 +60,9 @@ def test_one_rank_gets_its_own_values_and_its_argument_stays(dtype):
         got.zero_()  # the caller may write
         assert torch.equal(x, before)
     assert torch.equal(ALONE.gather(x), x[None])
-    assert torch.equal(ALONE.swap(x[:1]), x[:1])
+    assert torch.equal(ALONE.start_gather(x).wait(), x[None])
+    assert torch.equal(ALONE.scatter_sum_in_place(x.flatten()).wait(), x.flatten())
+    assert torch.equal(ALONE.gather_in_place(x.flatten()).wait(), x.flatten())
     assert torch.equal(ALONE.exchange(x, [2], [2]).wait(), x)
     assert ALONE.objects("value") == ["value"]
     assert [ALONE.agree(flag) for flag in (False, True)] == [False, True]

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from dsv2.model.init import init_weights
 from dsv2.model.transformer import DeepseekV2
 from dsv2.moe import layer
-from dsv2.moe.dispatch import Pending
+from dsv2.moe.dispatch import ExchangedDispatch
 from dsv2.moe.execution import Execution
 from dsv2.profiling.ranges import PARTS, PREFIX, STEP, Ranges, methods_of_modules, parts_of_modules, record
 from dsv2.profiling.trace import Breakdown, breakdown, read
@@ -158,12 +158,12 @@ def test_an_autograd_function_of_ones_own(tmp_path):
 
 def test_hooks_and_methods_are_gone_afterwards():
     trainer = Trainer()
-    before = (layer.combine, Pending.wait)
+    before = (layer.start_dispatch, ExchangedDispatch.arrive)
     with Ranges(parts_of_modules(trainer.model), methods_of(trainer)):
         assert "optimize" in vars(trainer)
-        assert before != (layer.combine, Pending.wait)
+        assert before != (layer.start_dispatch, ExchangedDispatch.arrive)
     assert "optimize" not in vars(trainer)
-    assert before == (layer.combine, Pending.wait)
+    assert before == (layer.start_dispatch, ExchangedDispatch.arrive)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in trainer.model.modules())
 
 

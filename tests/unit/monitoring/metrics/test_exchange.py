@@ -13,8 +13,9 @@ def test_exchange_metrics():
     rows_in = torch.tensor([[30.0, 36.0, 0.0], [10.0, 24.0, 8.0]], dtype=torch.float64)
     wait_ms = torch.tensor([6.0, 2.0], dtype=torch.float64)
     row = bytes_per_row(hidden_size=100, top_k=6, element_bytes=2)
-    assert row == 4 * 100 * 2 + 2 * (6 + 6) * 4
-    assert bytes_per_row(hidden_size=100, top_k=6, element_bytes=2, recompute=True) == 1.5 * row
+    assert row == 4 * 100 * 2 + (6 + 6 + 6) * 4
+    again = bytes_per_row(hidden_size=100, top_k=6, element_bytes=2, recompute=True)
+    assert again == row + 100 * 2 + (6 + 6) * 4
     assert exchange_values(
         rows_out_WL=rows_out, rows_in_WL=rows_in, wait_ms_W=wait_ms, row_bytes=row, steps=4
     ) == pytest.approx(

@@ -8,7 +8,7 @@ import torch
 
 from dsv2.kernels.reference.router import sequence_sums
 from dsv2.kernels.types import Choice
-from dsv2.moe.stats import RoutingStats, routing_stats
+from dsv2.moe.stats import LayerRouting, RoutingStats, routing_stats, stack_sums
 from dsv2.monitoring.metrics.routing import routing_maps, routing_values
 from tests.unit.helpers import tiny_config
 
@@ -76,10 +76,11 @@ def test_routing_metrics_against_loops():
     assert {name: values[name] for name in want} == pytest.approx(want, rel=1e-12)
 
 
-def stats_of(routing: Choice, n_group: int) -> RoutingStats:
-    """Of one sequence, nothing dropped."""
-    sums = sequence_sums(routing, 1, n_group)
-    return routing_stats(sums, len(routing.affinity_TE), sums.selected_BE.sum(dim=0))
+def stats_of(choice: Choice, n_group: int, layers: int = 1) -> RoutingStats:
+    """Of one sequence, nothing dropped, the same in each layer."""
+    sums = sequence_sums(choice, 1, n_group)
+    routing = [LayerRouting(sums, sums.selected_BE.sum(dim=0).long(), 0, 0)] * layers
+    return routing_stats(routing, stack_sums(routing), len(choice.affinity_TE))
 
 
 def test_balanced_routing():
@@ -87,8 +88,8 @@ def test_balanced_routing():
     groups = [(0, 1), (1, 2), (2, 3), (3, 0)]
     ids = torch.tensor([[3 * a + e, 3 * b + e] for a, b in groups for e in range(3)])
     affinity = torch.full((12, 12), 1 / 12)
-    stats = stats_of(Choice(ids, affinity.gather(1, ids), affinity), GROUPS)
-    metrics = routing_values(RoutingStats.stack([stats, stats]), CONFIG)
+    stats = stats_of(Choice(ids, affinity.gather(1, ids), affinity), GROUPS, layers=2)
+    metrics = routing_values(stats, CONFIG)
     want = {
         "moe/max_vio": 0, "moe/max_vio_max": 0, "moe/dead": 0, "moe/drop": 0, "dev/cv": 0,
         "moe/ent_tok": 1, "moe/ent_load": 1, "moe/top1": 1 / 12,
@@ -117,14 +118,11 @@ def test_entropy_of_an_affinity_that_underflowed():
     assert stats.top1.item() == 1.5
 
 
-def test_stack_and_plus():
+def test_plus():
     a, b = random_stats(), random_stats()
     total = a.plus(b)
     for name, x, y in zip(RoutingStats._fields, total, a, strict=True):
         assert torch.equal(x, 2 * y), name
-    layers = [RoutingStats(*(tensor[i] for tensor in a)) for i in range(LAYERS)]
-    for name, x, y in zip(RoutingStats._fields, RoutingStats.stack(layers), a, strict=True):
-        assert torch.equal(x, y), name
 
 
 def test_maps_show_loads_over_the_uniform_load():
