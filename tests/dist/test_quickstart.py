@@ -32,6 +32,12 @@ def test_quickstart_stops_goes_on_and_beats_the_frequencies_of_tokens(stdlib, tm
     assert "stopped at stop_step=30" in earlier
     output = run(command)
     assert "resumed after step 30" in output
+    # Each part of a start that may take long has a line before it.
+    checkpoint = tmp_path / "quickstart" / "checkpoints" / "step-00000030"
+    slow = ["importing torch and DeepSpeed", "building the model", f"loading {checkpoint}", "starting W&B"]
+    lines = output.splitlines()
+    assert [line for line in lines if line in slow] == slow
+    assert lines.index("evaluating on 64 sequences") < lines.index("drawing a sample of 64 tokens")
 
     run_dir = tmp_path / "quickstart"
     log = (run_dir / "console.log").read_text()

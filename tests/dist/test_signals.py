@@ -37,7 +37,8 @@ pytestmark = [
 
 # A line of a run that goes well. The first line is the command.
 IS_OUTPUT = re.compile(
-    r"\+ |W&B is offline|killed: |  \w+ |step +\d|eval +\d|warning: training waited "  # for a busy disk
+    r"\+ |importing torch|building the model|loading |starting W&B|W&B is offline|killed: |  \w+ |step +\d|"
+    r"evaluating on |eval +\d|warning: training waited "  # for a busy disk
 ).match
 
 
