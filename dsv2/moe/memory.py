@@ -5,7 +5,7 @@ Each table lists the tensors that autograd keeps. If a module changes, only its 
 """
 
 from dsv2.moe.routers.kinds import router_of
-from dsv2.parallel.micro_batch import FP32, INT32, INT64, MicroBatch, Table
+from dsv2.parallel.micro_batch import FP32, INT32, INT64, ROW_ALIGNMENT, MicroBatch, Table
 
 
 def dense_ffn(run: MicroBatch) -> Table:
@@ -56,6 +56,15 @@ def moe_peak(run: MicroBatch) -> float:
         if run.ep_size == 1 and run.cast and not run.fused:  # and that of the sums, which starts it
             forward += run.rows * model.hidden_size * FP32
     return max(max(shared - freed, routed) + stream_peak(run), forward)
+
+
+def symmetric_buffer(run: MicroBatch) -> tuple[int, int]:
+    """Return the rows of one half of a rank's symmetric buffer, and the bytes of a row.
+
+    There is room for the worst case, in which every token of the group goes to one rank.
+    """
+    row = run.row + 2 * run.model.num_experts_per_tok * FP32
+    return run.ep_size * run.tokens, -(-row // ROW_ALIGNMENT) * ROW_ALIGNMENT
 
 
 def stream_peak(run: MicroBatch) -> float:

@@ -17,6 +17,8 @@ FP32 = 4
 INT32 = 4
 INT64 = 8
 
+ROW_ALIGNMENT = 16  # bytes; rows of the symmetric buffer begin at multiples of it
+
 
 class MicroBatch(NamedTuple):
     """The work of one rank in one forward and backward pass."""

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from dsv2.errors import UserError
 from dsv2.parallel.mesh import MeshDim
+from dsv2.parallel.micro_batch import ROW_ALIGNMENT
 from dsv2.parallel.side_stream import SideStream
 
 WORD = 4  # bytes
-ALIGNMENT = 16  # bytes
 
 
 class SymmetricBuffer:
@@ -35,7 +35,7 @@ class SymmetricBuffer:
 
         self.rows = rows
         self._rank = dim.rank
-        self._half = rows * (-(-row_bytes // ALIGNMENT) * ALIGNMENT // WORD)  # words
+        self._half = rows * (-(-row_bytes // ROW_ALIGNMENT) * ROW_ALIGNMENT // WORD)  # words
         self._turn = 0
         self._side = SideStream()
         try:
@@ -68,7 +68,7 @@ class SymmetricBuffer:
         words = words_of(rows)
         number_words = None if numbers is None else words_of(numbers)
         n_numbers = 0 if number_words is None else number_words.shape[1]
-        unit = ALIGNMENT // WORD
+        unit = ROW_ALIGNMENT // WORD
         pitch = -(-(words.shape[1] + n_numbers) // unit) * unit
         assert pitch * self.rows <= self._half, "the rows were announced when the buffer was made"
         offset = self._turn * self._half

@@ -7,8 +7,9 @@ real engines.
 
 from typing import NamedTuple
 
-from dsv2.config.schema import Config, Precision
+from dsv2.config.schema import Config, ExpertExchange, Precision
 from dsv2.kernels.specs import find_spec
+from dsv2.moe.memory import symmetric_buffer
 from dsv2.moe.routers.kinds import router_of
 from dsv2.optimizers.rules import find_optimizer
 from dsv2.parallel.micro_batch import micro_batch
@@ -24,7 +25,7 @@ class Memory(NamedTuple):
 
     states: States
     step_gradients: float  # the additional gradients that exist while a step accumulates
-    step_buffers: float  # the reduction bucket, its copies, and gathered weights
+    step_buffers: float  # the reduction bucket, its copies, gathered weights, and the symmetric buffer
     activations: Activations
     phases: dict[str, float]  # bytes at each moment that may be the peak
     saved: int  # bytes of a checkpoint that the rank writes
@@ -67,20 +68,26 @@ def memory(config: Config, world_size: int, gpu: bool = True, resident: bool = F
     )
     states = stage.states(job)
     ranks_per_token = router_of(config.model).mean_ranks(config.model, ep_size)
-    needed = activations(micro_batch(config, ranks_per_token, fused_norm=gpu))
+    run = micro_batch(config, ranks_per_token, fused_norm=gpu)
+    needed = activations(run)
+    exchange = 0
+    if ep_size > 1 and config.parallel.expert_exchange is ExpertExchange.symmetric:
+        rows, row_bytes = symmetric_buffer(run)
+        exchange = 2 * rows * row_bytes
     buffers = stage.step_buffers(job)
     reduction = stage.reduction(job)
     in_backward = reduction if stage.reduces_in_backward else 0
-    after_backward = states.total + stage.gradients_after_backward(job)
+    held = states.total + exchange
+    after_backward = held + stage.gradients_after_backward(job)
     passes = stage.forward_and_backward(job, needed)
     return Memory(
         states=states,
         step_gradients=stage.step_gradients(job),
-        step_buffers=buffers + reduction,
+        step_buffers=buffers + reduction + exchange,
         activations=needed,
         phases={
             "building": stage.building(job),
-            "forward and backward": states.total + buffers + in_backward + passes,
+            "forward and backward": held + buffers + in_backward + passes,
             "gradient reduction": after_backward + buffers + reduction,
             "optimizer step": after_backward + stage.stepping(job),
         },

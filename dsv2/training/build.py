@@ -9,8 +9,10 @@ from dsv2.model.init import init_weights, materialize
 from dsv2.model.transformer import DeepseekV2
 from dsv2.moe.engine_layer import EngineMoELayer
 from dsv2.moe.execution import Execution
+from dsv2.moe.memory import symmetric_buffer
 from dsv2.moe.transport import SymmetricTransport, Transport
 from dsv2.parallel.mesh import Mesh
+from dsv2.parallel.micro_batch import micro_batch
 from dsv2.parallel.plan import Dim
 from dsv2.parallel.symmetric import SymmetricBuffer
 
@@ -24,12 +26,8 @@ def start_transport(config: Config, mesh: Mesh) -> Transport | None:
     ep = mesh[Dim.ep]
     if config.parallel.expert_exchange is ExpertExchange.collective or ep.size == 1:
         return None
-    model = config.model
-    # There is room for the worst case, in which every token of every rank goes to one rank.
-    tokens = config.runtime.micro_batch_size * config.data.sequence_length
-    itemsize = 2 if config.runtime.precision is Precision.bf16 else 4
-    row_bytes = model.hidden_size * itemsize + 2 * model.num_experts_per_tok * 4
-    return SymmetricTransport(SymmetricBuffer(ep, ep.size * tokens, row_bytes, mesh.device))
+    rows, row_bytes = symmetric_buffer(micro_batch(config, ranks_per_token=1.0))
+    return SymmetricTransport(SymmetricBuffer(ep, rows, row_bytes, mesh.device))
 
 
 def build_model(
