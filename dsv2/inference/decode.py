@@ -53,7 +53,7 @@ def prefill(model: DeepseekV2, ids_BS: Tensor, lengths_B: Tensor, capacity: int)
         x_BSD, normed_BSD = layer.input_layernorm(x_BSD)
         kept = layer.self_attn.cached(normed_BSD, angles)
         layers.append(tuple(_with_room(tensor, capacity) for tensor in kept))
-        x_BSD, _, _ = layer.feed_forward(x_BSD, layer.self_attn(normed_BSD, angles), rows_B)
+        x_BSD, _ = layer.feed_forward(x_BSD, layer.self_attn(normed_BSD, angles), rows_B)
     last_BD = model.model.norm(x_BSD[rows_B, lengths_B - 1])
     return model.lm_head(last_BD).float(), Cache(layers, lengths_B.clone(), longest)
 
@@ -75,6 +75,6 @@ def decode(model: DeepseekV2, ids_B: Tensor, cache: Cache) -> Tensor:
             positions[rows_B, cache.lengths_B] = tensor.squeeze(1)
         filled = tuple(positions[:, : cache.longest] for positions in kept)
         attended_B1D = layer.self_attn.decode(normed_B1D, angles, filled, visible_BC)
-        x_B1D, _, _ = layer.feed_forward(x_B1D, attended_B1D, rows_B)
+        x_B1D, _ = layer.feed_forward(x_B1D, attended_B1D, rows_B)
     cache.lengths_B += 1
     return model.lm_head(model.model.norm(x_B1D.squeeze(1))).float()
