@@ -11,8 +11,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from dsv2.monitoring.records import read_metrics
+from tests.dist.forked import ROOT, run_forked
 
-ROOT = Path(__file__).parents[2]
 PYTHON = sys.executable
 TORCHRUN = [PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 LAUNCHER = [PYTHON, "-m", "dsv2", "train"]  # takes the overrides of train.py
@@ -69,18 +69,28 @@ def tiny_run(corpus: Path, runs_dir: Path, name: str, *overrides: str) -> list[s
 
 
 def run(command: list[str], expect: int = 0, **options: object) -> str:
-    """Run to the end; its output. `expect` is the exit code."""
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=900,
-        **options,  # type: ignore[call-overload]
-    )
-    assert done.returncode == expect, done.stdout
-    return done.stdout
+    """Run to the end; its output. `expect` is the exit code.
+
+    A command line of Python is forked (forked.py), and so are torchrun's two ranks if they should end well.
+    With `options` of subprocess.run, the processes are real.
+    """
+    if not options and command[: len(TORCHRUN)] == TORCHRUN and expect == 0:
+        codes, output = run_forked(command[len(TORCHRUN) :], world_size=2)
+    elif not options and command[0] == PYTHON and command[: len(TORCHRUN)] != TORCHRUN:
+        codes, output = run_forked(command[1:])
+    else:
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=900,
+            **options,  # type: ignore[call-overload]
+        )
+        codes, output = [done.returncode], done.stdout
+    assert codes == [expect] * len(codes), output
+    return output
 
 
 def kill_hard(job: subprocess.Popen[bytes]) -> None:

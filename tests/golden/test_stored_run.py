@@ -6,14 +6,12 @@ losses of its other steps. The stored configuration has fields under their old n
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from dsv2.monitoring.records import read_metrics
-from tests.unit.helpers import REPO
+from tests.dist.end_to_end import PYTHON, run
 
 STORED = Path(__file__).with_name("stored_run")
 TOLERANCE = 1e-4  # relative, as for the golden curves: other CPUs sum in another order
@@ -26,16 +24,9 @@ def test_a_stored_run_resumes(tmp_path):
     shutil.copytree(STORED / "run", run_dir)
     where = [f"data.path={corpus}", f"runs_dir={tmp_path}", "name=stored"]
     moved = ["runtime.micro_batch_size=2", "runtime.recompute=true"]
-    done = subprocess.run(
-        [sys.executable, "train.py", *expected["overrides"], *moved, *where],
-        cwd=REPO,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "resumed after step 8" in done.stdout
-    changed = next(line for line in done.stdout.splitlines() if line.startswith("note: changed since"))
+    output = run([PYTHON, "train.py", *expected["overrides"], *moved, *where])
+    assert "resumed after step 8" in output
+    changed = next(line for line in output.splitlines() if line.startswith("note: changed since"))
     assert changed.endswith(f"checkpoint: data.path /tmp/fix/prepared -> {corpus}")  # and nothing else
     rows = read_metrics(run_dir)
     name = "train/loss_total"  # the stored steps, up to 8, have it under its old name
