@@ -11,6 +11,7 @@ the layer needs no branch for expert parallelism.
 """
 
 from abc import ABC, abstractmethod
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -162,8 +163,11 @@ class _Exchange:
         # The side uses these tensors, so their memory stays theirs until the rows arrive.
         self._leaving: tuple[Tensor, ...] = (x_TD, choices_TK, counts)
         self._mark = execution.side.mark(self._device)
+        # On a GPU only the side waits here. The layer's own wait is in `arrived`.
+        waiting = nullcontext() if counts.is_cuda else execution.clock.waiting(self._device)
         with execution.side.after(self._mark):
-            of_all = ep.start_gather(counts).wait()
+            with waiting:
+                of_all = ep.start_gather(counts).wait()
             self.route = Route(of_all[:, :, -1].contiguous(), ep.rank)
             self.rows_of_expert = of_all[:, ep.rank, :-1].sum(dim=0)
             between = self.route.counts_WW
