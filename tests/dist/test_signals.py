@@ -159,11 +159,6 @@ def test_interrupted_before_training(command, tmp_path):
         assert job.poll() is None
         time.sleep(0.01)
     job.send_signal(signal.SIGINT)
-    output = job.communicate(timeout=300)[0]
-    assert (job.returncode, output.splitlines()) == (
-        130,
-        [
-            "importing torch and DeepSpeed",
-            "error: interrupted before training began; nothing was changed",
-        ],
-    )
+    *before, last = job.communicate(timeout=300)[0].splitlines()
+    assert (job.returncode, last) == (130, "error: interrupted before training began; nothing was changed")
+    assert before in ([], ["importing torch and DeepSpeed"]), "whether the signal or the line came first"
