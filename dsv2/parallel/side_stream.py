@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
-Mark = torch.cuda.Event | None  # a moment of the main queue; None on the CPU, which works in order
+Mark = Any  # torch.cuda.Event, a moment of the main queue; None on the CPU, which works in order
 
 
 class SideStream:

@@ -40,7 +40,8 @@ class SymmetricBuffer:
         self._side = SideStream()
         try:
             self._memory = symmetric_memory.empty(2 * self._half, dtype=torch.int32, device=device)
-            self._handle: Any = symmetric_memory.rendezvous(self._memory, dim.group)
+            group: Any = dim.group
+            self._handle: Any = symmetric_memory.rendezvous(self._memory, group)
             addresses = list(self._handle.buffer_ptrs)
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[0]
@@ -99,14 +100,14 @@ class Arriving:
         self._side = side
         self._half = half
         self._pitch = pitch
-        self._sent = sent
+        self._sent = list(sent)
 
     def wait(self, count: int) -> tuple[Tensor, Tensor | None]:
         """Return `count` rows, by sender, and the numbers beside them. The stream waits, not the host."""
         self._side.join()
-        rows, numbers = self._sent[:2]
+        rows, numbers, *_ = self._sent
         assert rows is not None
-        self._sent = ()
+        self._sent.clear()
         table = self._half[: count * self._pitch].view(count, self._pitch)
         row_words = rows.shape[1] * rows.element_size() // WORD
         arrived = _copy(table[:, :row_words]).view(rows.dtype)
