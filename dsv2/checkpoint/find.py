@@ -111,4 +111,4 @@ class CheckpointFinder:
                     "use that, or start another run with name=NAME"
                     + (", from its weights with new_stage=true" if key == "rope_scaling" else "")
                 )
-        return Found(path, self.state_of(path, content), warnings, older)
+        return Found(path, self.state_of(path, content), warnings, older, content)

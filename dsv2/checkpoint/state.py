@@ -85,6 +85,7 @@ class Found(NamedTuple):
     state: RunState  # of this run: step 0 at the start of a new stage
     warnings: list[str]  # about damaged checkpoints that were passed over
     older: list[Path]  # older checkpoints of this run, newest first, to fall back on
+    content: dict[str, Any]  # of its state.json
 
 
 class Loaded(NamedTuple):

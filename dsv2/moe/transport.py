@@ -54,7 +54,7 @@ Wait = Callable[[], tuple[Tensor, Tensor | None]]  # returns the rows that arriv
 
 
 class Transport(ABC):
-    """One way to move rows; `build` in dsv2/training/build.py chooses it."""
+    """One way to move rows; `start_transport` in dsv2/training/build.py chooses it."""
 
     needs_sizes: bool  # must the host know the route's `sent` and `received` before `start`?
 

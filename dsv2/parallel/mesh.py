@@ -111,22 +111,11 @@ class MeshDim:
 
     def gather(self, x: Tensor) -> Tensor:
         """Return [size, *x.shape]: every rank's x, in rank order. With one rank it is a view of x."""
-        if self._group is None:
-            return x[None]
-        every = x.new_empty(self.size, *x.shape)
-        whole = x[None].contiguous()  # gloo requires as many dimensions as the result has
-        self._begin(dist.all_gather_into_tensor, every, whole, group=self._group_for(x))
-        return every
+        return self._gather(x, async_op=False).wait()
 
     def start_gather(self, x: Tensor) -> Work:
         """Start to gather every rank's x. `wait` returns [size, *x.shape], in rank order."""
-        if self._group is None:
-            return Work(x[None])
-        every = x.new_empty(self.size, *x.shape)
-        whole = x[None].contiguous()  # gloo requires as many dimensions as the result has
-        group = self._group_for(x)
-        work = self._begin(dist.all_gather_into_tensor, every, whole, group=group, async_op=True)
-        return Work(every, whole, work)
+        return self._gather(x, async_op=True)
 
     def exchange(self, x: Tensor, send: list[int], receive: list[int]) -> Work:
         """Start to send the next `send[w]` rows of x to each rank w. Rank w sends `receive[w]` rows here."""
@@ -183,6 +172,15 @@ class MeshDim:
         """Return when every rank has called this."""
         if self._group is not None:
             self._begin(dist.barrier, group=self._group)
+
+    def _gather(self, x: Tensor, async_op: bool) -> Work:
+        if self._group is None:
+            return Work(x[None])
+        every = x.new_empty(self.size, *x.shape)
+        whole = x[None].contiguous()  # gloo requires as many dimensions as the result has
+        group = self._group_for(x)
+        work = self._begin(dist.all_gather_into_tensor, every, whole, group=group, async_op=async_op)
+        return Work(every, whole, work)
 
     def _begin(self, call: Callable[..., T], *args: Any, **options: Any) -> T:
         self.begun += 1

@@ -64,10 +64,10 @@ class SymmetricBuffer:
             slots: int64, each pushed row's slot, which divided by `n_slots` is its index in `rows`; None: the
                 rows are in order.
         """
-        from dsv2.kernels.fused.push import push, words_of
+        from dsv2.kernels.fused.push import push
 
-        words = words_of(rows)
-        number_words = None if numbers is None else words_of(numbers)
+        words = rows.view(torch.int32)
+        number_words = None if numbers is None else numbers.view(torch.int32)
         n_numbers = 0 if number_words is None else number_words.shape[1]
         unit = ROW_ALIGNMENT // WORD
         pitch = -(-(words.shape[1] + n_numbers) // unit) * unit
@@ -96,7 +96,6 @@ class Arriving:
     """Rows on their way into this rank's buffer. What is sent stays alive until they arrive."""
 
     def __init__(self, side: SideStream, half: Tensor, pitch: int, sent: tuple[Tensor | None, ...]):
-        self.device = half.device
         self._side = side
         self._half = half
         self._pitch = pitch

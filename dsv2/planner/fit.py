@@ -103,8 +103,10 @@ def _copied(config: Config, needs: Memory) -> float:
 
 def _check_copies(config: Config, world_size: int, room: Room) -> None:
     """Refuse a run on GPUs whose copies for saves do not fit into this machine's memory."""
+    if not room.on_gpu:  # `needed` has counted them
+        return
     copies = room.processes * _copied(config, memory(config, world_size))
-    if room.on_gpu and copies > room.free_host:
+    if copies > room.free_host:
         raise UserError(
             f"checkpoint.asynchronous=true: the copies for saves need about {copies / GIB:.1f} GiB of this "
             f"machine's memory, of which {room.free_host / GIB:.1f} GiB are free. checkpoint.asynchronous="

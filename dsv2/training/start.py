@@ -43,16 +43,14 @@ def check_files(config: Config) -> None:
 def _find_checkpoint(config: Config, finder: "CheckpointFinder") -> "Found | None":
     """Return the checkpoint to begin at, which fits the configuration and the data; None: there is none."""
     from data.streams.sources import check_resumed, check_tokenizer
-    from dsv2.checkpoint.files import check
     from dsv2.training.schedule import check_profiled_steps
 
     found = finder.find(config.resume, config.stop_step)
     check_profiled_steps(config, found.state.step if found else 0, found.state.tokens if found else 0)
     if found:
-        saved = check(found.path)
         if found.state.data:
-            check_resumed(config.data, found.state.data, saved["config"]["data"])
-        check_tokenizer(config.data, saved["run"].get("tokenizer"), f"checkpoint {found.path}")
+            check_resumed(config.data, found.state.data, found.content["config"]["data"])
+        check_tokenizer(config.data, found.content["run"].get("tokenizer"), f"checkpoint {found.path}")
     return found
 
 

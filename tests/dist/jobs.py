@@ -277,7 +277,7 @@ def load_and_train(rank: int, world_size: int, path: str, steps: int, **layout: 
     engine = make_engine(rank, world_size, **layout)
     steps_of(engine, 100, 1, layout["micro_batch"])  # so that a tensor the load forgets shows
     torch.manual_seed(0)
-    found = Found(Path(path), RunState(), [], [])
+    found = Found(Path(path), RunState(), [], [], {})
     state = engine.load(CheckpointStore(Path(path).parent, 3, SETTINGS), found).state
     random_state = torch.get_rng_state().numpy()
     trace = steps_of(engine, state.step, steps - state.step, layout["micro_batch"])

@@ -77,7 +77,9 @@ def load_and_train(rank: int, world_size: int, path: str, **layout: Any) -> tupl
     from dsv2.checkpoint.store import CheckpointStore
 
     engine = make_engine(rank, world_size, **layout)
-    engine.load(CheckpointStore(Path(path).parent, 3, jobs.SETTINGS), Found(Path(path), RunState(), [], []))
+    engine.load(
+        CheckpointStore(Path(path).parent, 3, jobs.SETTINGS), Found(Path(path), RunState(), [], [], {})
+    )
     loaded = buffers_of(engine)
     jobs.steps_of(engine, SAVE_AT, STEPS - SAVE_AT, layout["micro_batch"])
     return loaded, buffers_of(engine)

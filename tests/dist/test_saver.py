@@ -62,7 +62,7 @@ def save_while_training(rank: int, world_size: int, folder: str, **layout: Any) 
 def found(store: Any, step: int) -> Any:
     from dsv2.checkpoint.state import Found, RunState
 
-    return Found(store.folder / f"step-{step:08d}", RunState(), [], [])
+    return Found(store.folder / f"step-{step:08d}", RunState(), [], [], {})
 
 
 def assert_equal(left: list[Any], right: list[Any]) -> None:

@@ -4,14 +4,12 @@ The addresses come from torch's symmetric memory. The kernel reads all sizes on 
 not know them. Programs take the destinations in turn: so all links carry rows at the same time.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 PROGRAMS = 132  # a Hopper GPU's multiprocessors
 BLOCK = 1024
-WORD = 4  # bytes
 
 
 @triton.jit
@@ -59,11 +57,6 @@ def _push(
             _words(rows + source * ROW, target, ROW, BLOCK)
             if NUMBERS > 0:
                 _words(numbers + source * NUMBERS, target + ROW, NUMBERS, SMALL)
-
-
-def words_of(tensor: Tensor) -> Tensor:
-    """Return the rows of a contiguous matrix as 4-byte words, int32 [rows, words]."""
-    return tensor.view(torch.int32)
 
 
 def push(

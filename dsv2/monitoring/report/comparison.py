@@ -17,7 +17,16 @@ from dsv2.model.sizes import count_parameters
 from dsv2.monitoring.metrics.producers import METRICS
 from dsv2.monitoring.panels import SECTIONS, Chart, ChartSection
 from dsv2.monitoring.report.layouts import COLUMNS, NOTE, layout_cells
-from dsv2.monitoring.report.parts import ABSENT, Document, anchor, card, document, number, save
+from dsv2.monitoring.report.parts import (
+    ABSENT,
+    Document,
+    anchor,
+    card,
+    document,
+    number,
+    save,
+    table,
+)
 from dsv2.monitoring.report.run import MOST_POINTS, Run, figures, read_run, thinned
 
 MOST_RUNS = 24  # report.js tells as many apart: 8 colours, each solid, dashed and dotted
@@ -99,16 +108,6 @@ def section_html(runs: Sequence[Run], section: ChartSection) -> str:
         parts.append(f'<p class="none">{text}: {escape(", ".join(names))}</p>' if names else "")
     title = escape(section.title)
     return f'<section id="{anchor(section.title)}"><h2>{title}</h2>{"".join(parts)}</section>'
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table; every cell is HTML."""
-    titles = "".join(f"<th>{cell}</th>" for cell in head)
-    lines = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
-    return (
-        '<div class="card scroll"><table>'
-        f"<thead><tr>{titles}</tr></thead><tbody>{lines}</tbody></table></div>"
-    )
 
 
 def marked(names: Sequence[str]) -> list[str]:

@@ -13,7 +13,7 @@ from dsv2.model.sizes import count_parameters
 from dsv2.monitoring.metrics.base import PER_LAYER
 from dsv2.monitoring.metrics.producers import METRICS
 from dsv2.monitoring.panels import SECTIONS, Chart, ChartSection
-from dsv2.monitoring.report.parts import Document, anchor, card, document, number, save
+from dsv2.monitoring.report.parts import Document, anchor, card, document, number, save, table
 from dsv2.monitoring.report.run import (
     MOST_MAPS,
     MOST_POINTS,
@@ -100,15 +100,10 @@ def layer_table(run: Run) -> str:
         for chart in section.charts
         if chart.per_layer
     }
-    lines = []
-    for layer in layers:
-        cells = "".join(f"<td>{number(run.last(f'{prefix}/{layer}'))}</td>" for prefix in columns)
-        lines.append(f"<tr><td>{escape(layer)}</td>{cells}</tr>")
-    head = "".join(f"<th>{escape(title)}</th>" for title in ("layer", *columns.values()))
-    return (
-        '<h3>By layer, last window</h3><div class="card scroll">'
-        f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
-    )
+    rows = [
+        [escape(layer), *(number(run.last(f"{prefix}/{layer}")) for prefix in columns)] for layer in layers
+    ]
+    return "<h3>By layer, last window</h3>" + table(["layer", *map(escape, columns.values())], rows)
 
 
 def environment_table(run: Run) -> str:

@@ -38,6 +38,16 @@ def card(title: str, unit: str, kind: str, wide: bool = False, **attributes: str
     )
 
 
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table; every cell is HTML."""
+    titles = "".join(f"<th>{cell}</th>" for cell in head)
+    lines = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
+    return (
+        '<div class="card scroll"><table>'
+        f"<thead><tr>{titles}</tr></thead><tbody>{lines}</tbody></table></div>"
+    )
+
+
 def anchor(title: str) -> str:
     return escape(title.lower().replace(" ", "-"))
 
